@@ -1,0 +1,20 @@
+"""Run score: `python -m recipes.score --recipe NAME [--conf FILE] [--nproc-per-node N] [key=value ...]`."""
+
+from recipes.settings import read_command_line
+from tgdpo_megatron.errors import one_sentence_errors
+
+
+def main() -> None:
+    with one_sentence_errors():
+        config, processes = read_command_line("recipes.score", __doc__)
+        # torch and Megatron take seconds to load: only for settings that are good.
+        from tgdpo_megatron.platform.processes import job
+        from tgdpo_megatron.score import score
+
+        minutes = config.train.distributed_timeout_minutes
+        with job("recipes.score", processes=processes, timeout_minutes=minutes) as ranks:
+            score(config, ranks)
+
+
+if __name__ == "__main__":
+    main()

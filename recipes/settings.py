@@ -1,0 +1,88 @@
+"""One configuration from four places: defaults < recipe < YAML file < `key=value`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes import llama3_8b, tiny
+from tgdpo_megatron.config import Config, load
+from tgdpo_megatron.errors import UserError
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe
+    for recipe in (tiny.sft_tiny, tiny.dpo_tiny, tiny.tgdpo_tiny, llama3_8b.dpo_llama3_8b, llama3_8b.tgdpo_llama3_8b)
+}
+
+
+def read_command_line(program: str, description: str, arguments: Sequence[str] | None = None) -> tuple[Config, int]:
+    """Parse a program's command line.
+
+    Returns:
+        The complete configuration, and how many ranks to start on this machine.
+
+    Raises:
+        UserError: An unknown recipe, an unreadable file, a setting that is refused.
+    """
+    parser = _Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
+    parser.add_argument("--recipe", default="tgdpo_tiny", help=f"one of: {', '.join(RECIPES)}")
+    parser.add_argument("--conf", type=Path, help="YAML file with what this experiment changes")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks to start on this machine")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings, e.g. loss.beta=0.05")
+    parsed = parser.parse_args(arguments)
+    if parsed.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
+    config = _recipe(parsed.recipe)
+    if parsed.conf is not None:
+        config = load(config, _read_yaml(parsed.conf), where=str(parsed.conf))
+    for change in parsed.changes:
+        config = load(config, _nested(change), where="command line")
+    return config, parsed.nproc_per_node
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"command line: {message}; see {self.prog} --help.")
+
+
+def _recipe(name: str) -> Config:
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(RECIPES)}."
+        raise UserError(f"--recipe {name}: no such recipe; {hint}")
+    return RECIPES[name]()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected groups of settings.")
+    return content
+
+
+def _nested(change: str) -> dict[str, Any]:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise UserError(f"command line: '{change}' is not of the form key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    nested: dict[str, Any] = {}
+    inner = nested
+    *groups, name = key.split(".")
+    for group in groups:
+        inner = inner.setdefault(group, {})
+    inner[name] = value
+    return nested

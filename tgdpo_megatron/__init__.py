@@ -1,0 +1,3 @@
+"""Token-level guided preference optimisation on Megatron-Core."""
+
+__version__ = "0.1.0"

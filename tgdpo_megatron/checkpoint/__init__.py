@@ -1,0 +1,1 @@
+"""Checkpoints: conversion from and to HuggingFace, training state, fingerprints."""

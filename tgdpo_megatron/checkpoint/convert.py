@@ -1,0 +1,211 @@
+"""Convert HuggingFace safetensors to a Megatron torch_dist checkpoint and back, tensor by tensor.
+
+Neither direction builds a model or needs a process group; memory holds one tensor (to Megatron) or one
+output shard (to HuggingFace) at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from tqdm import tqdm
+
+from tgdpo_megatron.checkpoint.fingerprint import combine, tensor_sum
+from tgdpo_megatron.checkpoint.manifest import (
+    HF,
+    WEIGHTS,
+    CheckpointManifest,
+    copy_companions,
+    describe,
+    read_manifest,
+    write_manifest,
+)
+from tgdpo_megatron.checkpoint.names import TensorMap, llama_tensors
+from tgdpo_megatron.checkpoint.safetensors import HfWeights, write_shards
+from tgdpo_megatron.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import read_description
+
+CONTENT_METADATA = {"non_homogeneous_layers": True}
+"""Says to Megatron that layers are stored one key each, not stacked."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> CheckpointManifest:
+    """Convert a HuggingFace folder to a Megatron checkpoint loadable at any tensor × pipeline layout.
+
+    Args:
+        source: Folder with config.json and safetensors; a tokenizer is taken along if there.
+        target: Folder to make; must not exist, or be empty.
+        dtype: `bf16` or `fp32`; default: as stored.
+
+    Raises:
+        UserError: An unsupported model, missing, truncated or misshapen weights, a weight that is not
+            finite, or a target in use. Nothing half-written is left.
+    """
+    description = read_description(source)
+    tensors = llama_tensors(description)
+    weights = HfWeights(source)
+    _check_shapes(tensors, weights, source)
+    stored = weights.read(tensors[0].names[0]).dtype if dtype is None else _DTYPES[dtype]
+    tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
+    work = _begin(target)
+    try:
+        sums = _save_weights(tensors, weights, stored, work / WEIGHTS, source)
+        copy_companions(source, work / HF)
+        manifest = CheckpointManifest(
+            weights=combine(sums),
+            dtype=str(stored).removeprefix("torch."),
+            tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
+            template=template_hash(tokenizer) if tokenizer else None,
+        )
+        write_manifest(work, manifest)
+        _finish(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> None:
+    """Convert a Megatron checkpoint (converted, or saved by a run) to a HuggingFace folder.
+
+    Args:
+        source: Checkpoint folder. target: Folder to make; must not exist, or be empty.
+        dtype: `bf16` or `fp32`; default: as stored.
+
+    Raises:
+        UserError: Not a checkpoint, unreadable weights, a weight that is not finite, or a target in use.
+    """
+    manifest = read_manifest(source)
+    tensors = llama_tensors(describe(source))
+    wanted = _DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    stored = dcp.FileSystemReader(source / WEIGHTS).read_metadata().state_dict_metadata
+    work = _begin(target)
+    try:
+        work.mkdir()
+        sizes = [
+            (name, int(torch.Size(shape).numel()) * wanted.itemsize)
+            for tensor in tensors
+            for name, shape in zip(tensor.names, tensor.shapes, strict=True)
+        ]
+        write_shards(work, sizes, _hf_tensors(tensors, stored, source, wanted))
+        copy_companions(source / HF, work)
+        _set_dtype(work / "config.json", wanted)
+        _finish(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_shapes(tensors: list[TensorMap], weights: HfWeights, source: Path) -> None:
+    for tensor in tensors:
+        for name, shape in zip(tensor.names, tensor.shapes, strict=True):
+            if (found := weights.shape(name)) != shape:
+                raise UserError(f"{source}: {name} has shape {found}, config.json asks for {shape}.")
+
+
+class _OnDemand(DefaultSavePlanner):
+    """Saves tensors that are read only when their turn to be written has come."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.read = read
+
+    def resolve_data(self, write_item: Any) -> Tensor:
+        tensor: Tensor = self.read(write_item.index.fqn)
+        return tensor
+
+
+def _save_weights(
+    tensors: list[TensorMap], weights: HfWeights, dtype: torch.dtype, folder: Path, source: Path
+) -> dict[str, int]:
+    """Write all tensors and return their fingerprint sums."""
+    by_key = {tensor.key: tensor for tensor in tensors}
+    sums: dict[str, int] = {}
+    progress = tqdm(total=len(tensors), desc="converting", unit="tensor", disable=len(tensors) < 50)
+
+    def read(key: str) -> Tensor:
+        tensor = by_key[key]
+        whole = tensor.join([weights.read(name) for name in tensor.names]).to(dtype).contiguous()
+        if not torch.isfinite(whole).all():
+            raise UserError(f"{source}: {' or '.join(tensor.names)} holds numbers that are not finite.")
+        sums[key] = tensor_sum(whole, shape=tensor.shape, offset=[0] * len(tensor.shape))
+        progress.update()
+        return whole
+
+    placeholders = {tensor.key: torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor in tensors}
+    folder.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks that there is no process group; none is needed
+        try:
+            dcp.save(placeholders, storage_writer=dcp.FileSystemWriter(folder), planner=_OnDemand(read), no_dist=True)
+        except CheckpointException as error:  # torch collects what went wrong, one entry per rank
+            raise next(iter(error.failures.values()))[0] from None
+    torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    progress.close()
+    return sums
+
+
+def _hf_tensors(
+    tensors: list[TensorMap], stored: dict[str, Any], source: Path, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    reader = dcp.FileSystemReader(source / WEIGHTS)
+    for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=len(tensors) < 50):
+        found = stored.get(tensor.key)
+        if found is None:
+            raise UserError(f"{source}: the checkpoint lacks {tensor.key}.")
+        # A checkpoint of a run holds the padded vocabulary: more rows than the model has.
+        whole = {tensor.key: torch.empty(found.size, dtype=found.properties.dtype)}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(whole, storage_reader=reader, no_dist=True)
+        except Exception as error:
+            raise UserError(f"{source}: {tensor.key} cannot be read ({str(error).splitlines()[0]}).") from None
+        value = whole[tensor.key][: tensor.shape[0]]
+        if not torch.isfinite(value).all():
+            raise UserError(f"{source}: {tensor.key} holds numbers that are not finite; it is not exported.")
+        for name, part in zip(tensor.names, tensor.part(value), strict=True):
+            yield name, part.to(dtype).contiguous().clone()
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _begin(target: Path) -> Path:
+    """A working folder beside the target, so that the target appears whole or not at all."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: already there and not empty; choose another folder.")
+    work = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        probe = target.parent / f".{work.name}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}).") from None
+    return work
+
+
+def _finish(work: Path, target: Path) -> None:
+    if target.exists():
+        target.rmdir()
+    work.rename(target)

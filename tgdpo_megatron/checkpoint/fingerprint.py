@@ -1,0 +1,106 @@
+"""A fingerprint of weights that is the same at every layout.
+
+Each element contributes its bits times an odd number drawn from its place in the whole tensor; the
+contributions are added modulo 2^64, so ranks can add theirs in any order. One flipped bit changes the sum.
+The sums of all tensors are hashed with SHA-256. It guards against mix-ups, not against forgers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from torch import Tensor
+
+from tgdpo_megatron.errors import UserError
+
+_BLOCK = 1 << 20  # elements hashed at once: bounds the temporaries
+_MASK = (1 << 64) - 1
+
+
+def tensor_sum(tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int]) -> int:
+    """The contribution of one shard to its tensor's sum.
+
+    Args:
+        tensor: The shard, bf16 or fp32. Both give the same sum where the values are the same.
+        shape: Shape of the whole tensor. offset: Where the shard begins in it.
+    """
+    total = 0
+    rows = tensor.detach().reshape(tensor.size(0), -1)  # 1-D and 2-D tensors are all there are
+    width, first_column = (shape[1], offset[1]) if len(shape) > 1 else (1, 0)
+    columns = torch.arange(rows.size(1), device=tensor.device) + first_column
+    step = max(1, _BLOCK // max(1, rows.size(1)))
+    for first in range(0, rows.size(0), step):
+        block = rows[first : first + step]
+        bits = block.float().contiguous().view(torch.int32).long()
+        place = (torch.arange(block.size(0), device=tensor.device) + first + offset[0])[:, None] * width + columns
+        total += int((bits * _odd_number(place)).sum())
+    return total & _MASK
+
+
+def _odd_number(place: Tensor) -> Tensor:
+    """A scrambled odd int64 for each place (the finaliser of splitmix64; wraps around)."""
+    mixed = place * -7046029254386353131 + 1442695040888963407
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return (mixed ^ (mixed >> 31)) | 1
+
+
+def combine(sums: Mapping[str, int]) -> str:
+    """Fingerprint of a model from its tensors' sums."""
+    lines = "\n".join(f"{key} {value & _MASK:016x}" for key, value in sorted(sums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def model_fingerprint(sharded_state_dict: Mapping[str, Any], vocab_size: int) -> str:
+    """Fingerprint of a model spread over all ranks of the default process group.
+
+    Args:
+        sharded_state_dict: This rank's part (all chunks together).
+        vocab_size: Real vocabulary size; padding rows do not count.
+
+    Raises:
+        UserError: A weight that is not finite; the tensor is named.
+    """
+    local: dict[str, int] = {}
+    broken = ""
+    for sharded in _main_shards(sharded_state_dict):
+        data = sharded.data
+        if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
+            data = data[: max(0, vocab_size - sharded.global_offset[0])]
+        if not torch.isfinite(data).all():
+            broken = sharded.key
+        if data.numel():
+            value = tensor_sum(data, shape=sharded.global_shape, offset=sharded.global_offset)
+            local[sharded.key] = local.get(sharded.key, 0) + value
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (local, broken))
+    sums: dict[str, int] = {}
+    for part, not_finite in gathered:
+        if not_finite:
+            raise UserError(f"the weight {not_finite} holds numbers that are not finite; use another checkpoint.")
+        for key, value in part.items():
+            sums[key] = sums.get(key, 0) + value
+    return combine(sums)
+
+
+def _main_shards(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
+    """Shards of which this rank holds the one copy that counts."""
+    parts = dict(sharded_state_dict)
+    apply_factories(parts)
+    found: list[ShardedTensor] = []
+    pending: list[Any] = list(parts.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, ShardedTensor):
+            if is_main_replica(value.replica_id):
+                found.append(value)
+        elif isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+    return found

@@ -1,0 +1,93 @@
+"""A checkpoint folder: Megatron weights with everything that identifies them and takes them back home.
+
+FOLDER/manifest.json   identity, written last: a folder without it is not a checkpoint
+FOLDER/hf/             config.json and tokenizer of the HuggingFace model
+FOLDER/weights/        torch_dist checkpoint: weights, and in a run also optimizer state
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription, read_description
+
+FORMAT = 1
+WEIGHTS, HF = "weights", "hf"
+
+# Everything of a HuggingFace folder that is not weights and may be needed to use the model.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What a checkpoint is."""
+
+    weights: str
+    """Fingerprint of the weights, the same at every layout."""
+    dtype: str
+    """Of the stored weights: `bfloat16`, `float32` or `float16`."""
+    tokenizer: str | None
+    """tokenizer_hash, or None where the model came without a tokenizer."""
+    template: str | None
+    iteration: int | None = None
+    """Optimizer steps, for a checkpoint of a run."""
+    reference: str | None = None
+    """Fingerprint of the run's reference weights, for a checkpoint of a run."""
+    pairs_hash: str | None = None
+    """Hash of the run's training pairs."""
+    format: int = FORMAT
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished checkpoint.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder.")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: a HuggingFace model; convert it with "
+                "python -m tools.convert_hf_to_megatron HF_FOLDER MEGATRON_FOLDER."
+            )
+        raise UserError(f"{folder}: not a Megatron checkpoint of this project (no manifest.json).")
+    try:
+        manifest = CheckpointManifest(**json.loads(path.read_text()))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
+    if not (folder / WEIGHTS / ".metadata").is_file():
+        raise UserError(f"{folder}: the checkpoint has no weights.")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest, the last file of a checkpoint."""
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+
+
+def describe(folder: Path) -> ModelDescription:
+    """Shape of the model in a checkpoint folder."""
+    return read_description(folder / HF)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy config and tokenizer files of a HuggingFace folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

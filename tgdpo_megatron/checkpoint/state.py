@@ -1,0 +1,157 @@
+"""Save and load what Megatron trains: weights at any layout, and the state a run continues from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tgdpo_megatron.checkpoint.convert import CONTENT_METADATA
+from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
+from tgdpo_megatron.checkpoint.manifest import (
+    HF,
+    WEIGHTS,
+    CheckpointManifest,
+    copy_companions,
+    read_manifest,
+    write_manifest,
+)
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.gpt import PreferenceGPT
+
+
+def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> str:
+    """Load a checkpoint's weights into a built model, and check that they are what the manifest says.
+
+    Returns:
+        Fingerprint of the weights as loaded.
+
+    Raises:
+        UserError: Unreadable or altered weights, or a weight that is not finite.
+    """
+    manifest = read_manifest(folder)
+    state = _model_state(chunks)
+    _put(chunks, _read({"model": state}, folder)["model"])
+    try:
+        found = fingerprint(chunks)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if found != manifest.weights and str(chunks[0].config.params_dtype) == f"torch.{manifest.dtype}":
+        raise UserError(f"{folder}: the weights are not those the manifest names; the checkpoint was altered.")
+    return found
+
+
+def fingerprint(chunks: Sequence[PreferenceGPT]) -> str:
+    """Fingerprint of a model in memory; the same at every layout. Collective over all ranks."""
+    return model_fingerprint(_model_state(chunks), chunks[0].real_vocab_size)
+
+
+def save_checkpoint(
+    folder: Path,
+    chunks: Sequence[PreferenceGPT],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    companions: Path,
+    manifest: CheckpointManifest,
+) -> CheckpointManifest:
+    """Write weights and optimizer state so that the folder appears whole or not at all. Collective.
+
+    Args:
+        companions: Checkpoint folder whose hf/ files describe this model.
+        manifest: What is known of the checkpoint; the fingerprint is filled in here.
+    """
+    manifest = replace(manifest, weights=fingerprint(chunks))
+    work = folder.with_name(folder.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / WEIGHTS).mkdir(parents=True)
+    dist.barrier()
+    model_state = _model_state(chunks)
+    state = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(_for_optimizer(model_state), metadata=_metadata()),
+        "scheduler": scheduler.state_dict(),
+        "iteration": manifest.iteration,
+    }
+    dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
+    if dist.get_rank() == 0:
+        copy_companions(companions / HF, work / HF)
+        write_manifest(work, manifest)
+        work.rename(folder)
+    dist.barrier()
+    return manifest
+
+
+def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer: Any, scheduler: Any) -> None:
+    """Load weights, optimizer and schedule of a checkpoint a run saved. Collective."""
+    model_state = _model_state(chunks)
+    optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
+    loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
+    _put(chunks, loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    whole = [path.parent for path in output.glob("checkpoints/iter-*/manifest.json") if path.parent.suffix != ".tmp"]
+    return max(whole, key=lambda folder: folder.name, default=None)
+
+
+def _model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
+    """The model's tensors. Layers' extra state is left out: it is empty without FP8, and differs with the layer
+    implementation, which a checkpoint does not."""
+    return {
+        str(place): {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=_metadata()).items()
+            if not name.endswith("_extra_state")
+        }
+        for place, chunk in enumerate(chunks)
+    }
+
+
+def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        raise UserError(f"{folder}: the checkpoint cannot be read ({_reason(error)}).") from None
+    return loaded
+
+
+def _put(chunks: Sequence[PreferenceGPT], loaded: dict[str, Any]) -> None:
+    for place, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[str(place)], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        assert not missing and not unexpected, (missing, unexpected)
+
+
+def _for_optimizer(model_state: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's optimizer takes one flat dict, or `model0`, `model1`, … for several chunks."""
+    if len(model_state) == 1:
+        only: dict[str, Any] = model_state["0"]
+        return only
+    return {f"model{place}": state for place, state in model_state.items()}
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        **CONTENT_METADATA,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

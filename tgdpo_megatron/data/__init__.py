@@ -1,0 +1,1 @@
+"""Preference pairs: read and checked, tokenised once, batched flat."""

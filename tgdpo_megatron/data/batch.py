@@ -1,0 +1,117 @@
+"""The flat batch: sequences one after another, with explicit boundaries and labelled rows.
+
+Legend: T tokens of a micro-batch (with alignment padding), R labelled response tokens, P pairs,
+n segments. A segment is one sequence; attention never crosses its boundary and positions restart in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
+from tgdpo_megatron.scores.store import TokenScores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data-parallel rank.
+
+    Attributes:
+        tokens: Input ids. [T] int64.
+        positions: Position of each token in its segment. [T] int64.
+        segment_lengths: Lengths of the n segments, summing to T. On the host: attention needs no sync.
+        cu_seqlens: Segment boundaries. [n+1] int32.
+        rows: The token whose hidden state predicts each label: labels are shifted here, once. [R] int64.
+        labels: The token predicted. [R] int64.
+        pairs: Pair and side of each labelled token.
+        reference, guidance: Cached log-probs of the labelled tokens, nats, or None. [R] fp32.
+        samples: Index of each pair in the data set, to name it in errors.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segment_lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    rows: Tensor
+    labels: Tensor
+    pairs: Pairs
+    reference: Tensor | None
+    guidance: Tensor | None
+    samples: tuple[int, ...]
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.segment_lengths)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        pairs = replace(self.pairs, pair=self.pairs.pair.to(device), side=self.pairs.side.to(device))
+        return replace(self, **moved, pairs=pairs)
+
+
+def make_batch(
+    data: PreparedPairs,
+    samples: Sequence[int],
+    *,
+    sides: tuple[int, ...] = (CHOSEN, REJECTED),
+    scores: TokenScores | None = None,
+    align: int = 1,
+) -> Batch:
+    """Lay the sequences of some pairs one after another.
+
+    The last token of a sequence predicts nothing and is left out.
+
+    Args:
+        data: Tokenised pairs.
+        samples: Indices of the pairs. May be empty: the batch then holds padding alone.
+        sides: Which responses to include; SFT needs only CHOSEN.
+        scores: Cached token scores to join, by sample hash.
+        align: T is padded to a multiple of this with a segment of its own.
+    """
+    tokens, lengths, rows, labels, pair, side = [], [], [], [], [], []
+    offset = 0
+    for order, sample in enumerate(samples):
+        prompt = int(data.prompt_lengths[sample])
+        for which in sides:
+            sequence = data.sequence(sample, which)
+            response = len(sequence) - prompt
+            tokens.append(sequence[:-1])
+            labels.append(sequence[prompt:])
+            rows.append(np.arange(offset + prompt - 1, offset + len(sequence) - 1))
+            pair.append(np.full(response, order))
+            side.append(np.full(response, which))
+            lengths.append(len(sequence) - 1)
+            offset += len(sequence) - 1
+    if padding := -offset % align if offset else align:
+        tokens.append(np.zeros(padding, dtype=np.int32))
+        lengths.append(padding)
+    joined = scores.join(data, samples, sides) if scores is not None else {}
+    return Batch(
+        tokens=_tensor(tokens),
+        positions=_tensor([np.arange(length) for length in lengths]),
+        segment_lengths=tuple(lengths),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        rows=_tensor(rows),
+        labels=_tensor(labels),
+        pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
+        reference=joined.get("reference"),
+        guidance=joined.get("guidance"),
+        samples=tuple(int(sample) for sample in samples),
+    )
+
+
+def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))

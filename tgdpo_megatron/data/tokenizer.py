@@ -1,0 +1,86 @@
+"""The tokenizer of a checkpoint: loading it, its identity, and how a pair becomes token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a fast tokenizer from a local folder; never from a hub, never with remote code.
+
+    Raises:
+        UserError: No tokenizer there, or one without a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; save the tokenizer beside the model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template; add one to tokenizer_config.json.")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary, merges, normalisation and special tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # state of the last call, not identity
+    identity = {"backend": backend, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """SHA-256 of the chat template."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
+    """Render one user turn with the assistant header. Return its text and ids, with exactly one BOS if the
+    tokenizer uses one."""
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return text, ids
+    body = ids
+    while body and body[0] == bos:
+        body = body[1:]
+    in_template = len(body) < len(ids)
+    added_by_tokenizer = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
+    return text, [bos, *body] if in_template or added_by_tokenizer else body
+
+
+def encode_response(tokenizer: Any, prompt: str, prompt_text: str, response: str) -> list[int]:
+    """Ids of the assistant's turn, from its first token to the token that closes it.
+
+    Tokenised apart from the prompt, so that no token spans the boundary. What a template writes after the
+    end-of-turn token (often a newline) is left out: generation stops before it.
+
+    Raises:
+        UserError: The template renders the conversation's start differently once there is an answer.
+    """
+    conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    text: str = tokenizer.apply_chat_template(conversation, tokenize=False)
+    if not text.startswith(prompt_text):
+        raise UserError(
+            "the chat template does not render the prompt the same way with and without an answer; "
+            "give the tokenizer a template that does."
+        )
+    ids: list[int] = tokenizer(text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    last_special = max((place for place, token in enumerate(ids) if token in special), default=-1)
+    if last_special >= 0 and not tokenizer.decode(ids[last_special + 1 :]).strip():
+        return ids[: last_special + 1]
+    if tokenizer.eos_token_id is None:
+        raise UserError("the chat template closes no turn and the tokenizer has no end-of-sequence token.")
+    return [*ids, tokenizer.eos_token_id]

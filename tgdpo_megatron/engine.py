@@ -1,0 +1,134 @@
+"""Build what a step needs: this rank's part of the policy, the frozen models that ride with it, the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from tgdpo_megatron.checkpoint.state import load_weights
+from tgdpo_megatron.config import Config
+from tgdpo_megatron.model.build import build_model, transformer_config
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.gpt import PreferenceGPT
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One rank's policy and what moves it.
+
+    Attributes:
+        chunks: The policy's pipeline chunks, without wrapping. Frozen models ride inside.
+        policy: The same chunks under Megatron's data parallelism.
+        schedule: Megatron's pipeline schedule over them; takes forward_step_func, data_iterator,
+            num_microbatches and forward_only.
+    """
+
+    chunks: list[PreferenceGPT]
+    policy: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    schedule: Callable[..., list[Any]]
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        for model in self.policy:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def update(self, clip_grad: float) -> tuple[float, float]:
+        """Clip and step, unless the gradient is not finite.
+
+        Returns:
+            The gradient's norm over all ranks, before clipping, and the learning rate of this step.
+        """
+        self.scheduler.step(increment=1)  # before the update: no step is spent at learning rate 0
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
+            self.optimizer.step_with_ready_grads()
+        return norm, learning_rate
+
+
+def build_engine(config: Config, description: ModelDescription, *, start: Path | None, frozen: list[Path]) -> Engine:
+    """Build and load everything on this rank. Collective.
+
+    Args:
+        start: Checkpoint of the policy's weights; None where they will be loaded with the training state.
+        frozen: Checkpoints that ride with the policy: none (cached scores), the reference, or the reference
+            and the guidance.
+    """
+    megatron = transformer_config(
+        description, config.parallel, precision=config.train.precision, recompute=config.train.recompute
+    )
+    chunks = build_model(description, megatron)
+    if start is not None:
+        load_weights(chunks, start)
+    carried = [build_model(description, megatron) for _ in frozen]
+    for model, folder in zip(carried, frozen, strict=True):
+        load_weights(model, folder)
+    for place, chunk in enumerate(chunks):
+        chunk.carry([model[place] for model in carried])
+
+    data_parallel = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
+    )
+    policy = [DistributedDataParallel(megatron, data_parallel, chunk) for chunk in chunks]
+    for model in policy:
+        model.broadcast_params()
+    optimizer = get_megatron_optimizer(_optimizer_config(config), policy)
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    # Lengths differ between micro-batches, so the schedule's fixed shape is not used.
+    schedule = partial(get_forward_backward_func(), model=policy, seq_length=1, micro_batch_size=1)
+    return Engine(chunks, policy, optimizer, _scheduler(config, optimizer), schedule)
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    settings = config.optimizer
+    bf16 = config.train.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
+def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine, counted in optimizer steps."""
+    settings, iterations = config.optimizer, config.train.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=iterations + 1,  # the last step still moves
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=iterations,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

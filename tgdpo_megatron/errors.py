@@ -1,0 +1,63 @@
+"""What a user can get wrong is one exception type: a sentence, and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+USER_ERROR, RANK_DIED = 2, 3
+"""Exit codes."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend.
+
+    The message is one sentence: what is wrong, where (file and line, or key), and what to do.
+    Programs print it without a traceback and exit with code 2.
+    """
+
+
+class NonFiniteError(UserError):
+    """Training met a number that is not finite; nothing after the last good checkpoint was kept."""
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Turn a user's mistake inside the block into one sentence on stderr and exit code 2, without a traceback.
+
+    A lost peer ends this rank as well, quietly: the launcher names the rank that died.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        message, code = str(error), USER_ERROR
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        message, code = "another rank ended; this one stops too.", RANK_DIED
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        _leave_message(message)
+    else:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # the first rank speaks for all, and its launcher then ends this one
+        print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)  # sys.exit would wait for collectives with ranks that are gone
+    sys.exit(code)
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    text = str(error)
+    return any(sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL error"))
+
+
+def _leave_message(message: str) -> None:
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)

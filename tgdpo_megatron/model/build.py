@@ -1,0 +1,133 @@
+"""Build this rank's part of a model from its description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+
+from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.model.local_layers import local_block_spec
+from tgdpo_megatron.platform.checks import refuse_silent_traps
+
+# Padding the vocabulary to this multiple keeps matrix shapes aligned; a power of two of at least the
+# tensor-parallel size divides evenly.
+VOCAB_MULTIPLE = 128
+
+try:
+    import transformer_engine.pytorch  # noqa: F401
+
+    HAVE_TRANSFORMER_ENGINE = True
+except Exception:  # an installed but unloadable Transformer Engine (no GPU, no CUDA libraries) counts as absent
+    HAVE_TRANSFORMER_ENGINE = False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic of a model."""
+
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
+
+
+def transformer_config(
+    description: ModelDescription, parallel: ParallelConfig, *, precision: str, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's configuration of this model at this layout.
+
+    Raises:
+        UserError: A setting known to give wrong numbers without an error.
+    """
+    dtype = Precision(precision).dtype
+    cuda = torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = TransformerConfig(
+        num_layers=description.num_layers,
+        hidden_size=description.hidden_size,
+        ffn_hidden_size=description.ffn_hidden_size,
+        num_attention_heads=description.num_attention_heads,
+        num_query_groups=description.num_query_groups,
+        kv_channels=description.kv_channels,
+        layernorm_epsilon=description.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not cuda,
+        perform_initialization=True,
+        # Micro-batches differ in length: stages tell each other how much is coming. Megatron accepts that
+        # only with this dispatcher, even for a dense model.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        deallocate_pipeline_outputs=cuda,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # We return the sum over pairs and their number; Megatron divides once, by the number over all ranks.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,
+        persist_layer_norm=HAVE_TRANSFORMER_ENGINE,
+        attention_softmax_in_fp32=True,
+        **(full_recompute if recompute == "full" else {}),
+    )
+    refuse_silent_traps(config)
+    return config
+
+
+def build_model(description: ModelDescription, config: TransformerConfig) -> list[PreferenceGPT]:
+    """This rank's chunks of a model, with untrained weights: one, or one per virtual pipeline stage."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(description, config, stage) for stage in (range(virtual) if virtual else [None])]
+
+
+def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_stage: int | None) -> PreferenceGPT:
+    position = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    multiple = VOCAB_MULTIPLE * config.tensor_model_parallel_size
+    model = PreferenceGPT(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, vp_stage),
+        vocab_size=-(-description.vocab_size // multiple) * multiple,
+        max_sequence_length=description.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**position),
+        post_process=parallel_state.is_pipeline_last_stage(**position),
+        share_embeddings_and_output_weights=description.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=description.rotary_base,
+        rope_scaling=description.rope_scaling_factor is not None,
+        rope_scaling_factor=description.rope_scaling_factor or 8.0,
+        vp_stage=vp_stage,
+    )
+    model.real_vocab_size = description.vocab_size
+    model.uses_transformer_engine = HAVE_TRANSFORMER_ENGINE
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    return model
+
+
+def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+    if not HAVE_TRANSFORMER_ENGINE:
+        return local_block_spec(config, vp_stage)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec()

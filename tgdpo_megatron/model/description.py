@@ -1,0 +1,119 @@
+"""A model's shape, read from a HuggingFace config.json without loading anything else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is needed to build a Llama model in Megatron. Sizes in elements."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    tie_word_embeddings: bool
+    rotary_base: float
+    rope_scaling_factor: float | None
+    """Llama-3.1 frequency scaling; None for plain RoPE."""
+
+    def same_width(self, other: ModelDescription) -> bool:
+        """Whether hidden states of both models can ride stacked through one pipeline."""
+        return (self.num_layers, self.hidden_size) == (other.num_layers, other.hidden_size)
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """Read config.json of a HuggingFace model folder.
+
+    Raises:
+        UserError: No config there, or an architecture or option this project does not build.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder.")
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    if config.get("model_type") != "llama":
+        raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: LlamaForCausalLM.")
+    for name, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+        if config.get(name, supported) != supported:
+            raise UserError(f"{path}: {name}={config[name]!r} is not supported; only {supported!r} is.")
+    try:
+        return _llama(config, path)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing.") from None
+
+
+def _llama(config: dict[str, Any], path: Path) -> ModelDescription:
+    heads = config["num_attention_heads"]
+    base, factor = _rope(config, path)
+    return ModelDescription(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        layernorm_epsilon=config["rms_norm_eps"],
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        rotary_base=base,
+        rope_scaling_factor=factor,
+    )
+
+
+def _rope(config: dict[str, Any], path: Path) -> tuple[float, float | None]:
+    """RoPE base and Llama-3.1 factor, from the old keys (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return base, None
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind != "llama3" or any(rope.get(name) != value for name, value in fixed.items()):
+        raise UserError(f"{path}: RoPE scaling {rope} is not supported; only Llama-3.1's (llama3, 1, 4, 8192) is.")
+    return base, float(rope["factor"])
+
+
+def check_fits(description: ModelDescription, parallel: ParallelConfig) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for what, number in {
+        "attention heads": description.num_attention_heads,
+        "key-value heads": description.num_query_groups,
+        "feed-forward channels": description.ffn_hidden_size,
+    }.items():
+        if number % tensor:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tensor} does not divide the model's {number} {what}; "
+                "choose a divisor."
+            )
+    stages = pipeline * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if description.num_layers % stages:
+        raise UserError(
+            f"{stages} pipeline stages (pipeline {pipeline} × virtual "
+            f"{parallel.virtual_pipeline_model_parallel_size or 1}) do not divide the model's "
+            f"{description.num_layers} layers; choose a divisor."
+        )

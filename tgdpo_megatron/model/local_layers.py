@@ -1,0 +1,87 @@
+"""Megatron layers for machines without Transformer Engine: our norm and core attention, through ModuleSpec."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that works under sequence parallelism.
+
+    There each tensor-parallel rank sees only its tokens, so the weight's gradient must be summed over
+    ranks; the mark tells Megatron to do so.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
+
+
+class Segments(PackedSeqParams):  # type: ignore[misc]
+    """Segment lengths on the host, where attention can read them without a device synchronisation."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        super().__init__(qkv_format="sbhd")
+        self.lengths = lengths
+
+
+class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention within each segment, by torch's scaled_dot_product_attention; grouped queries."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> Tensor:
+        """[T, 1, heads, channels] each (fewer heads in key and value) -> [T, 1, heads · channels]."""
+        assert packed_seq_params is not None and attention_mask is None and attention_bias is None
+        tokens, batch = query.shape[:2]
+        heads_first = (x.squeeze(1).transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, T, d]
+        segments = zip(*(x.split(packed_seq_params.lengths, dim=2) for x in heads_first), strict=True)
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            for q, k, v in segments
+        ]
+        return torch.cat(attended, dim=2).permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        return {}
+
+
+def local_block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local layer spec with this module's norm and core attention in it."""
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

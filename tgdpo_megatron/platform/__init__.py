@@ -1,0 +1,1 @@
+"""Running megatron-core where we run it: version checks, CPU under gloo, processes."""

@@ -1,0 +1,158 @@
+"""Score pairs with frozen models: token log-probs written once, read by every run over the same data.
+
+A forward-only pipeline at any layout. The reference and the guidance model run together, in one reading of
+the data, through the same schedule and head as in training.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from tqdm import tqdm
+
+from tgdpo_megatron import inputs
+from tgdpo_megatron.checkpoint.state import load_weights
+from tgdpo_megatron.config import Config, check_fit
+from tgdpo_megatron.data.batch import Batch, make_batch
+from tgdpo_megatron.data.order import micro_batches
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.build import build_model, transformer_config
+from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
+from tgdpo_megatron.scores.store import Manifest, write_manifest, write_shard
+
+_MICRO_BATCHES_AT_ONCE = 64
+"""Between progress updates: long enough to fill the pipeline, short enough to see it move."""
+
+
+def score(config: Config, ranks: Ranks) -> None:
+    """Write the scores of data.train (and data.validation) to scores.path, on every rank.
+
+    The reference is model.reference, or model.checkpoint; model.guidance is scored too where given.
+
+    Raises:
+        UserError: An input that cannot be used, or a log-prob that is not finite.
+    """
+    data_parallel_size = check_fit(config, world_size=ranks.world_size)
+    models = inputs.check_models(config)
+    inputs.check_stackable(config)
+    folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
+    on_first_rank(ranks, partial(_claim_folder, folder))
+    data, validation = inputs.load_data(config, ranks, folder / "data")
+
+    initialize_model_parallel(config.parallel, config.train.seed)
+    megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)
+    names, found, loaded = [], {}, []
+    for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
+        if checkpoint is not None:
+            names.append(name)
+            loaded.append(build_model(models.description, megatron))
+            found[name] = load_weights(loaded[-1], checkpoint)
+    for place, chunk in enumerate(loaded[0]):
+        chunk.requires_grad_(False).eval()
+        chunk.carry([model[place] for model in loaded[1:]])
+
+    for part, pairs in (("train", data), ("validation", validation)):
+        if pairs is None:
+            continue
+        work = folder / f"{part}.tmp"
+        if ranks.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        dist.barrier()
+        _score_pairs(config, ranks, loaded[0], pairs, names, work, data_parallel_size)
+        dist.barrier()
+        if ranks.is_first:
+            manifest = Manifest(
+                reference=found["reference"],
+                guidance=found.get("guidance"),
+                tokenizer=pairs.summary.tokenizer,
+                template=pairs.summary.template,
+                max_length=pairs.summary.max_length,
+                pairs_hash=pairs.summary.pairs_hash,
+                precision=config.train.precision,
+            )
+            write_manifest(work, manifest)
+            work.rename(folder / part)
+            print(f"scores of {len(pairs)} pairs ({', '.join(names)}): {folder / part}", flush=True)
+    dist.barrier()
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    """Run one micro-batch through this stage; the last stage keeps the log-probs, [k, R]."""
+    return model(next(batches)), lambda logps, non_loss_data: logps
+
+
+def _score_pairs(
+    config: Config,
+    ranks: Ranks,
+    chunks: list[Any],
+    data: PreparedPairs,
+    names: list[str],
+    folder: Path,
+    data_parallel_size: int,
+) -> None:
+    """Score this data-parallel rank's share and write it as one shard."""
+    parallel = config.parallel
+    rank = parallel_state.get_data_parallel_rank()
+    shares = micro_batches(
+        np.arange(len(data)),
+        micro_batch_size=config.train.micro_batch_size,
+        rank=rank,
+        ranks=data_parallel_size,
+        multiple_of=parallel.pipeline_model_parallel_size if len(chunks) > 1 else 1,
+    )
+    align = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
+    progress = tqdm(total=len(data), desc="scoring", unit="pair", disable=not ranks.is_first)
+    kept: list[Tensor] = []
+    for first in range(0, len(shares), _MICRO_BATCHES_AT_ONCE):
+        group = shares[first : first + _MICRO_BATCHES_AT_ONCE]
+        made = [make_batch(data, [int(pair) for pair in share], align=align).to(ranks.device) for share in group]
+        with torch.no_grad():
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(made) for _ in chunks],
+                model=chunks,
+                num_microbatches=len(made),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        kept += [logps.cpu() for logps in outputs] if writes else []
+        progress.update(min(data_parallel_size * sum(map(len, group)), len(data) - progress.n))
+    progress.close()
+    _check_finite(kept, shares, data)
+    if writes:
+        mine = [int(pair) for share in shares for pair in share]
+        lengths = [data.response_length(pair, 0) + data.response_length(pair, 1) for pair in mine]
+        together = torch.cat(kept, dim=1).numpy() if kept else np.zeros((len(names), 0), np.float32)
+        values = {name: np.ascontiguousarray(row) for name, row in zip(names, together, strict=True)}
+        write_shard(folder, rank, data.hashes[mine], np.asarray(lengths, dtype=np.int64), values)
+
+
+def _check_finite(kept: list[Tensor], shares: list[np.ndarray], data: PreparedPairs) -> None:
+    """Refuse log-probs that are not finite, on every rank. Collective."""
+    bad = next((share for share, logps in zip(shares, kept, strict=False) if not torch.isfinite(logps).all()), None)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, data.name(int(bad[0])) if bad is not None else None)
+    if found := next((name for name in gathered if name), None):
+        raise UserError(f"scores near {found} are not finite; check the frozen checkpoints.")
+
+
+def _claim_folder(folder: Path) -> None:
+    if any((folder / part).exists() for part in ("train", "validation")):
+        raise UserError(f"{folder}: holds token scores already; choose another scores.path.")
+    inputs.check_writable(folder)

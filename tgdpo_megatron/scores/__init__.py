@@ -1,0 +1,1 @@
+"""Token scores on disk: log-probs of frozen models, one number per response token."""

@@ -1,0 +1,288 @@
+"""Train a policy on preference pairs: one program, from top to bottom.
+
+check every input → build this rank's part of the models → for each step: the Megatron schedule runs all
+micro-batches, :func:`preference_loss` turns token log-probs into a sum over pairs, Megatron divides the
+gradients once by the global number of pairs, AdamW moves the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from megatron.core import parallel_state
+from torch import Tensor
+from tqdm import tqdm
+
+from tgdpo_megatron import inputs
+from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.state import load_training_state, newest_checkpoint, save_checkpoint
+from tgdpo_megatron.config import Config, check_fit
+from tgdpo_megatron.data.batch import Batch, make_batch
+from tgdpo_megatron.data.order import global_batch, micro_batches
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.engine import Engine, build_engine
+from tgdpo_megatron.errors import NonFiniteError, UserError
+from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula
+from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
+from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
+from tgdpo_megatron.scores.store import Manifest, TokenScores, check_belongs, load_scores
+from tgdpo_megatron.scores.store import read_manifest as read_scores_manifest
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """Run one training job, on every rank.
+
+    Raises:
+        UserError: An input that cannot be used; nothing has been written then.
+        NonFiniteError: A loss or gradient that is not finite; the last good checkpoint is kept.
+    """
+    # Everything that can be wrong with the inputs is found here, before a model is built.
+    data_parallel_size = check_fit(config, world_size=ranks.world_size)
+    checkpoint = inputs.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
+    models = inputs.check_models(config)
+    frozen = inputs.carried_checkpoints(config)
+    output = inputs.required(config.train.output, "train.output", "a folder for this run")
+    start = on_first_rank(ranks, partial(_check_output, output, config))
+    data, validation = inputs.load_data(config, ranks, output / "data")
+    scores, validation_scores = _cached_scores(config, models, data, validation)
+    _check_continues(start, models, data)
+    if ranks.is_first:
+        _record(output, config, start)
+
+    initialize_model_parallel(config.parallel, config.train.seed)
+    engine = build_engine(config, models.description, start=None if start else checkpoint, frozen=frozen)
+    first = 0
+    if start is not None:
+        load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
+        first = read_manifest(start).iteration or 0
+
+    # What each micro-batch goes through, and which rank counts it.
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    counts_here = last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+    step = partial(forward_step, config=config, formula=formula(config.loss))
+    total = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
+    batches = partial(
+        _batches, config=config, data_parallel_size=data_parallel_size, chunks=len(engine.chunks), device=ranks.device
+    )
+    evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
+    identity = CheckpointManifest(
+        weights="",
+        dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+        tokenizer=models.policy.tokenizer,
+        template=models.policy.template,
+        reference=models.reference.weights if config.loss.needs_reference else None,
+        pairs_hash=data.summary.pairs_hash,
+    )
+    logger = Logger(output, active=ranks.is_first)
+    progress = tqdm(
+        range(first, config.train.train_iters),
+        initial=first,
+        total=config.train.train_iters,
+        desc=config.loss.type,
+        disable=not ranks.is_first,
+        unit="step",
+        mininterval=1,
+    )
+
+    for iteration in progress:
+        started = time.monotonic()
+        picked = global_batch(
+            iteration,
+            num_pairs=len(data),
+            global_batch_size=config.train.global_batch_size,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+        )
+        mine, iterators = batches(data, picked, scores)
+        engine.zero_grad()
+        sums = engine.schedule(
+            forward_step_func=step, data_iterator=iterators, num_microbatches=len(mine), forward_only=False
+        )
+        totals = total(sums)
+        where = f"step {iteration + 1} ({_name_samples(data, picked)})"
+        if totals["not_finite"] or not math.isfinite(totals["loss"]):
+            raise NonFiniteError(f"the loss of {where} is not finite; {_what_is_kept(output)}.")
+        grad_norm, learning_rate = engine.update(config.optimizer.clip_grad)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the gradient of {where} is not finite; {_what_is_kept(output)}.")
+
+        metrics = averages(totals) | {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": totals["tokens"],
+            "perf/seconds_per_step": time.monotonic() - started,
+        }
+        done = iteration + 1
+        if config.train.eval_interval and done % config.train.eval_interval == 0 or done == config.train.train_iters:
+            metrics |= evaluate()
+        if done % config.train.log_interval == 0 or done == config.train.train_iters:
+            logger.log(done, metrics)
+            progress.set_postfix_str(_headline(metrics), refresh=False)
+        if config.train.save_interval and done % config.train.save_interval == 0 or done == config.train.train_iters:
+            folder = output / "checkpoints" / f"iter-{done:07d}"
+            save_checkpoint(
+                folder,
+                engine.chunks,
+                engine.optimizer,
+                engine.scheduler,
+                companions=checkpoint,
+                manifest=replace(identity, iteration=done),
+            )
+    logger.close()
+    if ranks.is_first:
+        print(f"done: {newest_checkpoint(output)}", flush=True)
+
+
+def forward_step(batches: Iterator[Batch], model: Any, *, config: Config, formula: Formula) -> tuple[Tensor, Any]:
+    """Run one micro-batch through this stage; return its output and how the last stage turns it into a loss."""
+    batch = next(batches)
+    return model(batch), partial(preference_loss, batch=batch, config=config, formula=formula)
+
+
+def preference_loss(
+    logps: Tensor, *, batch: Batch, config: Config, formula: Formula
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over pairs, number of pairs, sums to report: Megatron divides once, by the pairs of all ranks.
+
+    Args:
+        logps: Token log-probs, nats: the policy's, then those of carried models. [k, R] fp32; row 0 carries
+            gradient.
+    """
+    policy, *frozen = logps
+    frozen = frozen or [cached for cached in (batch.reference, batch.guidance) if cached is not None]
+    losses, margins = formula(policy, batch.pairs, *frozen)
+    sums = micro_batch_sums(config.loss, batch.pairs, policy.detach(), frozen, losses.detach(), margins.detach())
+    pairs = torch.tensor(batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
+    return losses.sum(), pairs, sums
+
+
+def _batches(
+    data: PreparedPairs,
+    picked: np.ndarray,
+    scores: TokenScores | None,
+    *,
+    config: Config,
+    data_parallel_size: int,
+    chunks: int,
+    device: torch.device,
+) -> tuple[list[Batch], list[Iterator[Batch]]]:
+    """This rank's micro-batches of some pairs, and one iterator over them for each model chunk."""
+    parallel = config.parallel
+    shares = micro_batches(
+        picked,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=data_parallel_size,
+        multiple_of=parallel.pipeline_model_parallel_size if chunks > 1 else 1,
+    )
+    sides = (CHOSEN, REJECTED) if config.loss.needs_reference else (CHOSEN,)
+    align = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    made = [
+        make_batch(data, [int(pair) for pair in share], sides=sides, scores=scores, align=align).to(device)
+        for share in shares
+    ]
+    return made, [iter(made) for _ in range(chunks)]
+
+
+def _evaluate(
+    engine: Engine, step: Any, batches: Any, total: Any, *, data: PreparedPairs | None, scores: TokenScores | None
+) -> dict[str, float]:
+    """Metrics over all validation pairs, named eval/…; empty without validation pairs. Collective."""
+    if data is None:
+        return {}
+    mine, iterators = batches(data, np.arange(len(data)), scores)
+    with torch.no_grad():
+        sums = engine.schedule(
+            forward_step_func=step, data_iterator=iterators, num_microbatches=len(mine), forward_only=True
+        )
+    return {f"eval/{name}": value for name, value in averages(total(sums)).items()}
+
+
+def _cached_scores(
+    config: Config, models: inputs.Models, data: PreparedPairs, validation: PreparedPairs | None
+) -> tuple[TokenScores | None, TokenScores | None]:
+    """Read the cached scores this run asks for, refusing those made from something else."""
+    if config.scores.source == "live" or not config.loss.needs_reference:
+        return None, None
+    folder = inputs.required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of token scores; write it with python -m recipes.score.")
+    loaded: list[TokenScores | None] = []
+    for name, pairs in (("train", data), ("validation", validation)):
+        if pairs is None:
+            loaded.append(None)
+            continue
+        found = read_scores_manifest(folder / name)
+        expected = Manifest(
+            reference=models.reference.weights,
+            guidance=models.guidance.weights if models.guidance else found.guidance,
+            tokenizer=pairs.summary.tokenizer,
+            template=pairs.summary.template,
+            max_length=pairs.summary.max_length,
+            pairs_hash=pairs.summary.pairs_hash,
+            precision=config.train.precision,
+        )
+        check_belongs(found, expected, folder / name)
+        if config.loss.needs_guidance and found.guidance is None:
+            raise UserError(
+                f"{folder / name}: holds no guidance scores, which loss.type={config.loss.type} needs; "
+                "score again with model.guidance set."
+            )
+        loaded.append(load_scores(folder / name, pairs))
+    return loaded[0], loaded[1]
+
+
+def _check_output(output: Path, config: Config) -> Path | None:
+    """Check that the run's folder can be used, and say where to continue: a checkpoint, or None for a new run."""
+    used = output.is_dir() and any((output / name).exists() for name in ("config.yaml", "checkpoints"))
+    newest = newest_checkpoint(output)
+    if used and not config.train.resume:
+        raise UserError(
+            f"{output}: holds another run; choose another train.output, or continue it with train.resume=true."
+        )
+    if newest is not None and (read_manifest(newest).iteration or 0) >= config.train.train_iters:
+        raise UserError(f"{output}: this run is finished ({newest.name}); raise train.train_iters to go on.")
+    inputs.check_writable(output)
+    return newest
+
+
+def _record(output: Path, config: Config, start: Path | None) -> None:
+    """Print the resolved configuration and keep it with the run."""
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (output / "config.yaml").write_text(settings)
+    print(settings + (f"continuing from {start}" if start else f"starting in {output}"), flush=True)
+
+
+def _check_continues(start: Path | None, models: inputs.Models, data: PreparedPairs) -> None:
+    """Refuse to continue a run with other data or another reference."""
+    if start is None:
+        return
+    before = read_manifest(start)
+    if before.pairs_hash != data.summary.pairs_hash:
+        raise UserError(f"{start}: the run was trained on other pairs than data.train now gives; start a new run.")
+    if before.reference is not None and before.reference != models.reference.weights:
+        raise UserError(f"{start}: the run had another reference than now; start a new run.")
+
+
+def _name_samples(data: PreparedPairs, picked: Sequence[int] | np.ndarray) -> str:
+    names = ", ".join(str(data.rows[pair]) for pair in picked[:8])
+    return f"rows {names}{', …' if len(picked) > 8 else ''} of {Path(data.summary.source).name}"
+
+
+def _what_is_kept(output: Path) -> str:
+    newest = newest_checkpoint(output)
+    return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved"
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "grad_norm": "grad norm"}
+    return ", ".join(f"{words} {metrics[name]:.4g}" for name, words in shown.items() if name in metrics)

@@ -1,0 +1,97 @@
+"""Make a small random Llama with a byte-level BPE tokenizer trained on the texts of a pairs file.
+
+For demos and tests: the folder is an ordinary HuggingFace model folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.data.read import read_pairs
+from tgdpo_megatron.errors import one_sentence_errors
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+
+
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int, merge_digits: bool = True) -> Any:
+    """Train a byte-level BPE tokenizer with a chat template.
+
+    Args:
+        vocab_size: Upper bound, special tokens and the 256 bytes included.
+        merge_digits: False makes every digit a token of its own.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [] if merge_digits else [pre_tokenizers.Digits(individual_digits=True)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> None:
+    """Save a randomly initialised Llama and its tokenizer.
+
+    Args:
+        shape: LlamaConfig fields that differ from the small defaults.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **(sizes | shape),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.make_tiny_model", description=__doc__)
+    parser.add_argument("pairs", type=Path, help="pairs file whose texts train the tokenizer")
+    parser.add_argument("hf_folder", type=Path, help="folder to make")
+    parser.add_argument("--vocab-size", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parsed = parser.parse_args()
+    with one_sentence_errors():
+        texts = [text for pair in read_pairs(parsed.pairs) for text in (pair.prompt, pair.chosen, pair.rejected)]
+        make_llama(parsed.hf_folder, train_tokenizer(texts, vocab_size=parsed.vocab_size), seed=parsed.seed)
+        print(parsed.hf_folder)
+
+
+if __name__ == "__main__":
+    main()
