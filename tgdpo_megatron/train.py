@@ -71,7 +71,7 @@ def train(config: Config, ranks: Ranks) -> None:
     step = partial(forward_step, config=config, formula=formula(config.loss))
     total = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
     batches = partial(
-        _batches, config=config, data_parallel_size=data_parallel_size, chunks=len(engine.chunks), device=ranks.device
+        rank_batches, config=config, data_parallel_size=data_parallel_size, chunks=len(engine.chunks), device=ranks.device
     )
     evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
     identity = CheckpointManifest(
@@ -165,7 +165,7 @@ def preference_loss(
     return losses.sum(), pairs, sums
 
 
-def _batches(
+def rank_batches(
     data: PreparedPairs,
     picked: np.ndarray,
     scores: TokenScores | None,

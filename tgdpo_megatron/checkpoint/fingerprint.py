@@ -68,7 +68,9 @@ def model_fingerprint(sharded_state_dict: Mapping[str, Any], vocab_size: int) ->
     """
     local: dict[str, int] = {}
     broken = ""
-    for sharded in _main_shards(sharded_state_dict):
+    for sharded in sharded_tensors(sharded_state_dict):
+        if not is_main_replica(sharded.replica_id):
+            continue
         data = sharded.data
         if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
             data = data[: max(0, vocab_size - sharded.global_offset[0])]
@@ -88,8 +90,8 @@ def model_fingerprint(sharded_state_dict: Mapping[str, Any], vocab_size: int) ->
     return combine(sums)
 
 
-def _main_shards(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
-    """Shards of which this rank holds the one copy that counts."""
+def sharded_tensors(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
+    """All tensor shards in a sharded state dict, gate and up projections apart."""
     parts = dict(sharded_state_dict)
     apply_factories(parts)
     found: list[ShardedTensor] = []
@@ -97,8 +99,7 @@ def _main_shards(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
     while pending:
         value = pending.pop()
         if isinstance(value, ShardedTensor):
-            if is_main_replica(value.replica_id):
-                found.append(value)
+            found.append(value)
         elif isinstance(value, Mapping):
             pending += value.values()
         elif isinstance(value, list | tuple):

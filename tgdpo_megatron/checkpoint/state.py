@@ -36,7 +36,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> str:
         UserError: Unreadable or altered weights, or a weight that is not finite.
     """
     manifest = read_manifest(folder)
-    state = _model_state(chunks)
+    state = sharded_model_state(chunks)
     _put(chunks, _read({"model": state}, folder)["model"])
     try:
         found = fingerprint(chunks)
@@ -49,7 +49,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> str:
 
 def fingerprint(chunks: Sequence[PreferenceGPT]) -> str:
     """Fingerprint of a model in memory; the same at every layout. Collective over all ranks."""
-    return model_fingerprint(_model_state(chunks), chunks[0].real_vocab_size)
+    return model_fingerprint(sharded_model_state(chunks), chunks[0].real_vocab_size)
 
 
 def save_checkpoint(
@@ -73,7 +73,7 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         (work / WEIGHTS).mkdir(parents=True)
     dist.barrier()
-    model_state = _model_state(chunks)
+    model_state = sharded_model_state(chunks)
     state = {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(_for_optimizer(model_state), metadata=_metadata()),
@@ -91,7 +91,7 @@ def save_checkpoint(
 
 def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer: Any, scheduler: Any) -> None:
     """Load weights, optimizer and schedule of a checkpoint a run saved. Collective."""
-    model_state = _model_state(chunks)
+    model_state = sharded_model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
     loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
     _put(chunks, loaded["model"])
@@ -105,7 +105,7 @@ def newest_checkpoint(output: Path) -> Path | None:
     return max(whole, key=lambda folder: folder.name, default=None)
 
 
-def _model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
+def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
     """The model's tensors. Layers' extra state is left out: it is empty without FP8, and differs with the layer
     implementation, which a checkpoint does not."""
     return {

@@ -1,0 +1,104 @@
+"""Compares the distributed head with a float64 dense log-softmax, and with Megatron's own cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.model import head
+from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
+
+TOKENS, HIDDEN, LABELLED = 24, 32, 17
+
+
+def compare(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Largest errors of each case over all ranks; the vocabulary is split over all ranks."""
+    initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=ranks.world_size), seed=1)
+    return [_compare(ranks, **case) for case in cases]
+
+
+def _compare(ranks: Ranks, *, vocab_size: int, sequence_parallel: bool, models: int, tile: int) -> dict[str, float]:
+    from megatron.core import parallel_state
+
+    head.TILE_ELEMENTS["cpu"] = tile
+    group = parallel_state.get_tensor_model_parallel_group()
+    generator = torch.Generator().manual_seed(vocab_size)
+    columns = 128  # of each rank, padding included
+    hidden = [torch.randn(TOKENS, 1, HIDDEN, generator=generator) for _ in range(models)]
+    weights = [0.3 * torch.randn(columns * ranks.world_size, HIDDEN, generator=generator) for _ in range(models)]
+    rows = torch.randperm(TOKENS, generator=generator)[:LABELLED]
+    labels = torch.randint(0, vocab_size, (LABELLED,), generator=generator)
+    upstream = torch.randn(LABELLED, generator=generator)
+
+    mine = slice(columns * ranks.rank, columns * (ranks.rank + 1))
+    share = slice(TOKENS // ranks.world_size * ranks.rank, TOKENS // ranks.world_size * (ranks.rank + 1))
+    local_hidden = [(states[share] if sequence_parallel else states).clone().requires_grad_() for states in hidden]
+    local_weights = [weight[mine].clone().requires_grad_() for weight in weights]
+    calls = _count_all_reduces()
+    logps = head.labelled_logprobs(
+        list(zip(local_hidden, local_weights, strict=True)),
+        rows,
+        labels,
+        vocab_size=vocab_size,
+        sequence_parallel=sequence_parallel,
+        group=group,
+    )
+    reduces = calls()
+    (logps[0] * upstream).sum().backward()
+
+    exact_hidden = [states.double().requires_grad_() for states in hidden]
+    exact_weights = [weight.double().requires_grad_() for weight in weights]
+    exact = torch.stack(
+        [
+            torch.log_softmax(states[rows, 0] @ weight[:vocab_size].t(), dim=-1).gather(1, labels[:, None])[:, 0]
+            for states, weight in zip(exact_hidden, exact_weights, strict=True)
+        ]
+    )
+    (exact[0] * upstream).sum().backward()
+    hidden_grad, weight_grad = exact_hidden[0].grad, exact_weights[0].grad
+    assert hidden_grad is not None and weight_grad is not None
+    errors = {
+        "logps": _error(logps, exact),
+        "hidden gradient": _error(local_hidden[0].grad, hidden_grad[share] if sequence_parallel else hidden_grad),
+        "weight gradient": _error(local_weights[0].grad, weight_grad[mine]),
+        "frozen gradients": float(any(x.grad is not None for x in local_hidden[1:] + local_weights[1:])),
+        "against Megatron": _against_megatron(hidden[0], weights[0], rows, labels, mine, vocab_size, logps[0]),
+    }
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return {**dict(zip(errors, worst.tolist(), strict=True)), "all-reduces": reduces}
+
+
+def _error(found: Any, wanted: torch.Tensor) -> float:
+    return float((found.detach() - wanted.detach()).abs().max())
+
+
+def _against_megatron(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: Any, labels: Any, mine: slice, vocab_size: int, logps: Any
+) -> float:
+    """Largest difference to minus Megatron's unfused cross-entropy, given −inf in the padded columns."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits = hidden[rows, 0] @ weight.t()
+    logits[:, vocab_size:] = float("-inf")
+    return _error(logps, -vocab_parallel_cross_entropy(logits[:, mine].contiguous(), labels))
+
+
+def _count_all_reduces() -> Any:
+    """Count torch.distributed all-reduces from here until the returned function is called."""
+    real, seen = dist.all_reduce, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("op"))
+        return real(*args, **kwargs)
+
+    dist.all_reduce = counting
+
+    def stop() -> float:
+        dist.all_reduce = real
+        return float(len(seen))
+
+    return stop

@@ -1,0 +1,48 @@
+"""Run a function on several ranks and collect what the first rank returns.
+
+    run_ranks("tests.distributed.head", "compare", 2)
+
+Each rank is a fresh Python process joined by the product's own launcher code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(module: str, function: str, world_size: int, **arguments: Any) -> Any:
+    """Call module.function(ranks, **arguments) on every rank; return the first rank's result (JSON types)."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        request = json.dumps([module, function, world_size, arguments, str(output)])
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.distributed.program", request],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return json.loads(output.read_text())
+
+
+def _main() -> None:
+    module, function, world_size, arguments, output = json.loads(sys.argv[1])
+    from tgdpo_megatron.platform.processes import job
+
+    with job("tests.distributed.program", processes=world_size, timeout_minutes=2) as ranks:
+        result = getattr(importlib.import_module(module), function)(ranks, **arguments)
+        if ranks.is_first:
+            Path(output).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _main()

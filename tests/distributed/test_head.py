@@ -1,0 +1,40 @@
+"""The distributed head against float64 and against Megatron, on 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.program import run_ranks
+
+CASES = [
+    {"vocab_size": 100, "sequence_parallel": False, "models": 1, "tile": 1 << 22},  # later ranks hold padding alone
+    {"vocab_size": 100, "sequence_parallel": False, "models": 3, "tile": 1},  # tiles of 128 columns
+    {"vocab_size": 128, "sequence_parallel": True, "models": 3, "tile": 1 << 22},  # no padding on the first rank
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda size: f"TP{size}")
+def errors(request: Any) -> list[dict[str, float]]:
+    size = request.param
+    # The vocabulary grows with the ranks, but for the first case.
+    cases = [CASES[0], *({**case, "vocab_size": case["vocab_size"] + 128 * (size - 1)} for case in CASES[1:])]
+    cases = [case if size > 1 else {**case, "sequence_parallel": False} for case in cases]
+    found: list[dict[str, float]] = run_ranks("tests.distributed.head", "compare", size, cases=cases)
+    for case in found:
+        case["size"] = size
+    return found
+
+
+@pytest.mark.parametrize("kind", ["logps", "hidden gradient", "weight gradient", "against Megatron"])
+def test_head_is_exact_under_arbitrary_upstream_gradients(errors: list[dict[str, float]], kind: str) -> None:
+    assert [case[kind] for case in errors] == pytest.approx([0.0] * len(CASES), abs=5e-6)
+
+
+def test_frozen_models_get_no_gradient(errors: list[dict[str, float]]) -> None:
+    assert all(case["frozen gradients"] == 0 for case in errors)
+
+
+def test_one_max_and_one_sum_serve_all_models(errors: list[dict[str, float]]) -> None:
+    assert all(case["all-reduces"] == (2 if case["size"] > 1 else 0) for case in errors)
