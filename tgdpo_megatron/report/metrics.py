@@ -6,6 +6,7 @@ under `tgdpo/*`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -98,16 +99,18 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Logger:
-    """Writes metrics.jsonl and TensorBoard on one rank; does nothing on the others."""
+    """Writes metrics.jsonl, and TensorBoard where it is installed, on one rank; does nothing on the others."""
 
     def __init__(self, output: Path, *, active: bool) -> None:
         self.active = active
+        self.tensorboard: Any = None
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.lines = (output / "metrics.jsonl").open("a")
-        self.tensorboard: Any = SummaryWriter(str(output / "tensorboard"))
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(output / "tensorboard"))
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of an optimizer step (1-based)."""
@@ -115,11 +118,13 @@ class Logger:
             return
         self.lines.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
         self.lines.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, iteration)
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, iteration)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close the files."""
         if self.active:
             self.lines.close()
+        if self.tensorboard is not None:
             self.tensorboard.close()

@@ -1,0 +1,40 @@
+# Every target sets up what it needs: a virtual environment of its own, from the lock.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python -W ignore
+STAMP := $(VENV)/installed
+export PYTHONWARNINGS := ignore
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test check parity bench real clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
+	$(RUN) -m tools.demo --output runs/demo --overwrite
+
+test: $(STAMP)  ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --durations=10 tests
+
+check: $(STAMP)  ## format, lint, types, unit tests: under a minute
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/unit
+
+parity: $(STAMP)  ## every layout against one process
+	$(RUN) -m tests.parity --json results/parity.json
+
+bench: $(STAMP)  ## the distributed head against Megatron's cross-entropy
+	$(RUN) -m bench.head --json results/head.json
+
+real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
+	$(RUN) -m tools.real_run $(PAIRS) --output runs/real
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
