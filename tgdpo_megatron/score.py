@@ -52,12 +52,12 @@ def score(config: Config, ranks: Ranks) -> None:
 
     initialize_model_parallel(config.parallel, config.train.seed)
     megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)
-    names, found, loaded = [], {}, []
+    names, loaded = [], []
     for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
         if checkpoint is not None:
             names.append(name)
             loaded.append(build_model(models.description, megatron))
-            found[name] = load_weights(loaded[-1], checkpoint)
+            load_weights(loaded[-1], checkpoint)
     for place, chunk in enumerate(loaded[0]):
         chunk.requires_grad_(False).eval()
         chunk.carry([model[place] for model in loaded[1:]])
@@ -74,8 +74,8 @@ def score(config: Config, ranks: Ranks) -> None:
         dist.barrier()
         if ranks.is_first:
             manifest = Manifest(
-                reference=found["reference"],
-                guidance=found.get("guidance"),
+                reference=models.reference.weights,
+                guidance=models.guidance.weights if models.guidance else None,
                 tokenizer=pairs.summary.tokenizer,
                 template=pairs.summary.template,
                 max_length=pairs.summary.max_length,

@@ -71,7 +71,11 @@ def train(config: Config, ranks: Ranks) -> None:
     step = partial(forward_step, config=config, formula=formula(config.loss))
     total = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
     batches = partial(
-        rank_batches, config=config, data_parallel_size=data_parallel_size, chunks=len(engine.chunks), device=ranks.device
+        rank_batches,
+        config=config,
+        data_parallel_size=data_parallel_size,
+        chunks=len(engine.chunks),
+        device=ranks.device,
     )
     evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
     identity = CheckpointManifest(

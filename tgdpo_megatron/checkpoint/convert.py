@@ -67,7 +67,8 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
         sums = _save_weights(tensors, weights, stored, work / WEIGHTS, source)
         copy_companions(source, work / HF)
         manifest = CheckpointManifest(
-            weights=combine(sums),
+            weights=combine(sums[torch.float32]),
+            weights_bf16=combine(sums[torch.bfloat16]),
             dtype=str(stored).removeprefix("torch."),
             tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
             template=template_hash(tokenizer) if tokenizer else None,
@@ -130,10 +131,10 @@ class _OnDemand(DefaultSavePlanner):
 
 def _save_weights(
     tensors: list[TensorMap], weights: HfWeights, dtype: torch.dtype, folder: Path, source: Path
-) -> dict[str, int]:
-    """Write all tensors and return their fingerprint sums."""
+) -> dict[torch.dtype, dict[str, int]]:
+    """Write all tensors and return their fingerprint sums, as stored and rounded to bf16."""
     by_key = {tensor.key: tensor for tensor in tensors}
-    sums: dict[str, int] = {}
+    sums: dict[torch.dtype, dict[str, int]] = {torch.float32: {}, torch.bfloat16: {}}
     progress = tqdm(total=len(tensors), desc="converting", unit="tensor", disable=len(tensors) < 50)
 
     def read(key: str) -> Tensor:
@@ -141,7 +142,9 @@ def _save_weights(
         whole = tensor.join([weights.read(name) for name in tensor.names]).to(dtype).contiguous()
         if not torch.isfinite(whole).all():
             raise UserError(f"{source}: {' or '.join(tensor.names)} holds numbers that are not finite.")
-        sums[key] = tensor_sum(whole, shape=tensor.shape, offset=[0] * len(tensor.shape))
+        for rounded_to, of_tensor in sums.items():
+            start = [0] * len(tensor.shape)
+            of_tensor[key] = tensor_sum(whole, shape=tensor.shape, offset=start, rounded_to=rounded_to)
         progress.update()
         return whole
 

@@ -22,12 +22,15 @@ _BLOCK = 1 << 20  # elements hashed at once: bounds the temporaries
 _MASK = (1 << 64) - 1
 
 
-def tensor_sum(tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int]) -> int:
+def tensor_sum(
+    tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int], rounded_to: torch.dtype = torch.float32
+) -> int:
     """The contribution of one shard to its tensor's sum.
 
     Args:
         tensor: The shard, bf16 or fp32. Both give the same sum where the values are the same.
         shape: Shape of the whole tensor. offset: Where the shard begins in it.
+        rounded_to: Sum the values as they are after rounding to this dtype.
     """
     total = 0
     rows = tensor.detach().reshape(tensor.size(0), -1)  # 1-D and 2-D tensors are all there are
@@ -36,7 +39,7 @@ def tensor_sum(tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int]) -
     step = max(1, _BLOCK // max(1, rows.size(1)))
     for first in range(0, rows.size(0), step):
         block = rows[first : first + step]
-        bits = block.float().contiguous().view(torch.int32).long()
+        bits = block.to(rounded_to).float().contiguous().view(torch.int32).long()
         place = (torch.arange(block.size(0), device=tensor.device) + first + offset[0])[:, None] * width + columns
         total += int((bits * _odd_number(place)).sum())
     return total & _MASK
@@ -56,12 +59,15 @@ def combine(sums: Mapping[str, int]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def model_fingerprint(sharded_state_dict: Mapping[str, Any], vocab_size: int) -> str:
+def model_fingerprint(
+    sharded_state_dict: Mapping[str, Any], vocab_size: int, rounded_to: torch.dtype = torch.float32
+) -> str:
     """Fingerprint of a model spread over all ranks of the default process group.
 
     Args:
         sharded_state_dict: This rank's part (all chunks together).
         vocab_size: Real vocabulary size; padding rows do not count.
+        rounded_to: As in tensor_sum.
 
     Raises:
         UserError: A weight that is not finite; the tensor is named.
@@ -77,7 +83,7 @@ def model_fingerprint(sharded_state_dict: Mapping[str, Any], vocab_size: int) ->
         if not torch.isfinite(data).all():
             broken = sharded.key
         if data.numel():
-            value = tensor_sum(data, shape=sharded.global_shape, offset=sharded.global_offset)
+            value = tensor_sum(data, shape=sharded.global_shape, offset=sharded.global_offset, rounded_to=rounded_to)
             local[sharded.key] = local.get(sharded.key, 0) + value
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (local, broken))

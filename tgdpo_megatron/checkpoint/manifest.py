@@ -47,6 +47,8 @@ class CheckpointManifest:
     """Fingerprint of the run's reference weights, for a checkpoint of a run."""
     pairs_hash: str | None = None
     """Hash of the run's training pairs."""
+    weights_bf16: str = ""
+    """Fingerprint of the weights rounded to bf16: what a bf16 run loads."""
     format: int = FORMAT
 
 

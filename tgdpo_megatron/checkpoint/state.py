@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,11 +27,8 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
-def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> str:
-    """Load a checkpoint's weights into a built model, and check that they are what the manifest says.
-
-    Returns:
-        Fingerprint of the weights as loaded.
+def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
+    """Load a checkpoint's weights into a built model, and check that they are what the manifest says. Collective.
 
     Raises:
         UserError: Unreadable or altered weights, or a weight that is not finite.
@@ -42,14 +40,13 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> str:
         found = fingerprint(chunks)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    if found != manifest.weights and str(chunks[0].config.params_dtype) == f"torch.{manifest.dtype}":
+    if found != (manifest.weights_bf16 if chunks[0].config.bf16 else manifest.weights):
         raise UserError(f"{folder}: the weights are not those the manifest names; the checkpoint was altered.")
-    return found
 
 
-def fingerprint(chunks: Sequence[PreferenceGPT]) -> str:
+def fingerprint(chunks: Sequence[PreferenceGPT], rounded_to: torch.dtype = torch.float32) -> str:
     """Fingerprint of a model in memory; the same at every layout. Collective over all ranks."""
-    return model_fingerprint(sharded_model_state(chunks), chunks[0].real_vocab_size)
+    return model_fingerprint(sharded_model_state(chunks), chunks[0].real_vocab_size, rounded_to)
 
 
 def save_checkpoint(
@@ -67,7 +64,9 @@ def save_checkpoint(
         companions: Checkpoint folder whose hf/ files describe this model.
         manifest: What is known of the checkpoint; the fingerprint is filled in here.
     """
-    manifest = replace(manifest, weights=fingerprint(chunks))
+    manifest = replace(
+        manifest, weights=fingerprint(chunks), weights_bf16=fingerprint(chunks, rounded_to=torch.bfloat16)
+    )
     work = folder.with_name(folder.name + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
