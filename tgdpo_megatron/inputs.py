@@ -103,11 +103,16 @@ def check_stackable(config: Config) -> None:
             )
 
 
-def load_data(config: Config, ranks: Ranks, folder: Path) -> tuple[PreparedPairs, PreparedPairs | None]:
+def load_data(
+    config: Config, description: ModelDescription, ranks: Ranks, folder: Path
+) -> tuple[PreparedPairs, PreparedPairs | None]:
     """Tokenise training and validation pairs on the first rank; every rank then reads the result. Collective.
 
     Args:
         folder: Where the tokenised pairs are kept.
+
+    Raises:
+        UserError: What prepare_pairs refuses, or sequences longer than the model's positions.
     """
     train = required(config.data.train, "data.train", "a .json, .jsonl or .parquet file of preference pairs")
     checkpoint = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
@@ -119,6 +124,11 @@ def load_data(config: Config, ranks: Ranks, folder: Path) -> tuple[PreparedPairs
         for name, source in sources.items():
             pairs = prepare_pairs(config.data, source, tokenizer, folder / name)
             print(f"data.{name}: {pairs.summary.sentences()}", flush=True)
+            if pairs.summary.longest_sequence > description.max_position_embeddings:
+                raise UserError(
+                    f"{source}: the longest sequence has {pairs.summary.longest_sequence} tokens, the model has "
+                    f"{description.max_position_embeddings} positions; lower data.max_length."
+                )
             places[name] = source if source.is_dir() else folder / name
         return places
 

@@ -48,7 +48,7 @@ def score(config: Config, ranks: Ranks) -> None:
     inputs.check_stackable(config)
     folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
     on_first_rank(ranks, partial(_claim_folder, folder))
-    data, validation = inputs.load_data(config, ranks, folder / "data")
+    data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
 
     initialize_model_parallel(config.parallel, config.train.seed)
     megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)

@@ -52,7 +52,12 @@ def train(config: Config, ranks: Ranks) -> None:
     frozen = inputs.carried_checkpoints(config)
     output = inputs.required(config.train.output, "train.output", "a folder for this run")
     start = on_first_rank(ranks, partial(_check_output, output, config))
-    data, validation = inputs.load_data(config, ranks, output / "data")
+    data, validation = inputs.load_data(config, models.description, ranks, output / "data")
+    if config.train.global_batch_size > len(data):
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
+            f"{config.data.train}; lower it."
+        )
     scores, validation_scores = _cached_scores(config, models, data, validation)
     _check_continues(start, models, data)
     if ranks.is_first:
@@ -86,7 +91,7 @@ def train(config: Config, ranks: Ranks) -> None:
         reference=models.reference.weights if config.loss.needs_reference else None,
         pairs_hash=data.summary.pairs_hash,
     )
-    logger = Logger(output, active=ranks.is_first)
+    logger = Logger(output, active=ranks.is_first, first=first)
     progress = tqdm(
         range(first, config.train.train_iters),
         initial=first,

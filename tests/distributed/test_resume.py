@@ -15,13 +15,15 @@ from tests.distributed.program import run_ranks
 def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path) -> dict[str, Any]:
     """Four steps at DP2 with the distributed optimizer; the same stopped after two and continued at DP2, and at TP2."""
     folder = tmp_path_factory.mktemp("resume")
+    validation = folder / "validation.jsonl"
+    validation.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:5]))
 
     def job(name: str, steps: int, resume: bool = False, tensor: int = 1) -> dict[str, Any]:
         return {
             "model": {"checkpoint": str(checkpoint)},
             "parallel": {"tensor_model_parallel_size": tensor},
             "loss": {"type": "dpo"},
-            "data": {"train": str(pairs_file)},
+            "data": {"train": str(pairs_file), "validation": str(validation)},
             # A constant rate, so that stopping early does not change the schedule.
             "optimizer": {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 0},
             "train": {
@@ -63,3 +65,9 @@ def test_run_continued_at_another_layout_has_the_same_loss(runs: dict[str, Any])
     # fp32 sums in another order; two steps of Adam on top.
     found = [line["loss"] for line in runs["reshaped"]]
     assert found == pytest.approx([line["loss"] for line in runs["whole"]], abs=1e-4)
+
+
+def test_evaluation_counts_every_pair_once_on_uneven_ranks(runs: dict[str, Any]) -> None:
+    # Five pairs on two data-parallel ranks against one; a mean of rank means would differ by 1e-2 and more.
+    uneven, one = runs["continued"][-1], runs["reshaped"][-1]
+    assert uneven["eval/loss"] == pytest.approx(one["eval/loss"], abs=1e-4)

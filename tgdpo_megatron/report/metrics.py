@@ -99,14 +99,21 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Logger:
-    """Writes metrics.jsonl, and TensorBoard where it is installed, on one rank; does nothing on the others."""
+    """Writes metrics.jsonl, and TensorBoard where it is installed, on one rank; does nothing on the others.
 
-    def __init__(self, output: Path, *, active: bool) -> None:
+    Args:
+        first: Optimizer steps done before this process; what an interrupted run wrote after them is dropped.
+    """
+
+    def __init__(self, output: Path, *, active: bool, first: int = 0) -> None:
         self.active = active
         self.tensorboard: Any = None
         if not active:
             return
-        self.lines = (output / "metrics.jsonl").open("a")
+        path = output / "metrics.jsonl"
+        kept = _lines_until(first, path) if first and path.is_file() else []
+        self.lines = path.open("w")
+        self.lines.writelines(kept)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -128,3 +135,15 @@ class Logger:
             self.lines.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+def _lines_until(iteration: int, path: Path) -> list[str]:
+    """Metric lines up to an iteration; a line cut short by a killed run is left out."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    return kept
