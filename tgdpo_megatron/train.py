@@ -34,7 +34,7 @@ from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
-from tgdpo_megatron.scores.store import Manifest, TokenScores, check_belongs, load_scores
+from tgdpo_megatron.scores.store import NAMES, Manifest, TokenScores, check_belongs, load_scores
 from tgdpo_megatron.scores.store import read_manifest as read_scores_manifest
 
 
@@ -91,6 +91,7 @@ def train(config: Config, ranks: Ranks) -> None:
         reference=models.reference.weights if config.loss.needs_reference else None,
         pairs_hash=data.summary.pairs_hash,
     )
+    due = partial(_due, last=config.train.train_iters)
     logger = Logger(output, active=ranks.is_first, first=first)
     progress = tqdm(
         range(first, config.train.train_iters),
@@ -131,15 +132,14 @@ def train(config: Config, ranks: Ranks) -> None:
             "perf/seconds_per_step": time.monotonic() - started,
         }
         done = iteration + 1
-        if config.train.eval_interval and done % config.train.eval_interval == 0 or done == config.train.train_iters:
+        if due(done, config.train.eval_interval):
             metrics |= evaluate()
-        if done % config.train.log_interval == 0 or done == config.train.train_iters:
+        if due(done, config.train.log_interval):
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
-        if config.train.save_interval and done % config.train.save_interval == 0 or done == config.train.train_iters:
-            folder = output / "checkpoints" / f"iter-{done:07d}"
+        if due(done, config.train.save_interval):
             save_checkpoint(
-                folder,
+                output / "checkpoints" / f"iter-{done:07d}",
                 engine.chunks,
                 engine.optimizer,
                 engine.scheduler,
@@ -202,6 +202,11 @@ def rank_batches(
     return made, [iter(made) for _ in range(chunks)]
 
 
+def _due(done: int, interval: int, *, last: int) -> bool:
+    """Whether something is to be done after this many steps: every `interval` (0: never), and after the last."""
+    return done == last or (interval > 0 and done % interval == 0)
+
+
 def _evaluate(
     engine: Engine, step: Any, batches: Any, total: Any, *, data: PreparedPairs | None, scores: TokenScores | None
 ) -> dict[str, float]:
@@ -246,7 +251,7 @@ def _cached_scores(
                 f"{folder / name}: holds no guidance scores, which loss.type={config.loss.type} needs; "
                 "score again with model.guidance set."
             )
-        loaded.append(load_scores(folder / name, pairs))
+        loaded.append(load_scores(folder / name, pairs, NAMES if config.loss.needs_guidance else NAMES[:1]))
     return loaded[0], loaded[1]
 
 

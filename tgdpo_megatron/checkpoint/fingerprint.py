@@ -90,7 +90,7 @@ def model_fingerprint(
     sums: dict[str, int] = {}
     for part, not_finite in gathered:
         if not_finite:
-            raise UserError(f"the weight {not_finite} holds numbers that are not finite; use another checkpoint.")
+            raise UserError(f"the weight {not_finite} holds numbers that are not finite")
         for key, value in part.items():
             sums[key] = sums.get(key, 0) + value
     return combine(sums)

@@ -23,7 +23,7 @@ from tgdpo_megatron.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
@@ -39,7 +39,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
     try:
         found = fingerprint(chunks)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}; use another checkpoint.") from None
     if found != (manifest.weights_bf16 if chunks[0].config.bf16 else manifest.weights):
         raise UserError(f"{folder}: the weights are not those the manifest names; the checkpoint was altered.")
 
@@ -62,11 +62,16 @@ def save_checkpoint(
 
     Args:
         companions: Checkpoint folder whose hf/ files describe this model.
-        manifest: What is known of the checkpoint; the fingerprint is filled in here.
+        manifest: What is known of the checkpoint; the fingerprints are filled in here.
+
+    Raises:
+        NonFiniteError: A weight is not finite; nothing is written.
     """
-    manifest = replace(
-        manifest, weights=fingerprint(chunks), weights_bf16=fingerprint(chunks, rounded_to=torch.bfloat16)
-    )
+    try:
+        weights = {"weights": fingerprint(chunks), "weights_bf16": fingerprint(chunks, rounded_to=torch.bfloat16)}
+    except UserError as error:
+        raise NonFiniteError(f"{folder}: {error}; the checkpoint was not saved, the one before it is kept.") from None
+    manifest = replace(manifest, **weights)
     work = folder.with_name(folder.name + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs
 
 FORMAT = 1
+NAMES = ("reference", "guidance")
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,11 @@ def check_belongs(found: Manifest, expected: Manifest, folder: Path) -> None:
             )
 
 
-def load_scores(folder: Path, data: PreparedPairs) -> TokenScores:
+def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str] = NAMES) -> TokenScores:
     """Read all shards of a store and check that every pair of `data` is in it, with finite scores.
+
+    Args:
+        names: Which scores to read, where the store has them.
 
     Raises:
         UserError: A missing or unreadable shard, a pair without scores, a score that is not finite.
@@ -152,8 +156,9 @@ def load_scores(folder: Path, data: PreparedPairs) -> TokenScores:
             starts[sample.tobytes()] = offset
             lengths_of[sample.tobytes()] = int(length)
             offset += int(length)
-        for name, values in shard.items():
-            parts.setdefault(name, []).append(values)
+        for name in names:
+            if name in shard:
+                parts.setdefault(name, []).append(shard[name])
     for pair in range(len(data)):
         key = data.hashes[pair].tobytes()
         if lengths_of.get(key) != data.response_length(pair, 0) + data.response_length(pair, 1):
