@@ -34,7 +34,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     parser.add_argument("--conf", type=Path, help="YAML file with what this experiment changes")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks to start on this machine")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="settings, e.g. loss.beta=0.05")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
     config = _recipe(parsed.recipe)

@@ -68,10 +68,10 @@ def save_checkpoint(
         NonFiniteError: A weight is not finite; nothing is written.
     """
     try:
-        weights = {"weights": fingerprint(chunks), "weights_bf16": fingerprint(chunks, rounded_to=torch.bfloat16)}
+        found = [fingerprint(chunks, rounded_to) for rounded_to in (torch.float32, torch.bfloat16)]
     except UserError as error:
         raise NonFiniteError(f"{folder}: {error}; the checkpoint was not saved, the one before it is kept.") from None
-    manifest = replace(manifest, **weights)
+    manifest = replace(manifest, weights=found[0], weights_bf16=found[1])
     work = folder.with_name(folder.name + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
