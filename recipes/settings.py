@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     Raises:
         UserError: An unknown recipe, an unreadable file, a setting that is refused.
     """
-    parser = _Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m {program}",
+        description=description,
+        epilog=_all_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--recipe", default="tgdpo_tiny", help=f"one of: {', '.join(RECIPES)}")
     parser.add_argument("--conf", type=Path, help="YAML file with what this experiment changes")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks to start on this machine")
@@ -43,6 +50,18 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     for change in parsed.changes:
         config = load(config, _nested(change), where="command line")
     return config, parsed.nproc_per_node
+
+
+def _all_settings() -> str:
+    """Every key with its default and meaning, for --help."""
+    lines = ["settings:"]
+    for group, field in Config.model_fields.items():
+        for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            lines.append(f"  {group}.{name}={setting.default}")
+            lines += textwrap.wrap(
+                " ".join((setting.description or "").split()), 96, initial_indent=6 * " ", subsequent_indent=6 * " "
+            )
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ so a mistake is reported before anything slow begins.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,20 +210,30 @@ def _overlay(
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: '{key}' is a group of settings, not {value!r}; write {key}.NAME=VALUE.")
             _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
+        elif isinstance(value, bool) and inner is not bool:
+            raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")
         else:
             target[name] = value
 
 
 def _nearest(name: str, prefix: str, group: type[BaseModel]) -> str:
+    """A hint: the same name in another group, else the most similar name here, else elsewhere."""
+    elsewhere = {
+        field: f"{group_name}.{field}"
+        for group_name, description in Config.model_fields.items()
+        for field in _fields(description.annotation)
+    }
+    if name in elsewhere:
+        return f"; did you mean '{elsewhere[name]}'"
     if close := difflib.get_close_matches(name, group.model_fields, n=1, cutoff=0.5):
         return f"; did you mean '{prefix}{close[0]}'"
-    for group_name, field in Config.model_fields.items():
-        inner = field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            continue
-        if close := difflib.get_close_matches(name, inner.model_fields, n=1, cutoff=0.7):
-            return f"; did you mean '{group_name}.{close[0]}'"
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7):
+        return f"; did you mean '{elsewhere[close[0]]}'"
     return f"; known here: {', '.join(prefix + field for field in group.model_fields)}"
+
+
+def _fields(annotation: Any) -> Iterable[str]:
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
 
 
 def check_fit(config: Config, *, world_size: int) -> int:
@@ -251,6 +261,10 @@ def check_fit(config: Config, *, world_size: int) -> int:
             f"{world_size} processes cannot be split into model copies of {parallel.model_parallel_size} "
             f"(tensor {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size}); "
             "change --nproc-per-node or the parallel sizes."
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr={config.optimizer.min_lr} is more than optimizer.lr={config.optimizer.lr}; lower it."
         )
     if config.optimizer.lr_warmup_iters >= train.train_iters:
         raise UserError(
