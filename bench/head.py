@@ -178,7 +178,9 @@ def main() -> None:
         "time": statistics.median(a / b for a, b in zip(seconds["ours"], seconds["megatron"], strict=True)),
         "memory": memory["ours"] / memory["megatron"],
     }
-    print(f"head, bf16, {TOKENS} tokens × {VOCABULARY} vocabulary, hidden {HIDDEN}, {LABELLED:.0%} labelled, one thread")
+    print(
+        f"head, bf16, {TOKENS} tokens × {VOCABULARY} vocabulary, hidden {HIDDEN}, {LABELLED:.0%} labelled, one thread"
+    )
     print(f"{'':10}{'ours':>12}{'Megatron':>12}{'ratio':>8}{'limit':>8}")
     mine, theirs = (statistics.median(seconds[name]) for name in METHODS)
     print(f"{'CPU s':10}{mine:12.2f}{theirs:12.2f}{ratios['time']:8.2f}{LIMITS['time']:8.2f}")

@@ -13,7 +13,7 @@ import yaml
 
 from recipes import llama3_8b, tiny
 from tgdpo_megatron.config import Config, load
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import CommandLine, UserError
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
@@ -30,7 +30,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     Raises:
         UserError: An unknown recipe, an unreadable file, a setting that is refused.
     """
-    parser = _Parser(
+    parser = CommandLine(
         prog=f"python -m {program}",
         description=description,
         epilog=_all_settings(),
@@ -62,11 +62,6 @@ def _all_settings() -> str:
                 " ".join((setting.description or "").split()), 96, initial_indent=6 * " ", subsequent_indent=6 * " "
             )
     return "\n".join(lines)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"command line: {message}; see {self.prog} --help.")
 
 
 def _recipe(name: str) -> Config:

@@ -106,7 +106,7 @@ class DataConfig(_Group):
 class OptimizerConfig(_Group):
     """AdamW, gradient clipping and a cosine schedule with warm-up."""
 
-    lr: float = Field(7e-7, gt=0, allow_inf_nan=False)
+    lr: float = Field(7e-7, gt=0, le=1e30)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Learning rate at the end of the schedule."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 USER_ERROR, RANK_DIED = 2, 3
 """Exit codes."""
@@ -25,12 +28,22 @@ class NonFiniteError(UserError):
     """Training met a number that is not finite; nothing after the last good checkpoint was kept."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose complaint is a UserError, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see {self.prog} --help.")
+
+
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """Turn a user's mistake inside the block into one sentence on stderr and exit code 2, without a traceback.
 
-    A lost peer ends this rank as well, quietly: the launcher names the rank that died.
+    A lost peer ends this rank as well, quietly: the launcher names the rank that died. Libraries' warnings are
+    not shown, unless Python was started with -W.
     """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         yield
         return
@@ -40,11 +53,13 @@ def one_sentence_errors() -> Iterator[None]:
         if not _lost_a_peer(error):
             raise
         message, code = "another rank ended; this one stops too.", RANK_DIED
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    watched = "TORCHELASTIC_ERROR_FILE" in os.environ
+    if int(os.environ.get("RANK", 0)) > 0:
+        # The first rank speaks for all and tidies up; then its launcher ends this one.
+        time.sleep(1 if watched else 3)
+    if watched:
         _leave_message(message)
     else:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(3)  # the first rank speaks for all, and its launcher then ends this one
         print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,18 @@ def load_data(
     places: dict[str, Path] = on_first_rank(ranks, prepare)
     loaded: dict[str, Any] = {name: load_prepared(place) for name, place in places.items()}
     return loaded["train"], loaded.get("validation")
+
+
+@contextlib.contextmanager
+def removed_if_refused(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """If the block refuses its input, leave no folder behind that was not there before."""
+    was_there = folder.exists()
+    try:
+        yield
+    except UserError:
+        if ranks.is_first and not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def check_writable(folder: Path) -> None:

@@ -47,20 +47,21 @@ def score(config: Config, ranks: Ranks) -> None:
     models = inputs.check_models(config)
     inputs.check_stackable(config)
     folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
-    on_first_rank(ranks, partial(_claim_folder, folder))
-    data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
+    with inputs.removed_if_refused(folder, ranks):
+        on_first_rank(ranks, partial(_claim_folder, folder))
+        data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
 
-    initialize_model_parallel(config.parallel, config.train.seed)
-    megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)
-    names, loaded = [], []
-    for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
-        if checkpoint is not None:
-            names.append(name)
-            loaded.append(build_model(models.description, megatron))
-            load_weights(loaded[-1], checkpoint)
-    for place, chunk in enumerate(loaded[0]):
-        chunk.requires_grad_(False).eval()
-        chunk.carry([model[place] for model in loaded[1:]])
+        initialize_model_parallel(config.parallel, config.train.seed)
+        megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)
+        names, loaded = [], []
+        for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
+            if checkpoint is not None:
+                names.append(name)
+                loaded.append(build_model(models.description, megatron))
+                load_weights(loaded[-1], checkpoint)
+        for place, chunk in enumerate(loaded[0]):
+            chunk.requires_grad_(False).eval()
+            chunk.carry([model[place] for model in loaded[1:]])
 
     for part, pairs in (("train", data), ("validation", validation)):
         if pairs is None:

@@ -51,24 +51,25 @@ def train(config: Config, ranks: Ranks) -> None:
     models = inputs.check_models(config)
     frozen = inputs.carried_checkpoints(config)
     output = inputs.required(config.train.output, "train.output", "a folder for this run")
-    start = on_first_rank(ranks, partial(_check_output, output, config))
-    data, validation = inputs.load_data(config, models.description, ranks, output / "data")
-    if config.train.global_batch_size > len(data):
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
-            f"{config.data.train}; lower it."
-        )
-    scores, validation_scores = _cached_scores(config, models, data, validation)
-    _check_continues(start, models, data)
+    with inputs.removed_if_refused(output, ranks):
+        start = on_first_rank(ranks, partial(_check_output, output, config))
+        data, validation = inputs.load_data(config, models.description, ranks, output / "data")
+        if config.train.global_batch_size > len(data):
+            raise UserError(
+                f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
+                f"{config.data.train}; lower it."
+            )
+        scores, validation_scores = _cached_scores(config, models, data, validation)
+        _check_continues(start, models, data)
+        # This rank's part of the models.
+        initialize_model_parallel(config.parallel, config.train.seed)
+        engine = build_engine(config, models.description, start=None if start else checkpoint, frozen=frozen)
+        first = 0
+        if start is not None:
+            load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
+            first = read_manifest(start).iteration or 0
     if ranks.is_first:
         _record(output, config, start)
-
-    initialize_model_parallel(config.parallel, config.train.seed)
-    engine = build_engine(config, models.description, start=None if start else checkpoint, frozen=frozen)
-    first = 0
-    if start is not None:
-        load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
-        first = read_manifest(start).iteration or 0
 
     # What each micro-batch goes through, and which rank counts it.
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -1,19 +1,19 @@
 """Convert a HuggingFace Llama folder to a Megatron checkpoint loadable at any tensor × pipeline layout."""
 
-import argparse
 from pathlib import Path
 
-from tgdpo_megatron.checkpoint.convert import hf_to_megatron
-from tgdpo_megatron.errors import one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert_hf_to_megatron", description=__doc__)
-    parser.add_argument("hf_folder", type=Path, help="folder with config.json, safetensors and tokenizer")
-    parser.add_argument("megatron_folder", type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.convert_hf_to_megatron", description=__doc__)
+        parser.add_argument("hf_folder", type=Path, help="folder with config.json, safetensors and tokenizer")
+        parser.add_argument("megatron_folder", type=Path, help="folder to make")
+        parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+        parsed = parser.parse_args()
+        from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # loads torch and Megatron
+
         manifest = hf_to_megatron(parsed.hf_folder, parsed.megatron_folder, dtype=parsed.dtype)
         print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")
 

@@ -1,19 +1,19 @@
 """Convert a Megatron checkpoint (converted, or saved by a run) to a HuggingFace folder."""
 
-import argparse
 from pathlib import Path
 
-from tgdpo_megatron.checkpoint.convert import megatron_to_hf
-from tgdpo_megatron.errors import one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert_megatron_to_hf", description=__doc__)
-    parser.add_argument("megatron_folder", type=Path, help="checkpoint, e.g. RUN/checkpoints/iter-0000100")
-    parser.add_argument("hf_folder", type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.convert_megatron_to_hf", description=__doc__)
+        parser.add_argument("megatron_folder", type=Path, help="checkpoint, e.g. RUN/checkpoints/iter-0000100")
+        parser.add_argument("hf_folder", type=Path, help="folder to make")
+        parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+        parsed = parser.parse_args()
+        from tgdpo_megatron.checkpoint.convert import megatron_to_hf  # loads torch and Megatron
+
         megatron_to_hf(parsed.megatron_folder, parsed.hf_folder, dtype=parsed.dtype)
         print(parsed.hf_folder)
 

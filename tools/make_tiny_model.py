@@ -5,13 +5,12 @@ For demos and tests: the folder is an ordinary HuggingFace model folder.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.data.read import read_pairs
-from tgdpo_megatron.errors import one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>"
@@ -83,13 +82,13 @@ def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.make_tiny_model", description=__doc__)
-    parser.add_argument("pairs", type=Path, help="pairs file whose texts train the tokenizer")
-    parser.add_argument("hf_folder", type=Path, help="folder to make")
-    parser.add_argument("--vocab-size", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.make_tiny_model", description=__doc__)
+        parser.add_argument("pairs", type=Path, help="pairs file whose texts train the tokenizer")
+        parser.add_argument("hf_folder", type=Path, help="folder to make")
+        parser.add_argument("--vocab-size", type=int, default=1000)
+        parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+        parsed = parser.parse_args()
         texts = [text for pair in read_pairs(parsed.pairs) for text in (pair.prompt, pair.chosen, pair.rejected)]
         make_llama(parsed.hf_folder, train_tokenizer(texts, vocab_size=parsed.vocab_size), seed=parsed.seed)
         print(parsed.hf_folder)

@@ -8,13 +8,12 @@ cached and live scores train the same model, is what it shows. Each command is p
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tgdpo_megatron.errors import UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 
 LAYOUT = [
     "--nproc-per-node=4",
@@ -77,12 +76,12 @@ def _losses(run: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.real_run", description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", type=Path, help=".json, .jsonl or .parquet with prompt, chosen, rejected")
-    parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to make")
-    parser.add_argument("--steps", type=int, default=30)
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.real_run", description=__doc__.splitlines()[0])
+        parser.add_argument("pairs", type=Path, help=".json, .jsonl or .parquet with prompt, chosen, rejected")
+        parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to make")
+        parser.add_argument("--steps", type=int, default=30)
+        parsed = parser.parse_args()
         differences = real_run(parsed.pairs, parsed.output, steps=parsed.steps)
         print("\n" + "\n".join(f"{name}: {value:.1e}" for name, value in differences.items()))
         print(f"aligned model: {parsed.output / 'aligned-hf'}")

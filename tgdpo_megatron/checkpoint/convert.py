@@ -29,7 +29,9 @@ from tgdpo_megatron.checkpoint.manifest import (
     CheckpointManifest,
     copy_companions,
     describe,
+    innermost,
     read_manifest,
+    read_metadata,
     write_manifest,
 )
 from tgdpo_megatron.checkpoint.names import TensorMap, llama_tensors
@@ -62,6 +64,11 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
     _check_shapes(tensors, weights, source)
     stored = weights.read(tensors[0].names[0]).dtype if dtype is None else _DTYPES[dtype]
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
+    if tokenizer is not None and len(tokenizer) > description.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {description.vocab_size}; "
+            "use the tokenizer that belongs to the model."
+        )
     work = _begin(target)
     try:
         sums = _save_weights(tensors, weights, stored, work / WEIGHTS, source)
@@ -93,7 +100,7 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> N
     manifest = read_manifest(source)
     tensors = llama_tensors(describe(source))
     wanted = _DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
-    stored = dcp.FileSystemReader(source / WEIGHTS).read_metadata().state_dict_metadata
+    stored = read_metadata(source / WEIGHTS).state_dict_metadata
     work = _begin(target)
     try:
         work.mkdir()
@@ -176,8 +183,8 @@ def _hf_tensors(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(whole, storage_reader=reader, no_dist=True)
-        except Exception as error:
-            raise UserError(f"{source}: {tensor.key} cannot be read ({str(error).splitlines()[0]}).") from None
+        except (Exception, CheckpointException) as error:
+            raise UserError(f"{source}: {tensor.key} cannot be read ({innermost(error)}).") from None
         value = whole[tensor.key][: tensor.shape[0]]
         if not torch.isfinite(value).all():
             raise UserError(f"{source}: {tensor.key} holds numbers that are not finite; it is not exported.")

@@ -8,9 +8,14 @@ FOLDER/weights/        torch_dist checkpoint: weights, and in a run also optimiz
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, read_description
@@ -85,6 +90,56 @@ def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
 def describe(folder: Path) -> ModelDescription:
     """Shape of the model in a checkpoint folder."""
     return read_description(folder / HF)
+
+
+def read_metadata(folder: Path) -> Any:
+    """The index of a torch_dist checkpoint.
+
+    It is a pickle, as torch writes it. Before torch loads it, it is checked to name nothing but what an index
+    is made of, so that a checkpoint from elsewhere cannot run code.
+
+    Raises:
+        UserError: A damaged index, or one that names anything else.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            return _IndexUnpickler(file).load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: the checkpoint's index is damaged ({innermost(error)}).") from None
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_PARTS or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
+        if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (found.__module__, found.__name__) == (module, name):  # its own class
+                return found
+        raise UserError(f"the checkpoint's index names {module}.{name}, which no index holds; it is not loaded.")
+
+
+_INDEX_PARTS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("pathlib", "PosixPath"),
+}
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def innermost(error: BaseException) -> str:
+    """What went wrong beneath a library's error, in one short line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
 
 
 def copy_companions(source: Path, target: Path) -> None:

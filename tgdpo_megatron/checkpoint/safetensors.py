@@ -31,8 +31,12 @@ class HfWeights:
     def _find_shards(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            for shard in sorted(set(mapping.values())):
+            try:
+                mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                shards = sorted(set(mapping.values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index}: the index of the weight shards is damaged; download it again.") from None
+            for shard in shards:
                 self._open(shard)
             return mapping
         if (self.folder / "model.safetensors").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tgdpo_megatron.checkpoint.convert import CONTENT_METADATA
@@ -20,7 +22,9 @@ from tgdpo_megatron.checkpoint.manifest import (
     WEIGHTS,
     CheckpointManifest,
     copy_companions,
+    innermost,
     read_manifest,
+    read_metadata,
     write_manifest,
 )
 from tgdpo_megatron.errors import NonFiniteError, UserError
@@ -84,6 +88,9 @@ def save_checkpoint(
         "scheduler": scheduler.state_dict(),
         "iteration": manifest.iteration,
     }
+    # Megatron keeps its writers' results in a server process, which would outlive a rank that is killed. The
+    # writers of a blocking save report to this process, where a plain queue does.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
     if dist.get_rank() == 0:
         copy_companions(companions / HF, work / HF)
@@ -123,10 +130,11 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
 
 
 def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    read_metadata(folder / WEIGHTS)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-        raise UserError(f"{folder}: the checkpoint cannot be read ({_reason(error)}).") from None
+        raise UserError(f"{folder}: the checkpoint cannot be read ({innermost(error)}).") from None
     return loaded
 
 
@@ -152,10 +160,3 @@ def _metadata() -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -70,12 +70,14 @@ def _say_which_row(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [_parse(path, line, number) for number, line in lines]
     else:
         rows = _parse(path, text, first_line=1)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON list of pairs, found {type(rows).__name__}.")
+    if not rows:
+        raise UserError(f"{path}: the file holds no pairs.")
     for number, row in enumerate(rows, start=1):
         _text_pair(path, number, row)
 

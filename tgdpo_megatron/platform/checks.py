@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.errors import UserError
@@ -38,11 +39,10 @@ def check_apex() -> None:
     found = importlib.util.find_spec("apex")
     if found is None:
         return
-    if (
-        importlib.util.find_spec("apex.multi_tensor_apply") is None
-        or importlib.util.find_spec("apex.optimizers") is None
-    ):
-        place = found.origin or next(iter(found.submodule_search_locations or ["?"]))
+    # Looked for on disk: importing a foreign apex to ask it may fail in ways of its own.
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    if not any((folder / "multi_tensor_apply").is_dir() and (folder / "optimizers").is_dir() for folder in folders):
+        place = found.origin or next(iter(folders), "?")
         raise UserError(
             f"the package 'apex' at {place} is not NVIDIA's apex and would change Megatron's layers; uninstall it."
         )

@@ -142,6 +142,7 @@ def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str] = NAMES)
         UserError: A missing or unreadable shard, a pair without scores, a score that is not finite.
     """
     manifest = read_manifest(folder)
+    stored = NAMES[:1] if manifest.guidance is None else NAMES
     starts: dict[bytes, int] = {}
     parts: dict[str, list[np.ndarray]] = {}
     lengths_of: dict[bytes, int] = {}
@@ -151,13 +152,17 @@ def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str] = NAMES)
             shard = load_file(path)
         except Exception as error:
             raise UserError(f"{path}: the scores cannot be read ({str(error).splitlines()[0]}).") from None
-        lengths = shard.pop("lengths")
-        for sample, length in zip(shard.pop("hashes"), lengths, strict=True):
+        counts = {name: len(values) for name, values in shard.items()}
+        lengths = shard.get("lengths", np.empty(0))
+        expected = {"hashes": len(lengths), "lengths": len(lengths), **dict.fromkeys(stored, int(lengths.sum()))}
+        if counts != expected:
+            raise UserError(f"{path}: not a file of these scores, or an altered one; score again.")
+        for sample, length in zip(shard["hashes"], lengths, strict=True):
             starts[sample.tobytes()] = offset
             lengths_of[sample.tobytes()] = int(length)
             offset += int(length)
         for name in names:
-            if name in shard:
+            if name in stored:
                 parts.setdefault(name, []).append(shard[name])
     for pair in range(len(data)):
         key = data.hashes[pair].tobytes()

@@ -1,0 +1,368 @@
+"""Bad input, as a user meets it: the real programs, started from a shell.
+
+Each mistake gets one sentence on stderr and exit code 2, no traceback, and leaves nothing half-written. Checks
+that need no process are in tests/unit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "TGDPO_TEST_MARK"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a program did: exit code, output, and how long it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def environment(mark: str, **changes: str) -> dict[str, str]:
+    """A user's environment: nothing that tests set to stay offline, no job around it; marked to find its processes."""
+    ours = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {MARK: mark} | changes
+
+
+def say(module: str, *arguments: str, **changes: str) -> Said:
+    """Run `python -m module` to its end, and assert that none of its processes outlives it."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        mark, started = uuid.uuid4().hex, time.monotonic()
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment(mark, **changes), stdout=out, stderr=err, timeout=120)
+        seconds = time.monotonic() - started
+        out.seek(0)
+        err.seek(0)
+        said = Said(done.returncode, out.read(), err.read(), seconds)
+    left = end_of(mark)
+    assert not left, f"still running after the program ended: {left}\n{said.err}"
+    return said
+
+
+def end_of(mark: str) -> list[str]:
+    """Give what a program started five seconds to end; end the rest, and return their command lines."""
+    _, alive = psutil.wait_procs([process for process in psutil.process_iter() if _is_marked(process, mark)], timeout=5)
+    left = [" ".join(process.cmdline()) for process in alive]
+    for process in alive:
+        process.kill()
+    return left
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
+
+
+def assert_refused(said: Said, *words: str) -> None:
+    """Exit code 2 and exactly one error sentence, which holds these words."""
+    everything = f"exit code {said.code}\n{said.out}\n{said.err}"
+    assert said.code == 2, everything
+    assert "Traceback" not in said.out + said.err, everything
+    assert len(said.errors) == 1, everything
+    assert all(word in said.errors[0] for word in words), said.errors[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def train(checkpoint: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., Said]:
+    """A function that runs a small DPO training to `tmp_path/run`, with some settings changed."""
+
+    def run(*changes: str, options: Sequence[str] = (), **environment: str) -> Said:
+        return say(
+            "recipes.train", *options, *settings(checkpoint, pairs_file, tmp_path / "run"), *changes, **environment
+        )
+
+    return run
+
+
+def settings(checkpoint: Path, pairs: Path, output: Path) -> list[str]:
+    return [
+        "--recipe=dpo_tiny",
+        f"model.checkpoint={checkpoint}",
+        f"data.train={pairs}",
+        f"train.output={output}",
+        "data.max_length=64",
+        "train.train_iters=2",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "optimizer.lr_warmup_iters=0",
+    ]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_misspelt_key_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
+    said = train("loss.bta=0.1")
+    assert_refused(said, "unknown key 'loss.bta'; did you mean 'loss.beta'")
+    assert said.seconds < 3 and said.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_out_of_range_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
+    said = train("loss.beta=0")
+    assert_refused(said, "loss.beta=0 is refused: input should be greater than 0")
+    assert said.seconds < 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tool_called_wrongly_says_so_in_one_sentence() -> None:
+    said = say("tools.convert_hf_to_megatron", "only-one-folder")
+    assert_refused(said, "megatron_folder")
+    assert said.err == said.errors[0] + "\n"
+
+
+def test_a_foreign_apex_is_refused_at_start(train: Callable[..., Said], tmp_path: Path) -> None:
+    """What Megatron does with it while it is imported must not come first."""
+    (tmp_path / "site" / "apex").mkdir(parents=True)
+    (tmp_path / "site" / "apex" / "__init__.py").touch()
+    assert_refused(train(PYTHONPATH=str(tmp_path / "site")), "is not NVIDIA's apex", "uninstall it")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_a_missing_data_file_is_refused(train: Callable[..., Said], tmp_path: Path) -> None:
+    missing = tmp_path / "no.jsonl"
+    assert_refused(train(f"data.train={missing}"), f"{missing}: no such data file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_line_is_named_once_for_all_ranks(train: Callable[..., Said], tmp_path: Path) -> None:
+    """With two ranks: the one that reads speaks for both, and neither is left waiting."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": \n')
+    said = train(f"data.train={bad}", "parallel.tensor_model_parallel_size=2", options=["--nproc-per-node=2"])
+    assert_refused(said, f"{bad} line 2: not valid JSON")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def damaged(hf_model: Path, target: Path, damage: str) -> tuple[Path, str]:
+    """A HuggingFace folder with something wrong, and the words that should name it."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(hf_model, target)
+    shard = target / "model.safetensors"
+    if damage == "no weights":
+        shard.unlink()
+        return target, "no weights there"
+    if damage == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        return target, "model.safetensors: this weight shard is damaged or truncated"
+    if damage == "unsupported architecture":
+        config = json.loads((target / "config.json").read_text())
+        config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+        (target / "config.json").write_text(json.dumps(config))
+        return target, "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM"
+    weights = load_file(shard)
+    weights["model.norm.weight"][7] = math.nan
+    save_file(weights, shard, metadata={"format": "pt"})
+    return target, "model.norm.weight holds numbers that are not finite"
+
+
+@pytest.mark.parametrize("damage", ["no weights", "truncated shard", "unsupported architecture", "weight not finite"])
+def test_a_damaged_model_is_not_converted(damage: str, hf_model: Path, tmp_path: Path) -> None:
+    source, words = damaged(hf_model, tmp_path / "hf", damage)
+    assert_refused(say("tools.convert_hf_to_megatron", str(source), str(tmp_path / "megatron")), str(source), words)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_checkpoint_with_a_weight_that_is_not_finite_is_refused(
+    checkpoint: Path, hf_model: Path, train: Callable[..., Said], tmp_path: Path
+) -> None:
+    """Changed on disk behind our back, so that only loading can find it."""
+    from safetensors.numpy import load_file
+
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    before = load_file(hf_model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    after = before.copy()
+    after[0, 0] = math.nan
+    (file,) = (p for p in (tmp_path / "megatron" / "weights").glob("*.distcp") if before.tobytes() in p.read_bytes())
+    file.write_bytes(file.read_bytes().replace(before.tobytes(), after.tobytes()))
+    said = train(f"model.checkpoint={tmp_path / 'megatron'}")
+    assert_refused(said, str(tmp_path / "megatron"), "mlp.linear_fc2.weight", "not finite")
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_checkpoint_with_damaged_metadata_is_refused(
+    checkpoint: Path, train: Callable[..., Said], tmp_path: Path
+) -> None:
+    """torch prints a traceback of its own before it gives up; a user should not see it."""
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    (tmp_path / "megatron" / "weights" / ".metadata").write_bytes(b"damaged")
+    said = train(f"model.checkpoint={tmp_path / 'megatron'}")
+    assert_refused(said, f"{tmp_path / 'megatron'}: the checkpoint cannot be read")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+NO_NETWORK = """
+import socket
+from pathlib import Path
+
+def refuse(*arguments, **_):
+    Path({record!r}).write_text(repr(arguments))
+    raise OSError("this test allows no look-up of another machine")
+
+socket.getaddrinfo = socket.gethostbyname = refuse
+"""
+
+
+def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(train: Callable[..., Said], tmp_path: Path) -> None:
+    """A folder that looks like a hub name, with the hub reachable as far as the program knows: one sentence, soon."""
+    (tmp_path / "site").mkdir()
+    record = tmp_path / "looked-up"
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(record=str(record)))
+    said = train("model.checkpoint=meta-llama/Meta-Llama-3-8B-Instruct", PYTHONPATH=str(tmp_path / "site"))
+    assert_refused(said, "meta-llama/Meta-Llama-3-8B-Instruct: no such checkpoint folder")
+    assert not record.exists(), record.read_text()
+    assert said.seconds < 5
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_of_other_weights_are_refused_by_name(
+    checkpoint: Path, pairs_file: Path, train: Callable[..., Said], tmp_path: Path
+) -> None:
+    from tgdpo_megatron.checkpoint.manifest import HF
+    from tgdpo_megatron.config import DataConfig
+    from tgdpo_megatron.data.prepare import prepare_pairs
+    from tgdpo_megatron.data.tokenizer import load_tokenizer
+    from tgdpo_megatron.scores.store import Manifest, write_manifest
+
+    tokenizer = load_tokenizer(checkpoint / HF)
+    summary = prepare_pairs(DataConfig(max_length=64), pairs_file, tokenizer, tmp_path / "pairs").summary
+    (tmp_path / "scores" / "train").mkdir(parents=True)
+    manifest = Manifest(
+        reference="0123456789ab" + 52 * "0",
+        guidance=None,
+        tokenizer=summary.tokenizer,
+        template=summary.template,
+        max_length=64,
+        pairs_hash=summary.pairs_hash,
+        precision="fp32",
+    )
+    write_manifest(tmp_path / "scores" / "train", manifest)
+    said = train("scores.source=cached", f"scores.path={tmp_path / 'scores'}")
+    assert_refused(said, "made from another reference weights (0123456789ab, this run has")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- output
+
+
+def test_an_output_folder_in_use_is_left_as_it_was(train: Callable[..., Said], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("a run of yesterday")
+    before = contents(run)
+    said = train()
+    assert_refused(said, f"{run}: holds another run", "train.resume=true")
+    assert said.err == said.errors[0] + "\n"  # no warnings of libraries around the sentence
+    assert contents(run) == before
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(train: Callable[..., Said], tmp_path: Path) -> None:
+    """Below a regular file: that is refused to root as well."""
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / "file" / "run"
+    assert_refused(train(f"train.output={output}"), f"{output}: cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- while training
+
+
+def test_a_training_that_explodes_stops_and_keeps_the_last_good_checkpoint(
+    train: Callable[..., Said], tmp_path: Path
+) -> None:
+    """At learning rate 1e30 step 1 throws the weights away; step 2 has no finite loss or gradient."""
+    from tgdpo_megatron.checkpoint.convert import megatron_to_hf
+
+    said = train("optimizer.lr=1e30", "train.train_iters=5", "train.save_interval=1")
+    run = tmp_path / "run"
+    assert_refused(said, "of step 2 (rows ", "of pairs.jsonl) is not finite", "the last good checkpoint is")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["iter-0000001"]
+    megatron_to_hf(run / "checkpoints" / "iter-0000001", tmp_path / "exported")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1]
+    assert all(math.isfinite(value) for value in lines[0].values())
+
+
+def test_a_rank_that_dies_ends_the_job_and_keeps_the_newest_checkpoint(
+    checkpoint: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from tgdpo_megatron.checkpoint.manifest import read_manifest
+    from tgdpo_megatron.checkpoint.state import newest_checkpoint
+
+    run = tmp_path / "run"
+    changes = ["parallel.tensor_model_parallel_size=2", "train.train_iters=100000", "train.save_interval=5"]
+    command = [sys.executable, "-m", "recipes.train", "--nproc-per-node=2", *settings(checkpoint, pairs_file, run)]
+    mark = uuid.uuid4().hex
+    with open(tmp_path / "stderr", "w+") as err:
+        job = psutil.Popen([*command, *changes], cwd=ROOT, env=environment(mark), stdout=subprocess.DEVNULL, stderr=err)
+        try:
+            wait_for(lambda: newest_checkpoint(run) is not None, seconds=60, job=job)
+            second_rank(job).kill()
+            code = job.wait(timeout=60)
+        finally:
+            left = end_of(mark)
+    said = Said(code, "", (tmp_path / "stderr").read_text(), 0)
+    assert said.code != 0 and "Traceback" not in said.err, said.err
+    assert len(said.errors) == 1 and said.errors[0].startswith("error: rank 1 was ended by SIGKILL"), said.err
+    assert not left, f"still running after the job ended: {left}"
+
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    megatron_to_hf(newest, tmp_path / "exported")
+    assert hf_to_megatron(tmp_path / "exported", tmp_path / "again").weights == read_manifest(newest).weights
+
+
+def second_rank(job: psutil.Popen) -> psutil.Process:
+    """The process of rank 1."""
+    (found,) = (
+        process
+        for process in job.children(recursive=True)
+        if "recipes.train" in process.cmdline() and process.environ().get("RANK") == "1"
+    )
+    return found
+
+
+def wait_for(ready: Callable[[], bool], *, seconds: float, job: psutil.Popen) -> None:
+    """Wait until something is true, while the job runs."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert job.poll() is None, f"ended with exit code {job.poll()}"
+        assert time.monotonic() < end, f"nothing after {seconds} seconds"
+        time.sleep(0.2)

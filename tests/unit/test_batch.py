@@ -1,0 +1,99 @@
+"""The flat batch: labels shifted once, positions restarted, segments apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.losses import CHOSEN, REJECTED
+
+
+@pytest.fixture
+def data(prepared_by_hand: Callable[..., Any]) -> PreparedPairs:
+    """Three pairs; every token id occurs once, so that a label says where it came from."""
+    return prepared_by_hand(
+        [
+            ([1, 2, 3], [4, 5], [6]),
+            ([11, 12], [13, 14, 15], [16, 17]),
+            ([21], [22], [23, 24, 25]),
+        ]
+    )
+
+
+def test_a_batch_by_hand(data: PreparedPairs) -> None:
+    """The last token of each sequence predicts nothing and is left out; row 2 (token 3) predicts label 4, …."""
+    batch = make_batch(data, [0])
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 1, 2, 3]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.segment_lengths == (4, 3) and batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.rows.tolist() == [2, 3, 6] and batch.labels.tolist() == [4, 5, 6]
+    assert batch.pairs.pair.tolist() == [0, 0, 0] and batch.pairs.side.tolist() == [CHOSEN, CHOSEN, REJECTED]
+    assert batch.pairs.num_pairs == 1 and batch.samples == (0,) and batch.longest_segment == 4
+
+
+def test_each_label_is_the_token_right_after_its_row_in_the_same_sequence(data: PreparedPairs) -> None:
+    batch = make_batch(data, [2, 0, 1])
+    ends = batch.cu_seqlens.long()
+    segments = torch.bucketize(batch.rows, ends[1:], right=True)
+    for row, label, segment in zip(batch.rows.tolist(), batch.labels.tolist(), segments.tolist(), strict=True):
+        sequence = data.sequence((2, 0, 1)[segment // 2], segment % 2).tolist()
+        place = row - int(ends[segment])
+        assert int(batch.tokens[row]) == sequence[place] and label == sequence[place + 1]
+
+
+def test_the_labels_of_a_batch_are_all_response_tokens_and_no_other(data: PreparedPairs) -> None:
+    assert make_batch(data, [1, 2]).labels.tolist() == [13, 14, 15, 16, 17, 22, 23, 24, 25]
+
+
+def test_pair_and_side_follow_the_labels(data: PreparedPairs) -> None:
+    batch = make_batch(data, [1, 2])
+    assert batch.pairs.pair.tolist() == [0] * 5 + [1] * 4
+    assert batch.pairs.side.tolist() == [0, 0, 0, 1, 1, 0, 1, 1, 1]
+    assert batch.pairs.lengths().tolist() == [[3, 2], [1, 3]]
+
+
+def test_positions_restart_in_every_segment(data: PreparedPairs) -> None:
+    batch = make_batch(data, [0, 1, 2], align=16)
+    expected = np.concatenate([np.arange(length) for length in batch.segment_lengths])
+    assert batch.positions.tolist() == expected.tolist()
+    assert batch.cu_seqlens.tolist() == [0, *np.cumsum(batch.segment_lengths)]
+
+
+@pytest.mark.parametrize("align", [2, 4, 8])
+def test_alignment_padding_is_a_segment_of_its_own_without_labels(align: int, data: PreparedPairs) -> None:
+    plain, padded = make_batch(data, [0, 1]), make_batch(data, [0, 1], align=align)
+    assert len(plain.tokens) == 14 and len(padded.tokens) % align == 0 and len(padded.tokens) < 14 + align
+    assert padded.tokens[:14].tolist() == plain.tokens.tolist()
+    assert padded.segment_lengths[:4] == plain.segment_lengths
+    assert sum(padded.segment_lengths[4:]) == len(padded.tokens) - 14
+    assert padded.rows.tolist() == plain.rows.tolist() and padded.labels.tolist() == plain.labels.tolist()
+
+
+def test_a_batch_that_is_aligned_already_gets_no_padding(data: PreparedPairs) -> None:
+    assert make_batch(data, [0, 1], align=7).segment_lengths == make_batch(data, [0, 1]).segment_lengths
+
+
+@pytest.mark.parametrize("align", [1, 4])
+def test_an_empty_batch_holds_padding_alone(align: int, data: PreparedPairs) -> None:
+    batch = make_batch(data, [], align=align)
+    assert len(batch.tokens) == align and batch.segment_lengths == (align,)
+    assert len(batch.rows) == len(batch.labels) == 0 and batch.pairs.num_pairs == 0
+    assert batch.rows.dtype == batch.labels.dtype == torch.int64
+
+
+def test_sft_sees_chosen_responses_alone(data: PreparedPairs) -> None:
+    batch = make_batch(data, [0, 1], sides=(CHOSEN,))
+    assert batch.labels.tolist() == [4, 5, 13, 14, 15]
+    assert batch.segment_lengths == (4, 4) and batch.pairs.side.tolist() == [CHOSEN] * 5
+    assert batch.pairs.num_pairs == 2
+
+
+def test_a_response_may_be_predicted_from_a_prompt_of_one_token(data: PreparedPairs) -> None:
+    batch = make_batch(data, [2])
+    assert batch.rows.tolist() == [0, 1, 2, 3] and batch.labels.tolist() == [22, 23, 24, 25]

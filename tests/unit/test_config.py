@@ -1,0 +1,253 @@
+"""Settings: precedence, names, ranges, and the combinations that are refused with a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.settings import RECIPES, read_command_line
+from tgdpo_megatron.config import Config, check_fit, load
+from tgdpo_megatron.errors import UserError
+
+
+def settings(*changes: str) -> Config:
+    return read_command_line("recipes.train", "", ["--recipe", "tgdpo_tiny", *changes])[0]
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as refused:
+        read_command_line("recipes.train", "", list(arguments))
+    return str(refused.value)
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("loss.bta=1", "loss.beta"),
+        ("loss.alhpa=1", "loss.alpha"),
+        ("train.globl_batch_size=8", "train.global_batch_size"),
+        ("parallel.tensor_parallel_size=2", "parallel.tensor_model_parallel_size"),
+        ("optimiser.lr=1", "optimizer"),
+        ("lr=1e-4", "optimizer.lr"),
+        ("beta=0.1", "loss.beta"),
+        ("alpha=0.1", "loss.alpha"),
+        ("micro_batch_size=2", "train.micro_batch_size"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(written: str, meant: str) -> None:
+    key = written.partition("=")[0]
+    named = key.partition(".")[0] if meant.count(".") < key.count(".") else key
+    assert refusal(written) == f"command line: unknown key '{named}'; did you mean '{meant}'."
+
+
+def test_a_key_like_no_other_lists_what_is_known() -> None:
+    assert "known here: loss.type, loss.beta, loss.alpha, loss.beta_r" in refusal("loss.zzzzzz=1")
+
+
+def test_an_unknown_key_in_yaml_names_the_file(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("loss: {betta: 0.2}\n")
+    assert refusal("--conf", str(conf)) == f"{conf}: unknown key 'loss.betta'; did you mean 'loss.beta'."
+
+
+def test_a_group_is_not_a_value() -> None:
+    assert refusal("loss=dpo") == "command line: 'loss' is a group of settings, not 'dpo'; write loss.NAME=VALUE."
+
+
+def test_a_change_without_a_value_is_refused() -> None:
+    assert "'loss.beta' is not of the form key=value" in refusal("loss.beta")
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    assert "did you mean 'tgdpo_tiny'?" in refusal("--recipe", "tgpdo_tiny")
+
+
+def test_an_unknown_option_is_one_sentence() -> None:
+    assert refusal("--reciep=x").startswith("command line: unrecognized arguments: --reciep=x;")
+
+
+def test_yaml_that_does_not_parse_names_the_line(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("loss:\n  beta: 0.1\n  alpha: [1\n  x: 2\n")
+    assert refusal("--conf", str(conf)).startswith(f"{conf} line 4: not valid YAML")
+
+
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "just words\n"])
+def test_yaml_that_is_no_group_is_refused(content: str, tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text(content)
+    assert refusal("--conf", str(conf)) == f"{conf}: expected groups of settings."
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text(f"train: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    assert "not valid YAML" in refusal("--conf", str(conf))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_yaml_file_is_refused(tmp_path: Path) -> None:
+    assert refusal("--conf", str(tmp_path / "no.yaml")).endswith("no such configuration file.")
+
+
+# ---------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "loss.beta=0",
+        "loss.beta=-0.1",
+        "loss.beta=.nan",
+        "loss.beta=.inf",
+        "loss.beta=small",
+        "loss.alpha=-1",
+        "loss.beta_r=0",
+        "loss.type=kto",
+        "scores.source=hub",
+        "data.max_length=0",
+        "optimizer.lr=0",
+        "optimizer.lr=.inf",
+        "optimizer.adam_beta1=1",
+        "optimizer.clip_grad=0",
+        "train.global_batch_size=0",
+        "train.micro_batch_size=1.5",
+        "train.train_iters=-1",
+        "train.train_iters=true",
+        "train.precision=fp16",
+        "train.resume=perhaps",
+        "parallel.tensor_model_parallel_size=0",
+        "parallel.virtual_pipeline_model_parallel_size=1",
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_key_and_value(change: str) -> None:
+    key = change.partition("=")[0]
+    sentence = refusal(change)
+    assert sentence.startswith(f"command line: {key}=") and " is refused: " in sentence
+    assert "\n" not in sentence
+
+
+def test_less_than_one_process_is_refused() -> None:
+    assert refusal("--nproc-per-node", "0") == "--nproc-per-node must be at least 1, not 0."
+
+
+# ---------------------------------------------------------------- where settings come from
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_the_recipe(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("loss: {beta: 0.2, alpha: 2.0}\n")
+    config, processes = read_command_line(
+        "recipes.train",
+        "",
+        ["--recipe", "tgdpo_tiny", "--conf", str(conf), "--nproc-per-node", "4", "loss.alpha=3", "loss.beta_r=1"],
+    )
+    recipe = RECIPES["tgdpo_tiny"]()
+    assert (config.loss.beta, config.loss.alpha, config.loss.beta_r) == (0.2, 3.0, 1.0)
+    assert config.optimizer == recipe.optimizer and config.train == recipe.train
+    assert processes == 4
+
+
+def test_the_last_of_two_equal_keys_wins() -> None:
+    assert settings("train.train_iters=3", "train.train_iters=5").train.train_iters == 5
+
+
+def test_settings_may_stand_before_and_after_options() -> None:
+    arguments = ["loss.beta=0.2", "--nproc-per-node", "2", "loss.alpha=3"]
+    config, processes = read_command_line("recipes.train", "", arguments)
+    assert (config.loss.beta, config.loss.alpha, processes) == (0.2, 3.0, 2)
+
+
+def test_scientific_notation_is_a_number() -> None:
+    assert settings("optimizer.lr=1e-6").optimizer.lr == 1e-6
+
+
+def test_null_unsets_a_setting() -> None:
+    assert settings("loss.beta_r=0.7", "loss.beta_r=null").loss.beta_r is None
+
+
+def test_loading_changes_leaves_the_base_alone() -> None:
+    base = Config()
+    load(base, {"loss": {"beta": 0.7}}, where="here")
+    assert base == Config()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_fits_its_processes(name: str) -> None:
+    config = RECIPES[name]()
+    assert Config.model_validate(config.model_dump()) == config
+    assert check_fit(config, world_size=config.parallel.model_parallel_size) == 1
+
+
+def test_a_recipe_gives_a_fresh_configuration_each_time() -> None:
+    first = RECIPES["dpo_tiny"]()
+    first.loss.beta = 0.9
+    assert RECIPES["dpo_tiny"]().loss.beta == 0.1
+
+
+def test_beta_r_is_beta_unless_set() -> None:
+    assert settings("loss.beta=0.3").loss.token_reward_scale == 0.3
+    assert settings("loss.beta=0.3", "loss.beta_r=1").loss.token_reward_scale == 1.0
+
+
+# ---------------------------------------------------------------- what must fit
+
+
+def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
+    config = settings("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+    assert check_fit(config, world_size=8) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "words"),
+    [
+        (["parallel.context_parallel_size=2"], 2, ["context_parallel_size=2 is not supported", "set it to 1"]),
+        (["parallel.sequence_parallel=true"], 1, ["sequence_parallel=true needs", "tensor_model_parallel_size > 1"]),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            1,
+            ["virtual_pipeline_model_parallel_size needs", "pipeline_model_parallel_size > 1"],
+        ),
+        (["parallel.tensor_model_parallel_size=2"], 3, ["3 processes", "copies of 2", "--nproc-per-node"]),
+        (["train.global_batch_size=30"], 1, ["global_batch_size=30", "4 × 1 = 4"]),
+        (["train.global_batch_size=4"], 2, ["global_batch_size=4", "4 × 2 = 8"]),
+        (["train.train_iters=5"], 1, ["lr_warmup_iters=5", "train_iters=5"]),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "train.global_batch_size=12",
+            ],
+            2,
+            ["3 micro-batches", "pipeline of 2 ranks", "multiple of 8"],
+        ),
+        (["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"], 1, ["optimizer.min_lr", "optimizer.lr"]),
+    ],
+    ids=["context", "sequence", "virtual", "world", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
+)
+def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], processes: int, words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        check_fit(settings(*changes), world_size=processes)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tensor_model_parallel_size": 8}, "does not divide the model's 4 attention heads"),
+        ({"tensor_model_parallel_size": 4}, "does not divide the model's 2 key-value heads"),
+        ({"pipeline_model_parallel_size": 4}, "4 pipeline stages"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "4 pipeline stages"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(changes: Any, words: str, hf_model: Path) -> None:
+    from tgdpo_megatron.config import ParallelConfig
+    from tgdpo_megatron.model.description import check_fits, read_description
+
+    with pytest.raises(UserError, match=words):
+        check_fits(read_description(hf_model), ParallelConfig(**changes))

@@ -1,0 +1,342 @@
+"""The converter: bit-equal round trips, one fingerprint for one set of weights, whole or nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from tgdpo_megatron.checkpoint.fingerprint import tensor_sum
+from tgdpo_megatron.checkpoint.manifest import read_manifest
+from tgdpo_megatron.errors import UserError
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a HuggingFace folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def copy_with(source: Path, target: Path, *, dtype: torch.dtype | None = None, **changed: Tensor) -> Path:
+    """A HuggingFace folder with some tensors changed (dots written as __), or all in another dtype."""
+    shutil.copytree(source, target)
+    weights = weights_of(source) | {name.replace("__", "."): tensor for name, tensor in changed.items()}
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def untouched(parent: Path, *expected: str) -> None:
+    """Nothing but `expected` lies in a folder, hidden files included."""
+    assert sorted(path.name for path in parent.iterdir()) == sorted(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "head_dim": 32}],
+    ids=["grouped queries", "tied", "one key per query", "one key for all, wide heads"],
+)
+def test_a_round_trip_is_bit_equal(
+    shape: Any, dtype: torch.dtype, make_hf_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copy_with(make_hf_model(tmp_path / "made", **shape), tmp_path / "hf", dtype=dtype)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_bit_equal(weights_of(tmp_path / "back"), weights_of(source))
+
+
+def test_a_round_trip_keeps_config_and_tokenizer(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    megatron_to_hf(checkpoint, tmp_path / "back")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (hf_model, tmp_path / "back"))
+    assert before == after
+    text = "The capital of France, 12 times."
+    ids = [AutoTokenizer.from_pretrained(str(folder))(text)["input_ids"] for folder in (hf_model, tmp_path / "back")]
+    assert ids[0] == ids[1]
+
+
+def test_the_exported_model_gives_the_same_logits(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    megatron_to_hf(checkpoint, tmp_path / "back")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(str(folder))(tokens).logits for folder in (hf_model, tmp_path / "back")
+        ]
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_shards_with_an_index_give_the_same_checkpoint(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = weights_of(hf_model)
+    names = sorted(weights)
+    files = {name: f"model-{number % 3 + 1:05d}-of-00003.safetensors" for number, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in names if files[name] == file}, tmp_path / "hf" / file)
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    found = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert found.weights == read_manifest(checkpoint).weights
+
+
+def test_an_export_larger_than_a_shard_gets_an_index(
+    checkpoint: Path, hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tgdpo_megatron.checkpoint import safetensors
+
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 100_000)
+    megatron_to_hf(checkpoint, tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 2
+    assert_bit_equal(weights_of(tmp_path / "back"), weights_of(hf_model))
+    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "back")).state_dict()
+    assert torch.equal(loaded[LAST], weights_of(hf_model)[LAST])
+
+
+def test_rounding_to_bf16_is_torchs(hf_model: Path, tmp_path: Path) -> None:
+    hf_to_megatron(hf_model, tmp_path / "megatron", dtype="bf16")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in weights_of(hf_model).items()}
+    assert_bit_equal(weights_of(tmp_path / "back"), expected)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_survives_the_round_trip(checkpoint: Path, tmp_path: Path) -> None:
+    megatron_to_hf(checkpoint, tmp_path / "back")
+    assert hf_to_megatron(tmp_path / "back", tmp_path / "again").weights == read_manifest(checkpoint).weights
+
+
+def test_one_flipped_bit_changes_the_fingerprint(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    tensor = weights_of(hf_model)[LAST].clone()
+    tensor.view(torch.int32)[7, 11] ^= 1
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: tensor})
+    assert hf_to_megatron(copy, tmp_path / "megatron").weights != read_manifest(checkpoint).weights
+
+
+def test_two_exchanged_rows_change_the_fingerprint(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    tensor = weights_of(hf_model)[LAST][torch.arange(64).roll(1)].clone()
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: tensor})
+    assert hf_to_megatron(copy, tmp_path / "megatron").weights != read_manifest(checkpoint).weights
+
+
+def test_storing_bf16_weights_in_fp32_keeps_the_fingerprint(hf_model: Path, tmp_path: Path) -> None:
+    narrow = copy_with(hf_model, tmp_path / "hf", dtype=torch.bfloat16)
+    as_stored = hf_to_megatron(narrow, tmp_path / "bf16")
+    widened = hf_to_megatron(narrow, tmp_path / "fp32", dtype="fp32")
+    assert (as_stored.dtype, widened.dtype) == ("bfloat16", "float32")
+    assert as_stored.weights == widened.weights
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_the_sum_of_shards_is_the_sum_of_the_whole(cut: int) -> None:
+    whole = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    shards = whole.split(4, dim=cut)
+    parts = [
+        tensor_sum(shard, shape=whole.shape, offset=[place * 4 * (1 - cut), place * 4 * cut])
+        for place, shard in enumerate(shards)
+    ]
+    assert sum(parts) % 2**64 == tensor_sum(whole, shape=whole.shape, offset=[0, 0])
+
+
+# ---------------------------------------------------------------- refusals leave nothing
+
+
+def refuses(source: Path, target: Path, words: str) -> None:
+    """The conversion is refused in one line with these words, and its folder holds nothing new."""
+    before = sorted(path.name for path in target.parent.iterdir())
+    with pytest.raises(UserError) as refused:
+        hf_to_megatron(source, target)
+    assert words in str(refused.value) and "\n" not in str(refused.value), str(refused.value)
+    untouched(target.parent, *before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value: float, hf_model: Path, tmp_path: Path) -> None:
+    tensor = weights_of(hf_model)[LAST].clone()
+    tensor[3, 5] = value
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: tensor})
+    refuses(copy, tmp_path / "megatron", f"{LAST} holds numbers that are not finite")
+
+
+def test_a_folder_without_weights_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    refuses(tmp_path / "hf", tmp_path / "megatron", "no weights there")
+
+
+def test_pickled_weights_are_not_read(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights_of(hf_model), tmp_path / "hf" / "pytorch_model.bin")
+    refuses(tmp_path / "hf", tmp_path / "megatron", "would have to be unpickled")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_shard_is_refused_by_name(keep: int, hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    shard = tmp_path / "hf" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors: this weight shard is damaged or truncated")
+
+
+def test_a_missing_shard_is_refused_by_name(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", LAST: "model-2.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(tmp_path / "hf", tmp_path / "megatron", "model-2.safetensors: this weight shard is missing")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_index_is_refused(content: str, hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(content)
+    refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors.index.json")
+
+
+def test_a_missing_tensor_is_refused_by_name(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    weights = weights_of(hf_model)
+    del weights[LAST]
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    refuses(tmp_path / "hf", tmp_path / "megatron", f"the weights lack the tensor {LAST}")
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(hf_model: Path, tmp_path: Path) -> None:
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: torch.zeros(64, 95)})
+    refuses(copy, tmp_path / "megatron", f"{LAST} has shape (64, 95), config.json asks for (64, 96)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+            "architecture 'Qwen2ForCausalLM' is not supported",
+        ),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "RoPE scaling"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ],
+)
+def test_an_unsupported_model_is_refused(changes: Any, words: str, hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    config = json.loads((hf_model / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    refuses(tmp_path / "hf", tmp_path / "megatron", words)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    make_hf_model: Callable[..., Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Its ids would index past the embedding, in the middle of training."""
+    make_hf_model(tmp_path / "hf")
+    tokenizer_of_another = copy.deepcopy(tokenizer)
+    tokenizer_of_another.add_tokens([f"<extra{number}>" for number in range(9)])
+    tokenizer_of_another.save_pretrained(tmp_path / "hf")
+    refuses(tmp_path / "hf", tmp_path / "megatron", "tokenizer")
+
+
+def test_a_config_that_is_not_json_names_the_line(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text('{\n"model_type": "llama",\n"vocab_size": }\n')
+    refuses(tmp_path / "hf", tmp_path / "megatron", "config.json line 3: not valid JSON")
+
+
+def test_a_target_in_use_is_left_as_it_was(hf_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "megatron"
+    target.mkdir()
+    (target / "precious.txt").write_text("mine")
+    refuses(hf_model, target, "already there and not empty")
+    assert (target / "precious.txt").read_text() == "mine"
+
+
+def test_a_target_below_a_file_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        hf_to_megatron(hf_model, tmp_path / "file" / "megatron")
+
+
+# ---------------------------------------------------------------- exporting what is damaged
+
+
+def overwrite(checkpoint: Path, target: Path, tensor: Tensor, changed: Tensor) -> Path:
+    """A copy of a checkpoint in whose files the bytes of one tensor are replaced, without any other trace."""
+    shutil.copytree(checkpoint, target)
+    before, after = tensor.numpy().tobytes(), changed.numpy().tobytes()
+    (file,) = (path for path in (target / "weights").glob("*.distcp") if before in path.read_bytes())
+    file.write_bytes(file.read_bytes().replace(before, after))
+    return target
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_exported(checkpoint: Path, hf_model: Path, tmp_path: Path) -> None:
+    tensor = weights_of(hf_model)[LAST]
+    broken = tensor.clone()
+    broken[0, 0] = float("nan")
+    damaged = overwrite(checkpoint, tmp_path / "megatron", tensor, broken)
+    with pytest.raises(UserError, match="holds numbers that are not finite; it is not exported"):
+        megatron_to_hf(damaged, tmp_path / "back")
+    untouched(tmp_path, "megatron")
+
+
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_a_truncated_checkpoint_is_not_exported(keep: int, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    file = max((tmp_path / "megatron" / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="cannot be read") as refused:
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert "\n" not in str(refused.value)
+    untouched(tmp_path, "megatron")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle"])
+def test_damaged_checkpoint_metadata_is_refused(content: bytes, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    (tmp_path / "megatron" / "weights" / ".metadata").write_bytes(content)
+    with pytest.raises(UserError):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    untouched(tmp_path, "megatron")
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("manifest.json", "not a Megatron checkpoint of this project"),
+        ("weights/.metadata", "the checkpoint has no weights"),
+        ("hf/config.json", "no config.json there"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(missing: str, words: str, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    (tmp_path / "megatron" / missing).unlink()
+    with pytest.raises(UserError, match=words):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    untouched(tmp_path, "megatron")
+
+
+def test_a_huggingface_folder_is_told_how_to_become_a_checkpoint(hf_model: Path) -> None:
+    with pytest.raises(UserError, match="python -m tools.convert_hf_to_megatron HF_FOLDER MEGATRON_FOLDER"):
+        read_manifest(hf_model)

@@ -1,0 +1,383 @@
+"""The losses against golden numbers, limit cases and identities; float64 to 1e-12 unless a test says otherwise."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tgdpo_megatron.config import LossConfig
+from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.losses import CHOSEN, REJECTED, Pairs, pair_losses, token_rewards, token_weights
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+# Name in golden.json -> our configuration.
+METHODS = {
+    "dpo": LossConfig(type="dpo", beta=0.1),
+    "tgdpo": LossConfig(type="tgdpo", beta=0.1, alpha=0.5),
+    "tgdpo_alpha0 (must equal dpo)": LossConfig(type="tgdpo", beta=0.1, alpha=0.0),
+    "tgdpo_alpha2": LossConfig(type="tgdpo", beta=0.1, alpha=2.0),
+    "tgdpo_beta_r_1.0": LossConfig(type="tgdpo", beta=0.1, alpha=0.5, beta_r=1.0),
+}
+DPO, TGDPO = METHODS["dpo"], METHODS["tgdpo"]
+
+
+# ---------------------------------------------------------------- inputs
+
+
+class Tokens:
+    """Flat log-probs of some pairs' response tokens."""
+
+    def __init__(self, policy: Tensor, reference: Tensor, guidance: Tensor, pairs: Pairs) -> None:
+        self.policy, self.reference, self.guidance, self.pairs = policy, reference, guidance, pairs
+
+    def loss(self, config: LossConfig, **changes: Tensor) -> tuple[Tensor, Tensor]:
+        given = {"policy": self.policy, "reference": self.reference, "guidance": self.guidance} | changes
+        return pair_losses(
+            config, given["policy"], self.pairs, reference=given["reference"], guidance=given["guidance"]
+        )
+
+    def swapped(self) -> Tokens:
+        pairs = Pairs(self.pairs.pair, 1 - self.pairs.side, self.pairs.num_pairs)
+        return Tokens(self.policy, self.reference, self.guidance, pairs)
+
+
+@pytest.fixture
+def part_a(golden: Any) -> Tokens:
+    """Part A: two pairs, 4 + 5 and 6 + 4 response tokens, float64."""
+    sides = [pair[side] for pair in golden["part_a_token_logprobs"]["inputs"] for side in "wl"]
+
+    def flat(name: str) -> Tensor:
+        return torch.tensor([value for side in sides for value in side[name]], dtype=torch.float64)
+
+    lengths = torch.tensor([len(side["pi"]) for side in sides])
+    which = torch.arange(4).repeat_interleave(lengths)
+    return Tokens(flat("pi").requires_grad_(), flat("ref"), flat("rm"), Pairs(which // 2, which % 2, 2))
+
+
+@pytest.fixture
+def random_tokens() -> Tokens:
+    """Seven pairs of random lengths, float64; reference and guidance differ from the policy by about a nat."""
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 12, (14,), generator=random)
+    which = torch.arange(14).repeat_interleave(lengths)
+    policy, reference, guidance = -3 * torch.rand(3, len(which), generator=random, dtype=torch.float64)
+    return Tokens(policy.requires_grad_(), reference, guidance, Pairs(which // 2, which % 2, 7))
+
+
+def part_b_logits(golden: Any, model: str) -> Tensor:
+    """Logits by Part B's formula. [row, position, vocabulary] float64."""
+    b = golden["part_b_full_vocab"]
+    rows, positions, vocab = b["shape"]["rows"], b["shape"]["seq"], b["shape"]["vocab"]
+    r, s, v = torch.meshgrid(torch.arange(rows), torch.arange(positions), torch.arange(vocab), indexing="ij")
+    p, q, t, d, e = b["logits_coefficients"][model]
+    return ((p * r + q * s + t * v + d * r * v + e * s * v) % 13).double() / 4 - 1.5
+
+
+def part_b_sequences(golden: Any) -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected ids of Part B's two pairs."""
+    b = golden["part_b_full_vocab"]
+    pairs = []
+    for pair in (0, 1):
+        ids, labels = ([b[name][row] for row in (pair, pair + 2)] for name in ("input_ids", "labels"))
+        responses = [[label for label in row if label != -100] for row in labels]
+        prompt = next(place for place, label in enumerate(labels[0]) if label != -100)
+        pairs.append((ids[0][:prompt], *responses))
+    return pairs
+
+
+@pytest.fixture
+def part_b(golden: Any, prepared_by_hand: Any) -> Any:
+    """Part B through our own batch: a function of (model, logits) to log-probs of the labelled tokens, and the pairs.
+
+    Part B's rows are chosen 0, chosen 1, rejected 0, rejected 1; our segments are chosen 0, rejected 0, chosen 1, ….
+    """
+    batch = make_batch(prepared_by_hand(part_b_sequences(golden)), [0, 1])
+
+    def logps(logits: Tensor, *, row_shift: int = 0) -> Tensor:
+        segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
+        flat = torch.cat([logits[row, : length + 1] for row, length in segments])
+        start = torch.arange(4).repeat_interleave(torch.tensor(batch.segment_lengths))  # one extra row a segment
+        rows = batch.rows + start[batch.rows] + row_shift
+        return flat.log_softmax(-1)[rows].gather(1, batch.labels[:, None]).squeeze(1)
+
+    return logps, batch.pairs
+
+
+# ---------------------------------------------------------------- golden numbers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_part_a_losses_and_margins_are_golden(name: str, golden: Any, part_a: Tokens) -> None:
+    expected = golden["part_a_token_logprobs"]["methods"][name]
+    losses, margins = part_a.loss(METHODS[name])
+    assert losses.tolist() == pytest.approx([pair["loss"] for pair in expected["pairs"]], rel=0, abs=1e-12)
+    assert margins.tolist() == pytest.approx([pair["z"] for pair in expected["pairs"]], rel=0, abs=1e-12)
+    assert losses.mean().item() == pytest.approx(expected["mean_loss"], rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_part_a_gradients_on_the_policy_are_golden(name: str, golden: Any, part_a: Tokens) -> None:
+    pairs = golden["part_a_token_logprobs"]["methods"][name]["pairs"]
+    expected = [value for pair in pairs for side in ("grad_chosen", "grad_rejected") for value in pair[side]]
+    part_a.loss(METHODS[name])[0].mean().backward()
+    torch.testing.assert_close(part_a.policy.grad, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_part_b_log_probs_are_golden(golden: Any, part_b: Any) -> None:
+    logps, _ = part_b
+    names = {"policy": "policy_logps", "ref": "ref_logps", "rm": "guidance_logps"}
+    for model, name in names.items():
+        rows = golden["part_b_full_vocab"][name]
+        expected = torch.tensor([value for row in (0, 2, 1, 3) for value in rows[row]], dtype=torch.float64)
+        torch.testing.assert_close(logps(part_b_logits(golden, model)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tgdpo"])
+def test_part_b_is_golden_from_logits_to_logit_gradients(name: str, golden: Any, part_b: Any) -> None:
+    expected = golden["part_b_full_vocab"]["methods"][name]
+    logps, pairs = part_b
+    policy = part_b_logits(golden, "policy").requires_grad_()
+    losses, margins = pair_losses(
+        METHODS[name],
+        logps(policy),
+        pairs,
+        reference=logps(part_b_logits(golden, "ref")),
+        guidance=logps(part_b_logits(golden, "rm")),
+    )
+    losses.mean().backward()
+    assert policy.grad is not None
+    found = {
+        "mean_loss": losses.mean().item(),
+        "per_pair_loss": losses.tolist(),
+        "z": margins.tolist(),
+        "grad_logits_l2": policy.grad.norm().item(),
+        "grad_logits_max_abs": policy.grad.abs().max().item(),
+        "grad_logits_row0_pos2": policy.grad[0, 2].tolist(),
+        "grad_logits_row2_pos2": policy.grad[2, 2].tolist(),
+    }
+    for number, value in found.items():
+        assert value == pytest.approx(expected[number], rel=0, abs=1e-12), number
+
+
+def test_metrics_of_the_golden_identity_hold(golden: Any, part_a: Tokens) -> None:
+    expected = golden["part_a_token_logprobs"]["identity_tgdpo_equals_dpo_plus_guidance_inside"]
+    margins = part_a.loss(TGDPO)[1]
+    assert margins.tolist() == pytest.approx([pair["z_from_identity"] for pair in expected], rel=0, abs=1e-12)
+
+
+# ---------------------------------------------------------------- what mistakes would give
+
+
+def dpo_on_part_b(golden: Any, part_b: Any, **mistake: int) -> float:
+    logps, pairs = part_b
+    policy, reference = (logps(part_b_logits(golden, model), **mistake) for model in ("policy", "ref"))
+    return pair_losses(DPO, policy, pairs, reference=reference)[0].mean().item()
+
+
+def test_labels_of_a_batch_are_shifted_once_and_leave_the_prompt_out(golden: Any, part_b: Any) -> None:
+    mistakes = golden["part_b_full_vocab"]["mistakes"]
+    found = dpo_on_part_b(golden, part_b)
+    assert found == pytest.approx(mistakes["dpo_correct"], rel=0, abs=1e-12)
+    for name in ("dpo_no_shift", "dpo_double_shift", "dpo_one_prompt_token_counted"):
+        assert abs(found - mistakes[name]) > 1e-2, name
+
+
+def test_a_batch_without_the_shift_would_be_noticed(golden: Any, part_b: Any) -> None:
+    unshifted = golden["part_b_full_vocab"]["mistakes"]["dpo_no_shift"]
+    assert dpo_on_part_b(golden, part_b, row_shift=1) == pytest.approx(unshifted, rel=0, abs=1e-12)
+
+
+def test_pairs_are_not_mixed_up(golden: Any, part_b: Any) -> None:
+    logps, pairs = part_b
+    policy, reference = (logps(part_b_logits(golden, model)) for model in ("policy", "ref"))
+    # The four responses in batch order, cut into halves: chosen 0 against chosen 1, rejected 0 against rejected 1.
+    halves = Pairs(pair=pairs.side, side=pairs.pair, num_pairs=2)
+    mistaken = pair_losses(DPO, policy, halves, reference=reference)[0].mean().item()
+    named = golden["part_b_full_vocab"]["mistakes"]["dpo_interleaved_rows_split_as_halves"]
+    assert mistaken == pytest.approx(named, rel=0, abs=1e-12)
+    assert abs(dpo_on_part_b(golden, part_b) - named) > 1e-2
+
+
+def test_padding_of_the_vocabulary_does_not_count(golden: Any, part_b: Any, prepared_by_hand: Any) -> None:
+    """Through the distributed head: ten columns, the last two padding with logit 0. fp32, hence 1e-6."""
+    from tgdpo_megatron.model.head import VocabShard, _LabelledLogProbs
+
+    batch = make_batch(prepared_by_hand(part_b_sequences(golden)), [0, 1])
+    weight = torch.cat([torch.eye(8), torch.zeros(2, 8)])
+    shard = VocabShard.of(weight, vocab_size=8, group=None)
+
+    def through_head(model: str) -> Tensor:
+        logits = part_b_logits(golden, model).float()
+        segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
+        hidden = torch.cat([logits[row, :length] for row, length in segments])[batch.rows]
+        policy, _ = _LabelledLogProbs.apply(hidden, weight, [], batch.labels, shard)
+        assert isinstance(policy, Tensor)
+        return policy
+
+    losses, _ = pair_losses(DPO, through_head("policy"), batch.pairs, reference=through_head("ref"))
+    mistakes = golden["part_b_full_vocab"]["mistakes"]
+    assert losses.mean().item() == pytest.approx(mistakes["dpo_correct"], rel=0, abs=1e-6)
+    assert abs(losses.mean().item() - mistakes["dpo_padded_vocab_zero_logits"]) > 1e-3
+
+
+def test_dpo_sums_over_tokens_and_does_not_average(golden: Any, part_a: Tokens) -> None:
+    found = part_a.loss(DPO)[0].mean().item()
+    assert found == pytest.approx(golden["part_c_mistakes"]["dpo_sum"], rel=0, abs=1e-12)
+    for name in ("dpo_with_averages", "fork_stage_dpo_elementwise_padded_to_8"):
+        assert abs(found - golden["part_c_mistakes"][name]) > 1e-2, name
+
+
+def test_the_guidance_enters_the_rejected_side_with_a_minus(golden: Any, part_a: Tokens) -> None:
+    found = part_a.loss(TGDPO)[0].mean().item()
+    assert found == pytest.approx(golden["part_c_mistakes"]["tgdpo_correct"], rel=0, abs=1e-12)
+    assert abs(found - golden["part_c_mistakes"]["tgdpo_plus_sign_on_rejected"]) > 1e-3
+
+
+def test_a_policy_that_guides_itself_gets_no_gradient_through_the_guidance(golden: Any, part_a: Tokens) -> None:
+    part_a.loss(TGDPO, guidance=part_a.policy)[0][0].backward()  # the golden numbers are of pair 0's own loss
+    assert part_a.policy.grad is not None
+    chosen = part_a.policy.grad[:4].tolist()
+    mistakes = golden["part_c_mistakes"]
+    assert chosen == pytest.approx(mistakes["tgdpo_self_guidance_detached_grad_chosen"], rel=0, abs=1e-12)
+    assert chosen != pytest.approx(mistakes["tgdpo_self_guidance_not_detached_grad_chosen"], rel=0, abs=1e-4)
+
+
+# ---------------------------------------------------------------- limit cases and identities
+
+
+@pytest.mark.parametrize("config", [DPO, TGDPO, LossConfig(type="sft")], ids=lambda config: config.type)
+def test_gradcheck(config: LossConfig, random_tokens: Tokens) -> None:
+    assert torch.autograd.gradcheck(lambda policy: random_tokens.loss(config, policy=policy), random_tokens.policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tgdpo_with_alpha_zero_is_dpo_bit_for_bit(dtype: torch.dtype, random_tokens: Tokens) -> None:
+    results = []
+    for config in (DPO, LossConfig(type="tgdpo", beta=0.1, alpha=0.0)):
+        policy = random_tokens.policy.detach().to(dtype).requires_grad_()
+        frozen = {"reference": random_tokens.reference.to(dtype), "guidance": random_tokens.guidance.to(dtype)}
+        losses, margins = random_tokens.loss(config, policy=policy, **frozen)
+        losses.mean().backward()
+        results.append((losses, margins, policy.grad))
+    for dpo, tgdpo in zip(*results, strict=True):
+        assert torch.equal(dpo, tgdpo)
+
+
+def test_tgdpo_guided_by_the_reference_is_dpo(random_tokens: Tokens) -> None:
+    guided = random_tokens.loss(TGDPO, guidance=random_tokens.reference)
+    for tgdpo, dpo in zip(guided, random_tokens.loss(DPO), strict=True):
+        assert torch.equal(tgdpo, dpo)
+
+
+def test_swapping_chosen_and_rejected_negates_the_dpo_margin(random_tokens: Tokens) -> None:
+    assert torch.equal(random_tokens.swapped().loss(DPO)[1], -random_tokens.loss(DPO)[1])
+
+
+def test_swapping_sides_and_guidance_negates_the_tgdpo_margin(random_tokens: Tokens) -> None:
+    """The guidance adds to both responses with the same sign (the identity below), so its reward r̂ must turn too."""
+    opposite = 2 * random_tokens.reference - random_tokens.guidance  # r̂ of the other sign
+    margins = random_tokens.swapped().loss(TGDPO, guidance=opposite)[1]
+    torch.testing.assert_close(margins, -random_tokens.loss(TGDPO)[1], **EXACT)
+
+
+def test_tgdpo_margin_is_dpo_margin_plus_guidance_inside(random_tokens: Tokens) -> None:
+    """z_TGDPO = z_DPO + α β Σ r̂ d over both responses, with the same sign on both."""
+    config = LossConfig(type="tgdpo", beta=0.3, alpha=0.7, beta_r=0.9)
+    log_ratio = random_tokens.policy - random_tokens.reference
+    rewards = 0.9 * (random_tokens.guidance - random_tokens.reference)
+    inside = torch.zeros(7, dtype=torch.float64).index_add(0, random_tokens.pairs.pair, rewards * log_ratio)
+    dpo_margin = random_tokens.loss(LossConfig(type="dpo", beta=0.3))[1]
+    torch.testing.assert_close(random_tokens.loss(config)[1], dpo_margin + 0.7 * 0.3 * inside, **EXACT)
+
+
+@pytest.mark.parametrize("config", [DPO, TGDPO], ids=lambda config: config.type)
+def test_loss_is_ln_2_where_policy_is_reference(config: LossConfig, golden: Any, random_tokens: Tokens) -> None:
+    losses, margins = random_tokens.loss(config, policy=random_tokens.reference)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 7, rel=0, abs=1e-12)
+    assert math.log(2) == pytest.approx(golden["part_c_mistakes"]["dpo_at_init_any_guidance"], rel=0, abs=1e-12)
+    assert margins.tolist() == [0.0] * 7
+
+
+def test_the_guidance_gets_no_gradient(random_tokens: Tokens) -> None:
+    guidance = random_tokens.guidance.clone().requires_grad_()
+    random_tokens.loss(TGDPO, guidance=guidance)[0].sum().backward()
+    assert guidance.grad is None
+
+
+def test_order_of_tokens_and_of_pairs_changes_nothing(random_tokens: Tokens) -> None:
+    """Tokens of all responses shuffled together, pairs numbered backwards. 1e-12: sums are added in another order."""
+    order = torch.randperm(len(random_tokens.policy), generator=torch.Generator().manual_seed(2))
+    pairs = Pairs(6 - random_tokens.pairs.pair[order], random_tokens.pairs.side[order], 7)
+    flat = [values[order] for values in (random_tokens.policy, random_tokens.reference, random_tokens.guidance)]
+    shuffled = Tokens(flat[0], flat[1], flat[2], pairs)
+    for found, expected in zip(shuffled.loss(TGDPO), random_tokens.loss(TGDPO), strict=True):
+        torch.testing.assert_close(found.flip(0), expected, **EXACT)
+
+
+def test_a_far_lost_pair_has_a_finite_loss_and_full_gradient() -> None:
+    """z = −0.1 · 20,000 = −2,000: −log σ(z) = 2,000, where log(sigmoid) would be infinite."""
+    policy = torch.tensor([-20_000.0, 0.0], requires_grad=True)
+    pairs = Pairs(torch.tensor([0, 0]), torch.tensor([CHOSEN, REJECTED]), 1)
+    losses, _ = pair_losses(DPO, policy, pairs, reference=torch.zeros(2))
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(2000.0)
+    assert policy.grad is not None and policy.grad.tolist() == pytest.approx([-0.1, 0.1])
+
+
+def test_token_weights_by_hand() -> None:
+    """Pair 0 of Part A: r̂ = 0.1 · (rm − ref); weights 1 + 0.5 r̂ chosen, 1 − 0.5 r̂ rejected."""
+    reference, guidance = torch.tensor([-0.7, -1.0, -0.8, -0.6]), torch.tensor([-0.4, -1.3, -1.0, -0.5])
+    pairs = Pairs(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]), 1)
+    weights = token_weights(token_rewards(guidance, reference, beta_r=0.1), pairs, alpha=0.5)
+    assert weights.tolist() == pytest.approx([1.015, 0.985, 1.01, 0.995], abs=1e-6)
+
+
+def test_sft_is_the_mean_over_tokens_then_one_number_a_pair() -> None:
+    """Pair 0: −(−1 − 2) / 2 = 1.5. Pair 1: 4. Rejected tokens do not count. Gradient −1/length on chosen tokens."""
+    policy = torch.tensor([-1.0, -2.0, -9.0, -4.0], requires_grad=True)
+    pairs = Pairs(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 0]), 2)
+    losses, margins = pair_losses(LossConfig(type="sft"), policy, pairs)
+    losses.sum().backward()
+    assert losses.tolist() == [1.5, 4.0] and margins.tolist() == [0.0, 0.0]
+    assert policy.grad is not None and policy.grad.tolist() == [-0.5, -0.5, 0.0, -1.0]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("config", "missing"), [(DPO, "reference"), (TGDPO, "reference"), (TGDPO, "guidance")])
+def test_missing_log_probs_are_refused_by_name(config: LossConfig, missing: str, random_tokens: Tokens) -> None:
+    given = {"reference": random_tokens.reference, "guidance": random_tokens.guidance} | {missing: None}
+    with pytest.raises(ValueError, match=f"loss.type={config.type} needs {missing} log-probs"):
+        pair_losses(config, random_tokens.policy, random_tokens.pairs, **given)
+
+
+def test_log_probs_of_another_shape_are_refused(random_tokens: Tokens) -> None:
+    with pytest.raises(ValueError, match="reference has shape"):
+        random_tokens.loss(DPO, reference=random_tokens.reference[:, None])
+
+
+def test_log_probs_that_do_not_match_the_pairs_are_refused(random_tokens: Tokens) -> None:
+    short = random_tokens.reference[:-1]
+    with pytest.raises(ValueError, match="one number per token"):
+        pair_losses(DPO, short, random_tokens.pairs, reference=short)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "imported"),
+    [
+        ("megatron", "tgdpo_megatron.losses, tgdpo_megatron.config, recipes.settings"),
+        ("torch", "tgdpo_megatron.config, recipes.settings"),
+    ],
+)
+def test_imports_without(blocked: str, imported: str) -> None:
+    code = f"import sys; sys.modules['{blocked}'] = None; import {imported}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,142 @@
+"""Metrics: TRL's names and definitions, sums divided once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tgdpo_megatron.config import LossConfig
+from tgdpo_megatron.losses import Pairs, pair_losses
+from tgdpo_megatron.report.metrics import Logger, averages, micro_batch_sums, names_for
+
+DPO = LossConfig(type="dpo", beta=0.1)
+TGDPO = LossConfig(type="tgdpo", beta=0.1, alpha=0.5)
+
+
+def metrics_of(config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tensor, guidance: Tensor) -> dict[str, Any]:
+    losses, margins = pair_losses(config, policy, pairs, reference=reference, guidance=guidance)
+    sums = micro_batch_sums(config, pairs, policy, [reference, guidance], losses, margins)
+    return averages({name: float(value) for name, value in sums.items()})
+
+
+@pytest.fixture
+def part_a(golden: Any) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+    sides = [pair[side] for pair in golden["part_a_token_logprobs"]["inputs"] for side in "wl"]
+    which = torch.arange(4).repeat_interleave(torch.tensor([len(side["pi"]) for side in sides]))
+    policy, reference, guidance = (
+        torch.tensor([value for side in sides for value in side[name]], dtype=torch.float64)
+        for name in ("pi", "ref", "rm")
+    )
+    return Pairs(which // 2, which % 2, 2), policy, reference, guidance
+
+
+@pytest.mark.parametrize("config", [DPO, TGDPO], ids=lambda config: config.type)
+def test_rewards_and_log_probs_are_golden_for_every_method(config: LossConfig, golden: Any, part_a: Any) -> None:
+    """`rewards/*` include β and no guidance, for TGDPO as well."""
+    found = metrics_of(config, *part_a)
+    for name, value in golden["part_a_token_logprobs"]["metrics_dpo_beta0_1"].items():
+        assert found[name] == pytest.approx(value, rel=0, abs=1e-12), name
+
+
+def test_the_loss_metric_is_the_mean_over_pairs(golden: Any, part_a: Any) -> None:
+    expected = golden["part_a_token_logprobs"]["methods"]["tgdpo"]
+    found = metrics_of(TGDPO, *part_a)
+    assert found["loss"] == pytest.approx(expected["mean_loss"], rel=0, abs=1e-12)
+    mean_margin = sum(pair["z"] for pair in expected["pairs"]) / 2
+    assert found["tgdpo/margins"] == pytest.approx(mean_margin, rel=0, abs=1e-12)
+
+
+def test_weight_statistics_by_hand() -> None:
+    """With β_r = 0.5, α = 2 a weight is 1 ± (guidance − reference): chosen 2 and −1, rejected 0 and 3.
+
+    Mean 1; mean square (4 + 1 + 0 + 9) / 4 = 3.5; deviation √2.5. Two of four are not positive. r̂ counts with
+    its side's sign: (0.5 − 1 − 0.5 + 1) / 4 = 0.
+    """
+    pairs = Pairs(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]), 1)
+    guidance = torch.tensor([1.0, -2.0, 1.0, -2.0], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    found = metrics_of(LossConfig(type="tgdpo", alpha=2, beta_r=0.5), pairs, zeros, zeros, guidance)
+    assert found["tgdpo/weight_mean"] == pytest.approx(1.0, abs=1e-12)
+    assert found["tgdpo/weight_std"] == pytest.approx(math.sqrt(2.5), abs=1e-12)
+    assert found["tgdpo/weight_neg_frac"] == 0.5
+    assert found["tgdpo/reward_mean"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_an_equal_pair_is_not_counted_as_right() -> None:
+    pairs = Pairs(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), 2)
+    policy = torch.tensor([-1.0, -1.0, -0.5, -1.0])
+    reference = torch.full((4,), -1.0)
+    assert metrics_of(DPO, pairs, policy, reference, reference)["rewards/accuracies"] == 0.5
+
+
+def test_micro_batches_add_up_to_the_whole(part_a: Any) -> None:
+    """Pairs apart or together: equal metrics, also where a statistic is per token and lengths differ."""
+    pairs, *flat = part_a
+    sums: dict[str, float] = {}
+    for pair in (0, 1):
+        own = pairs.pair == pair
+        part = Pairs(pairs.pair[own] - pair, pairs.side[own], 1)
+        values = [logps[own] for logps in flat]
+        losses, margins = pair_losses(TGDPO, values[0], part, reference=values[1], guidance=values[2])
+        for name, value in micro_batch_sums(TGDPO, part, values[0], values[1:], losses, margins).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    assert averages(sums) == pytest.approx(metrics_of(TGDPO, *part_a), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "tgdpo"])
+def test_ranks_that_count_nothing_know_the_names_reported(method: Any, part_a: Any) -> None:
+    """Names and order must agree between ranks: they are added up as one vector."""
+    pairs, *flat = part_a
+    config = LossConfig(type=method)
+    losses, margins = pair_losses(config, flat[0], pairs, reference=flat[1], guidance=flat[2])
+    assert list(micro_batch_sums(config, pairs, flat[0], flat[1:], losses, margins)) == names_for(config)
+
+
+def test_an_empty_micro_batch_adds_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0)
+    sums = micro_batch_sums(TGDPO, Pairs(none, none, 0), empty, [empty, empty], empty, empty)
+    assert all(float(value) == 0.0 for value in sums.values())
+
+
+def test_a_loss_that_is_not_finite_is_counted() -> None:
+    pairs = Pairs(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), 2)
+    policy = torch.tensor([float("nan"), -1.0, -0.5, -1.0])
+    losses, margins = pair_losses(DPO, policy, pairs, reference=torch.zeros(4))
+    assert float(micro_batch_sums(DPO, pairs, policy, [torch.zeros(4)], losses, margins)["not_finite"]) == 1.0
+
+
+def log(output: Path, iterations: range, *, first: int = 0) -> list[Any]:
+    """Log some steps as one process would, and read what metrics.jsonl then holds."""
+    logger = Logger(output, active=True, first=first)
+    for iteration in iterations:
+        logger.log(iteration, {"loss": 0.5, "rewards/margins": -0.25})
+    logger.close()
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_log_is_one_json_object_a_line(tmp_path: Path) -> None:
+    expected = [{"iteration": number, "loss": 0.5, "rewards/margins": -0.25} for number in (1, 2)]
+    assert log(tmp_path, range(1, 3)) == expected
+
+
+def test_a_continued_run_logs_each_step_once(tmp_path: Path) -> None:
+    """A run killed in the middle of writing step 5, continued from the checkpoint of step 2."""
+    log(tmp_path, range(1, 5))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "lo')
+    lines = log(tmp_path, range(3, 5), first=2)
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_other_ranks_write_no_log(tmp_path: Path) -> None:
+    logger = Logger(tmp_path, active=False)
+    logger.log(1, {"loss": 0.5})
+    logger.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,307 @@
+"""From text to token ids: BOS, end of turn, the boundary between prompt and response, cuts, drops, identity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs
+from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer, template_hash, tokenizer_hash
+from tgdpo_megatron.errors import UserError
+
+TURN = "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>"
+HEADER = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+TEMPLATES = {
+    "with BOS": "{{ bos_token }}{% for message in messages %}" + TURN + "{% endfor %}" + HEADER,
+    "without BOS": "{% for message in messages %}" + TURN + "{% endfor %}" + HEADER,
+    "newline after each turn": "{{ bos_token }}{% for message in messages %}" + TURN + "\n{% endfor %}" + HEADER,
+}
+
+
+def templated(tokenizer: Any, template: str, *, adds_bos: bool = False) -> Any:
+    """A copy of the tokenizer with another chat template, which adds a BOS of its own where asked."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    if adds_bos:
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        changed.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+        assert changed("x")["input_ids"][0] == bos[1]
+    return changed
+
+
+@pytest.fixture
+def prepare(tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path) -> Callable[..., PreparedPairs]:
+    """A function that prepares rows with a tokenizer and a length limit."""
+
+    def run(rows: Sequence[Any], *, using: Any = tokenizer, max_length: int = 512) -> PreparedPairs:
+        source = write_pairs(tmp_path / "pairs.jsonl", rows)
+        return prepare_pairs(DataConfig(max_length=max_length), source, using, tmp_path / "prepared")
+
+    return run
+
+
+def row(prompt: str = "Say hello.", chosen: str = "Hello there!", rejected: str = "No.") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+# ---------------------------------------------------------------- one sequence
+
+
+@pytest.mark.parametrize(
+    ("name", "adds_bos"),
+    [
+        ("with BOS", False),
+        ("with BOS", True),
+        ("without BOS", True),
+        ("newline after each turn", False),
+        ("newline after each turn", True),
+    ],
+)
+def test_every_sequence_has_exactly_one_bos_at_its_start(
+    name: str, adds_bos: bool, tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    data = prepare([row()], using=templated(tokenizer, TEMPLATES[name], adds_bos=adds_bos))
+    for side in (0, 1):
+        ids = data.sequence(0, side).tolist()
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_no_bos_is_invented(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
+    data = prepare([row()], using=templated(tokenizer, TEMPLATES["without BOS"]))
+    assert tokenizer.bos_token_id not in data.sequence(0, 0)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_response_is_its_text_and_the_end_of_turn(
+    name: str, tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    """What a template writes after the end of turn (a newline) is not labelled: generation stops before it."""
+    data = prepare([row(chosen="Hello there!")], using=templated(tokenizer, TEMPLATES[name]))
+    response = data.sequence(0, 0)[data.prompt_lengths[0] :].tolist()
+    assert response[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tokenizer.decode(response) == "Hello there!<|end|>"
+
+
+def test_a_template_that_closes_no_turn_gets_the_end_of_sequence(
+    tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    plain = "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    header = "{% if add_generation_prompt %}assistant: {% endif %}"
+    data = prepare([row(chosen="Hello there!")], using=templated(tokenizer, plain + header))
+    response = data.sequence(0, 0)[data.prompt_lengths[0] :].tolist()
+    assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(response[:-1]).strip() == "Hello there!"
+
+
+def test_a_response_that_mentions_the_end_of_turn_keeps_all_its_tokens(tokenizer: Any) -> None:
+    prompt_text, _ = encode_prompt(tokenizer, "Say it.")
+    ids = encode_response(tokenizer, "Say it.", prompt_text, "a<|end|>b")
+    assert tokenizer.decode(ids) == "a<|end|>b<|end|>"
+
+
+def test_prompt_and_response_are_tokenised_apart() -> None:
+    """`Answer` + `ing` would be one token, `Answering`, if the texts were joined first."""
+    from tools.make_tiny_model import train_tokenizer
+
+    tokenizer = train_tokenizer(["Answering Answer ing"] * 20, vocab_size=300)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}Answer{% endif %}"
+        "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}Answer{% endif %}"
+    )
+    prompt_text, prompt = encode_prompt(tokenizer, "x")
+    response = encode_response(tokenizer, "x", prompt_text, "ing")
+    assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "Answer"
+    assert tokenizer.convert_ids_to_tokens(response) == ["ing", "<|end|>"]
+    joined = tokenizer(prompt_text + "ing<|end|>", add_special_tokens=False)["input_ids"]
+    assert joined != prompt + response  # the case has power
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+    rewriting = templated(tokenizer, "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}")
+    prompt_text, _ = encode_prompt(rewriting, "Hello")
+    with pytest.raises(UserError, match="does not render the prompt the same way"):
+        encode_response(rewriting, "Hello", prompt_text, "Hi")
+
+
+def test_both_responses_share_the_prompt(prepare: Callable[..., PreparedPairs]) -> None:
+    data = prepare([row(prompt="Say hello. " * 30)], max_length=40)
+    length = data.prompt_lengths[0]
+    assert data.sequence(0, 0)[:length].tolist() == data.sequence(0, 1)[:length].tolist()
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_a_long_prompt_loses_its_start_but_neither_bos_nor_response(
+    tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    long = row(prompt=" ".join(f"word{number}" for number in range(60)))
+    whole, cut = prepare([long]), prepare([long], max_length=40)
+    assert len(whole.sequence(0, 0)) > 40
+    for side in (0, 1):
+        response = whole.sequence(0, side)[whole.prompt_lengths[0] :].tolist()
+        assert cut.sequence(0, side)[cut.prompt_lengths[0] :].tolist() == response
+    assert max(len(cut.sequence(0, side)) for side in (0, 1)) == 40
+    kept = cut.sequence(0, 0)[: cut.prompt_lengths[0]].tolist()
+    assert kept[0] == tokenizer.bos_token_id
+    assert kept[1:] == whole.sequence(0, 0)[: whole.prompt_lengths[0]].tolist()[-len(kept) + 1 :]
+    assert cut.summary.prompts_cut == 1 and whole.summary.prompts_cut == 0
+
+
+def test_what_is_dropped_is_counted_with_reasons_and_rows(prepare: Callable[..., PreparedPairs]) -> None:
+    rows = [
+        row(),
+        row(chosen=""),
+        row(rejected=" \n"),
+        row(chosen="Same.", rejected="Same."),
+        row(chosen="far too long " * 60),
+        row(prompt="Another."),
+        row(chosen=""),
+    ]
+    data = prepare(rows, max_length=60)
+    assert data.summary.dropped == {
+        "the chosen response is empty": [2, 7],
+        "the rejected response is empty": [3],
+        "chosen and rejected are the same": [4],
+        "a response does not fit data.max_length=60": [5],
+    }
+    assert data.rows.tolist() == [1, 6] and len(data) == 2
+    assert (data.summary.rows, data.summary.pairs) == (7, 2)
+    assert "2 of 7 pairs kept" in data.summary.sentences()
+    assert "2 dropped: the chosen response is empty (row 2, 7)" in data.summary.sentences()
+
+
+def test_a_response_that_just_fits_is_kept_and_one_token_less_drops_it(prepare: Callable[..., PreparedPairs]) -> None:
+    long = row(chosen="Hello there! " * 9)
+    needed = prepare([long]).response_length(0, 0) + 2  # BOS and one prompt token
+    kept = prepare([long], max_length=needed)
+    assert len(kept.sequence(0, 0)) == needed and kept.prompt_lengths.tolist() == [2]
+    with pytest.raises(UserError, match=f"1 a response does not fit data.max_length={needed - 1}"):
+        prepare([long], max_length=needed - 1)
+
+
+def test_no_pair_left_is_refused_with_the_reasons(prepare: Callable[..., PreparedPairs]) -> None:
+    with pytest.raises(UserError, match=r"no pair is left to train on \(1 chosen and rejected are the same, 1 the"):
+        prepare([row(chosen="No."), row(chosen="")])
+
+
+def test_the_summary_counts_tokens(prepare: Callable[..., PreparedPairs]) -> None:
+    data = prepare([row(), row(prompt="Name a colour.", chosen="Blue.")])
+    sequences = [data.sequence(pair, side) for pair in (0, 1) for side in (0, 1)]
+    assert data.summary.prompt_tokens + data.summary.response_tokens == sum(map(len, sequences)) == len(data.tokens)
+    assert data.summary.longest_sequence == max(map(len, sequences))
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_the_same_input_gives_the_same_hash(prepare: Callable[..., PreparedPairs]) -> None:
+    first, second = prepare([row()]), prepare([row()])
+    assert first.summary.pairs_hash == second.summary.pairs_hash
+    assert first.hashes.tobytes() == second.hashes.tobytes()
+
+
+@pytest.mark.parametrize("change", ["chosen", "rejected", "prompt"])
+def test_the_hash_changes_with_each_text(change: str, prepare: Callable[..., PreparedPairs]) -> None:
+    assert prepare([row()]).summary.pairs_hash != prepare([row(**{change: "Other."})]).summary.pairs_hash
+
+
+def test_the_hash_tells_where_the_prompt_ends() -> None:
+    """Equal ids, another boundary: other tokens are labelled."""
+    import numpy as np
+
+    from tgdpo_megatron.data.prepare import _pair_hash
+
+    sequences = [np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 3, 5], np.int32)]
+    assert _pair_hash(2, sequences) != _pair_hash(3, sequences)
+
+
+def test_a_hash_changes_with_template_and_cut(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
+    long = row(prompt="Say hello to all of them. " * 9)
+    hashes = [
+        prepare([long]).summary.pairs_hash,
+        prepare([long], max_length=40).summary.pairs_hash,
+        prepare([long], using=templated(tokenizer, TEMPLATES["without BOS"])).summary.pairs_hash,
+    ]
+    assert len(set(hashes)) == 3
+
+
+def test_identity_of_a_tokenizer_is_what_it_does(tokenizer: Any, tmp_path: Path) -> None:
+    """Saving, loading and using one with truncation change nothing; another template or vocabulary does."""
+    from tools.make_tiny_model import train_tokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    loaded("a long text", truncation=True, max_length=2)
+    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+    assert template_hash(loaded) == template_hash(tokenizer)
+    assert template_hash(templated(tokenizer, TEMPLATES["with BOS"])) != template_hash(tokenizer)
+    assert tokenizer_hash(train_tokenizer(["other texts"], vocab_size=300)) != tokenizer_hash(tokenizer)
+
+
+@pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length"])
+def test_prepared_pairs_of_another_identity_are_refused_by_name(
+    differs: str, tokenizer: Any, prepare: Callable[..., PreparedPairs], tmp_path: Path
+) -> None:
+    from tools.make_tiny_model import train_tokenizer
+
+    prepare([row()])
+    config = DataConfig(max_length=100 if differs == "max_length" else 512)
+    using = tokenizer
+    if differs == "tokenizer":
+        using = train_tokenizer(["other texts"], vocab_size=300)
+    elif differs == "template":
+        using = templated(tokenizer, TEMPLATES["with BOS"])
+    with pytest.raises(UserError, match=f"made with another {differs}"):
+        prepare_pairs(config, tmp_path / "prepared", using, tmp_path / "again")
+
+
+def test_prepared_pairs_are_read_back_as_they_were(
+    tokenizer: Any, prepare: Callable[..., PreparedPairs], tmp_path: Path
+) -> None:
+    data = prepare([row(), row(prompt="Name a colour.")])
+    again = prepare_pairs(DataConfig(max_length=512), tmp_path / "prepared", tokenizer, tmp_path / "unused")
+    for name in ("tokens", "starts", "prompt_lengths", "hashes", "rows"):
+        assert getattr(again, name).tolist() == getattr(data, name).tolist()
+    assert again.summary == data.summary and not (tmp_path / "unused").exists()
+
+
+def test_a_folder_that_holds_no_prepared_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+        load_prepared(tmp_path)
+
+
+def test_a_truncated_prepared_file_is_refused(prepare: Callable[..., PreparedPairs], tmp_path: Path) -> None:
+    prepare([row()])
+    file = tmp_path / "prepared" / "pairs.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+        load_prepared(tmp_path / "prepared")
+
+
+# ---------------------------------------------------------------- the tokenizer's folder
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer.json there"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_template_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    templated(tokenizer, "").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
