@@ -223,7 +223,7 @@ def test_a_checkpoint_with_damaged_metadata_is_refused(
     shutil.copytree(checkpoint, tmp_path / "megatron")
     (tmp_path / "megatron" / "weights" / ".metadata").write_bytes(b"damaged")
     said = train(f"model.checkpoint={tmp_path / 'megatron'}")
-    assert_refused(said, f"{tmp_path / 'megatron'}: the checkpoint cannot be read")
+    assert_refused(said, f"{tmp_path / 'megatron' / 'weights' / '.metadata'}: the checkpoint's index is damaged")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -79,6 +79,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise UserError(f"{folder}: the checkpoint has no weights.")
+    read_metadata(folder / WEIGHTS)
     return manifest
 
 

@@ -24,7 +24,6 @@ from tgdpo_megatron.checkpoint.manifest import (
     copy_companions,
     innermost,
     read_manifest,
-    read_metadata,
     write_manifest,
 )
 from tgdpo_megatron.errors import NonFiniteError, UserError
@@ -130,7 +129,6 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
 
 
 def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    read_metadata(folder / WEIGHTS)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
