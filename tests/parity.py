@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class Row:
     tied: bool = False
     recompute: str = "none"
     distributed_optimizer: bool = False
+    tokens: int | None = None
+    """Token budget of a micro-batch, instead of a number of pairs."""
+    fixed: bool = False
+    """Micro-batches padded to the budget."""
 
     @property
     def world_size(self) -> int:
@@ -66,6 +71,8 @@ class Row:
             "tied": self.tied,
         }
         words = ["×".join(sizes) or "TP1", *(word for word, on in extras.items() if on)]
+        if self.tokens:
+            return f"{', '.join(words)}, {'fixed ' if self.fixed else ''}packs of {self.tokens} tokens"
         return f"{', '.join(words)}, {self.micro_batch_size} per micro-batch"
 
     def config(self, folder: Path) -> Config:
@@ -88,6 +95,8 @@ class Row:
                 precision="fp32",
                 global_batch_size=PAIRS_PER_STEP,
                 micro_batch_size=self.micro_batch_size,
+                micro_batch_tokens=self.tokens,
+                fixed_micro_batches=self.fixed,
                 recompute=self.recompute,
                 train_iters=STEPS,
             ),
@@ -117,6 +126,17 @@ ROWS = [
     Row(tp=2, dp=2, sequence_parallel=True),
     Row(tp=2, dp=2, distributed_optimizer=True, micro_batch_size=4),
     Row(pp=2, dp=2, distributed_optimizer=True),
+    Row(tokens=80),
+    Row(tokens=80, fixed=True),
+    Row(tokens=1000),
+    Row(dp=2, tokens=80),
+    Row(pp=2, tokens=80, fixed=True),
+    Row(pp=2, vp=2, tokens=80, fixed=True),
+    Row(tp=2, pp=2, sequence_parallel=True, tokens=80),
+    Row(tp=2, pp=2, sequence_parallel=True, tokens=80, fixed=True),
+    Row(tp=2, pp=2, vp=2, sequence_parallel=True, tokens=80),
+    Row(pp=2, dp=2, tokens=80, fixed=True, recompute="full"),
+    Row(tp=2, dp=2, sequence_parallel=True, tokens=80, tied=True),
 ]
 
 
@@ -260,12 +280,14 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
 def _compare(row: Row, scores: str, folder: Path, expected: dict[str, Any]) -> dict[str, float]:
     """Largest errors over all ranks."""
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
     from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.data.batch import rank_batches
     from tgdpo_megatron.engine import build_engine
     from tgdpo_megatron.losses import formula
     from tgdpo_megatron.report.metrics import add_up, names_for
-    from tgdpo_megatron.train import forward_step, rank_batches
+    from tgdpo_megatron.train import forward_step
 
     data, config = make_pairs(), row.config(folder)
     description = describe(folder / "policy")
@@ -278,23 +300,17 @@ def _compare(row: Row, scores: str, folder: Path, expected: dict[str, Any]) -> d
         return rank_batches(
             data,
             picked,
-            cached,
-            config=config,
-            data_parallel_size=row.dp,
-            chunks=row.vp or 1,
+            config,
+            sides=(CHOSEN, REJECTED),
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=row.dp,
             device=torch.device("cpu"),
+            scores=cached,
         )
 
     def losses(some_engine: Any, some_config: Config, step: int, forward_only: bool) -> float:
-        mine, iterators = batches(step)
-        sums = some_engine.schedule(
-            forward_step_func=lambda it, model: forward_step(
-                it, model, config=some_config, formula=formula(some_config.loss)
-            ),
-            data_iterator=iterators,
-            num_microbatches=len(mine),
-            forward_only=forward_only,
-        )
+        run_micro_batch = partial(forward_step, config=some_config, formula=formula(some_config.loss))
+        sums = some_engine.over(run_micro_batch, batches(step), forward_only=forward_only)()
         totals = add_up(sums, names=names_for(some_config.loss), counts_here=_counts_here(), device=torch.device("cpu"))
         return totals["loss"] / totals["pairs"]
 
@@ -352,17 +368,12 @@ def _logp_error(engine: Any, batches: Any, data: PreparedPairs, frozen: dict[str
     """Largest error of any model's token log-probs on the first step's pairs."""
     from tgdpo_megatron.score import forward_step
 
-    mine, iterators = batches
     with torch.no_grad():
-        outputs = engine.schedule(
-            forward_step_func=forward_step,
-            data_iterator=iterators,
-            num_microbatches=len(mine),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        outputs = engine.over(forward_step, batches, forward_only=True, collect_non_loss_data=True)()
     worst = 0.0
-    for batch, logps in zip(mine, outputs, strict=False):
+    for batch, logps in zip(batches, outputs, strict=False):
+        if not batch.samples:
+            continue
         for name, found in zip(("policy", "reference", "guidance"), logps, strict=False):
             wanted = torch.cat([frozen[name][pair, side] for pair in batch.samples for side in (CHOSEN, REJECTED)])
             worst = max(worst, float((found - wanted).abs().max()))

@@ -137,6 +137,10 @@ class TrainConfig(_Group):
     """Preference pairs per optimizer step, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Preference pairs that go through the model at once on one data-parallel rank."""
+    micro_batch_tokens: int | None = Field(None, ge=16)
+    """Tokens that go through the model at once: whole pairs, as many as fit, instead of micro_batch_size."""
+    fixed_micro_batches: bool = False
+    """Pad every micro-batch to micro_batch_tokens, so that pipeline stages need not tell each other its size."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model. Log-probs and losses are always fp32."""
     recompute: Literal["none", "full"] = "none"
@@ -272,6 +276,15 @@ def check_fit(config: Config, *, world_size: int) -> int:
             f"train.train_iters={train.train_iters}; lower it."
         )
     data_parallel_size = world_size // parallel.model_parallel_size
+    if train.micro_batch_tokens is not None:
+        if train.micro_batch_tokens % parallel.tensor_model_parallel_size:
+            raise UserError(
+                f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
+                f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}; round it up."
+            )
+        return data_parallel_size
+    if train.fixed_micro_batches:
+        raise UserError("train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set it.")
     pairs_at_once = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % pairs_at_once:
         raise UserError(

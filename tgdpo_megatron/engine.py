@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tgdpo_megatron.checkpoint.state import load_weights
 from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
+
+Pass = Callable[[], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,19 @@ class Engine:
     Attributes:
         chunks: The policy's pipeline chunks, without wrapping. Frozen models ride inside.
         policy: The same chunks under Megatron's data parallelism.
-        schedule: Megatron's pipeline schedule over them; takes forward_step_func, data_iterator,
-            num_microbatches and forward_only.
     """
+
+    config: Config
 
     chunks: list[PreferenceGPT]
     policy: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
-    schedule: Callable[..., list[Any]]
+
+    def over(self, forward_step: Callable[..., Any], batches: Sequence[Batch], **settings: Any) -> Pass:
+        """A pass of the policy over some micro-batches; see pipeline_pass."""
+        stacked = 1 + len(self.chunks[0].frozen)
+        return pipeline_pass(self.policy, forward_step, batches, self.config, stacked=stacked, **settings)
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
@@ -70,9 +77,7 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
         frozen: Checkpoints that ride with the policy: none (cached scores), the reference, or the reference
             and the guidance.
     """
-    megatron = transformer_config(
-        description, config.parallel, precision=config.train.precision, recompute=config.train.recompute
-    )
+    megatron = transformer_config(description, config)
     chunks = build_model(description, megatron)
     if start is not None:
         load_weights(chunks, start)
@@ -91,9 +96,43 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
     optimizer = get_megatron_optimizer(_optimizer_config(config), policy)
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
-    # Lengths differ between micro-batches, so the schedule's fixed shape is not used.
-    schedule = partial(get_forward_backward_func(), model=policy, seq_length=1, micro_batch_size=1)
-    return Engine(chunks, policy, optimizer, _scheduler(config, optimizer), schedule)
+    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer))
+
+
+def pipeline_pass(
+    models: Sequence[Any],
+    forward_step: Callable[..., Any],
+    batches: Sequence[Batch],
+    config: Config,
+    *,
+    stacked: int,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+) -> Pass:
+    """Megatron's pipeline schedule over some micro-batches, ready to be called. Calling it is collective.
+
+    Args:
+        models: This rank's chunks, wrapped or not.
+        forward_step: What a stage does with one micro-batch, as Megatron's schedules call it.
+        stacked: Models whose hidden states travel together.
+
+    Returns:
+        A function that runs forward and (unless forward_only) backward, and returns what the loss function
+        reported for each micro-batch: on the last stage; elsewhere nothing.
+    """
+    return partial(
+        get_forward_backward_func(),
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in models],
+        model=list(models),
+        num_microbatches=len(batches),
+        # The shape between stages, [seq_length, micro_batch_size, hidden]; where micro-batches differ in length,
+        # Megatron's stages tell each other the true shape.
+        seq_length=config.train.micro_batch_tokens or 1,
+        micro_batch_size=stacked,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+    )
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

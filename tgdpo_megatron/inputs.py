@@ -15,6 +15,7 @@ from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.description import ModelDescription, check_fits
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 
@@ -131,6 +132,12 @@ def load_data(
                 raise UserError(
                     f"{source}: the longest sequence has {pairs.summary.longest_sequence} tokens, the model has "
                     f"{description.max_position_embeddings} positions; lower data.max_length."
+                )
+            longest, budget = int(pairs.lengths((CHOSEN, REJECTED)).max()), config.train.micro_batch_tokens
+            if budget is not None and longest > budget:
+                raise UserError(
+                    f"{source}: the longest pair has {longest} tokens and does not fit "
+                    f"train.micro_batch_tokens={budget}; raise it, or lower data.max_length."
                 )
             places[name] = source if source.is_dir() else folder / name
         return places

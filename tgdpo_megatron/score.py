@@ -16,23 +16,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from tqdm import tqdm
 
 from tgdpo_megatron import inputs
 from tgdpo_megatron.checkpoint.state import load_weights
 from tgdpo_megatron.config import Config, check_fit
-from tgdpo_megatron.data.batch import Batch, make_batch
-from tgdpo_megatron.data.order import micro_batches
+from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.engine import pipeline_pass
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.scores.store import Manifest, write_manifest, write_shard
 
-_MICRO_BATCHES_AT_ONCE = 64
-"""Between progress updates: long enough to fill the pipeline, short enough to see it move."""
+_PAIRS_AT_ONCE = 128
+"""On each data-parallel rank between progress updates: enough to fill the pipeline, few enough to see it move."""
 
 
 def score(config: Config, ranks: Ranks) -> None:
@@ -52,7 +52,7 @@ def score(config: Config, ranks: Ranks) -> None:
         data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
 
         initialize_model_parallel(config.parallel, config.train.seed)
-        megatron = transformer_config(models.description, config.parallel, precision=config.train.precision)
+        megatron = transformer_config(models.description, config)
         names, loaded = [], []
         for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
             if checkpoint is not None:
@@ -104,51 +104,52 @@ def _score_pairs(
     data_parallel_size: int,
 ) -> None:
     """Score this data-parallel rank's share and write it as one shard."""
-    parallel = config.parallel
     rank = parallel_state.get_data_parallel_rank()
-    shares = micro_batches(
-        np.arange(len(data)),
-        micro_batch_size=config.train.micro_batch_size,
-        rank=rank,
-        ranks=data_parallel_size,
-        multiple_of=parallel.pipeline_model_parallel_size if len(chunks) > 1 else 1,
-    )
-    align = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
     progress = tqdm(total=len(data), desc="scoring", unit="pair", disable=not ranks.is_first)
+    scored: list[Batch] = []
     kept: list[Tensor] = []
-    for first in range(0, len(shares), _MICRO_BATCHES_AT_ONCE):
-        group = shares[first : first + _MICRO_BATCHES_AT_ONCE]
-        made = [make_batch(data, [int(pair) for pair in share], align=align).to(ranks.device) for share in group]
+    for first in range(0, len(data), _PAIRS_AT_ONCE * data_parallel_size):
+        picked = np.arange(first, min(first + _PAIRS_AT_ONCE * data_parallel_size, len(data)))
+        batches = rank_batches(
+            data,
+            picked,
+            config,
+            sides=(CHOSEN, REJECTED),
+            rank=rank,
+            ranks=data_parallel_size,
+            device=ranks.device,
+        )
+        run = pipeline_pass(
+            chunks,
+            forward_step,
+            batches,
+            config,
+            stacked=len(names),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
         with torch.no_grad():
-            outputs = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(made) for _ in chunks],
-                model=chunks,
-                num_microbatches=len(made),
-                seq_length=1,
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+            outputs = run()
+        scored += batches
         kept += [logps.cpu() for logps in outputs] if writes else []
-        progress.update(min(data_parallel_size * sum(map(len, group)), len(data) - progress.n))
+        progress.update(len(picked))
     progress.close()
-    _check_finite(kept, shares, data)
+    _check_finite(kept, scored, data)
     if writes:
-        mine = [int(pair) for share in shares for pair in share]
+        mine = [pair for batch in scored for pair in batch.samples]
         lengths = [data.response_length(pair, 0) + data.response_length(pair, 1) for pair in mine]
         together = torch.cat(kept, dim=1).numpy() if kept else np.zeros((len(names), 0), np.float32)
         values = {name: np.ascontiguousarray(row) for name, row in zip(names, together, strict=True)}
         write_shard(folder, rank, data.hashes[mine], np.asarray(lengths, dtype=np.int64), values)
 
 
-def _check_finite(kept: list[Tensor], shares: list[np.ndarray], data: PreparedPairs) -> None:
+def _check_finite(kept: list[Tensor], scored: list[Batch], data: PreparedPairs) -> None:
     """Refuse log-probs that are not finite, on every rank. Collective."""
-    bad = next((share for share, logps in zip(shares, kept, strict=False) if not torch.isfinite(logps).all()), None)
+    bad = next((batch for batch, logps in zip(scored, kept, strict=False) if not torch.isfinite(logps).all()), None)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, data.name(int(bad[0])) if bad is not None else None)
+    dist.all_gather_object(gathered, data.name(bad.samples[0]) if bad is not None else None)
     if found := next((name for name in gathered if name), None):
         raise UserError(f"scores near {found} are not finite; check the frozen checkpoints.")
 

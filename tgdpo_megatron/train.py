@@ -26,8 +26,8 @@ from tgdpo_megatron import inputs
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
 from tgdpo_megatron.checkpoint.state import load_training_state, newest_checkpoint, save_checkpoint
 from tgdpo_megatron.config import Config, check_fit
-from tgdpo_megatron.data.batch import Batch, make_batch
-from tgdpo_megatron.data.order import global_batch, micro_batches
+from tgdpo_megatron.data.batch import Batch, rank_batches
+from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, UserError
@@ -79,8 +79,9 @@ def train(config: Config, ranks: Ranks) -> None:
     batches = partial(
         rank_batches,
         config=config,
-        data_parallel_size=data_parallel_size,
-        chunks=len(engine.chunks),
+        sides=(CHOSEN, REJECTED) if config.loss.needs_reference else (CHOSEN,),
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=data_parallel_size,
         device=ranks.device,
     )
     evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
@@ -113,11 +114,8 @@ def train(config: Config, ranks: Ranks) -> None:
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
-        mine, iterators = batches(data, picked, scores)
         engine.zero_grad()
-        sums = engine.schedule(
-            forward_step_func=step, data_iterator=iterators, num_microbatches=len(mine), forward_only=False
-        )
+        sums = engine.over(step, batches(data, picked, scores=scores))()
         totals = total(sums)
         where = f"step {iteration + 1} ({_name_samples(data, picked)})"
         if totals["not_finite"] or not math.isfinite(totals["loss"]):
@@ -175,34 +173,6 @@ def preference_loss(
     return losses.sum(), pairs, sums
 
 
-def rank_batches(
-    data: PreparedPairs,
-    picked: np.ndarray,
-    scores: TokenScores | None,
-    *,
-    config: Config,
-    data_parallel_size: int,
-    chunks: int,
-    device: torch.device,
-) -> tuple[list[Batch], list[Iterator[Batch]]]:
-    """This rank's micro-batches of some pairs, and one iterator over them for each model chunk."""
-    parallel = config.parallel
-    shares = micro_batches(
-        picked,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=parallel_state.get_data_parallel_rank(),
-        ranks=data_parallel_size,
-        multiple_of=parallel.pipeline_model_parallel_size if chunks > 1 else 1,
-    )
-    sides = (CHOSEN, REJECTED) if config.loss.needs_reference else (CHOSEN,)
-    align = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    made = [
-        make_batch(data, [int(pair) for pair in share], sides=sides, scores=scores, align=align).to(device)
-        for share in shares
-    ]
-    return made, [iter(made) for _ in range(chunks)]
-
-
 def _due(done: int, interval: int, *, last: int) -> bool:
     """Whether something is to be done after this many steps: every `interval` (0: never), and after the last."""
     return done == last or (interval > 0 and done % interval == 0)
@@ -214,11 +184,8 @@ def _evaluate(
     """Metrics over all validation pairs, named eval/…; empty without validation pairs. Collective."""
     if data is None:
         return {}
-    mine, iterators = batches(data, np.arange(len(data)), scores)
     with torch.no_grad():
-        sums = engine.schedule(
-            forward_step_func=step, data_iterator=iterators, num_microbatches=len(mine), forward_only=True
-        )
+        sums = engine.over(step, batches(data, np.arange(len(data)), scores=scores), forward_only=True)()
     return {f"eval/{name}": value for name, value in averages(total(sums)).items()}
 
 

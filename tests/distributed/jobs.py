@@ -42,21 +42,21 @@ def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[st
     """Save a checkpoint's log-probs of the whole vocabulary after each of some tokens, [tokens, vocabulary]."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
-    from tgdpo_megatron.config import ParallelConfig
+    from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
     from tgdpo_megatron.data.batch import Batch
+    from tgdpo_megatron.engine import pipeline_pass
     from tgdpo_megatron.losses import Pairs
     from tgdpo_megatron.model.build import build_model, transformer_config
     from tgdpo_megatron.platform.processes import initialize_model_parallel
     from tgdpo_megatron.score import forward_step
 
-    layout = ParallelConfig(**parallel)
-    initialize_model_parallel(layout, seed=1)
+    config = Config(parallel=ParallelConfig(**parallel), train=TrainConfig(precision="fp32"))
+    initialize_model_parallel(config.parallel, seed=1)
     description = describe(Path(folder))
-    chunks = build_model(description, transformer_config(description, layout, precision="fp32"))
+    chunks = build_model(description, transformer_config(description, config))
     load_weights(chunks, Path(folder))
     vocab = description.vocab_size
     rows = torch.arange(len(ids)).repeat_interleave(vocab)  # every token of the vocabulary is a label of every row
@@ -73,16 +73,9 @@ def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[st
         samples=(0,),
     )
     with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter([batch]) for _ in chunks],
-            model=chunks,
-            num_microbatches=1,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        outputs = pipeline_pass(
+            chunks, forward_step, [batch], config, stacked=1, forward_only=True, collect_non_loss_data=True
+        )()
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         torch.save(outputs[0][0].view(len(ids), vocab), output)
     parallel_state.destroy_model_parallel()
@@ -93,3 +86,44 @@ def train_and_look(ranks: Ranks, *, recipe: str, job: dict[str, Any], looks: lis
     train_all(ranks, recipe=recipe, jobs=[job])
     for look in looks:
         distribution(ranks, **look)
+
+
+def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> list[list[list[float]]]:
+    """Log-probs of every token of some sequences, packed as asked. Pack -> sequence -> token."""
+    import numpy as np
+    import torch
+
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.checkpoint.state import load_weights
+    from tgdpo_megatron.config import Config, TrainConfig
+    from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.data.prepare import PreparedPairs, Summary
+    from tgdpo_megatron.engine import pipeline_pass
+    from tgdpo_megatron.losses import CHOSEN
+    from tgdpo_megatron.model.build import build_model, transformer_config
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+    from tgdpo_megatron.score import forward_step
+
+    config = Config(train=TrainConfig(precision="fp32"))
+    initialize_model_parallel(config.parallel, seed=1)
+    description = describe(Path(folder))
+    chunks = build_model(description, transformer_config(description, config))
+    load_weights(chunks, Path(folder))
+    found = []
+    for pack in packs:
+        twice = [sequence for sequence in pack for _ in range(2)]
+        data = PreparedPairs(
+            tokens=np.concatenate(twice).astype(np.int32),
+            starts=np.cumsum([0, *map(len, twice)]).astype(np.int64),
+            prompt_lengths=np.ones(len(pack), dtype=np.int32),
+            hashes=np.zeros((len(pack), 32), dtype=np.uint8),
+            rows=np.arange(len(pack)),
+            summary=Summary(source="test"),
+        )
+        batch = make_batch(data, range(len(pack)), sides=(CHOSEN,))
+        with torch.no_grad():
+            (logps,) = pipeline_pass(
+                chunks, forward_step, [batch], config, stacked=1, forward_only=True, collect_non_loss_data=True
+            )()
+        found.append([logps[0][batch.pairs.pair == place].tolist() for place in range(len(pack))])
+    return found

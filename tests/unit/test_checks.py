@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.platform.checks import CHECKED_MEGATRON_VERSIONS, check_packages, refuse_silent_traps
 
@@ -94,7 +94,7 @@ def interleaved(describe: Any) -> Any:
     from tgdpo_megatron.model.build import transformer_config
 
     parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    config = transformer_config(_four_layers(describe), parallel, precision="fp32")
+    config = transformer_config(_four_layers(describe), Config(parallel=parallel))
     refuse_silent_traps(config)  # what we build is accepted
     return config
 
@@ -142,9 +142,8 @@ def test_unmarked_tensor_parallel_weights_are_refused(interleaved: Any) -> None:
 def test_what_we_build_has_no_silent_trap(parallel: Any, precision: str, recompute: str, describe: Any) -> None:
     from tgdpo_megatron.model.build import transformer_config
 
-    config = transformer_config(
-        _four_layers(describe), ParallelConfig(**parallel), precision=precision, recompute=recompute
-    )
+    settings = Config(parallel=ParallelConfig(**parallel), train=TrainConfig(precision=precision, recompute=recompute))
+    config = transformer_config(_four_layers(describe), settings)
     refuse_silent_traps(config)
     assert config.calculate_per_token_loss and config.hidden_dropout == 0 == config.attention_dropout
     assert (config.recompute_granularity == "full") == (recompute == "full")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from tgdpo_megatron.config import TrainConfig
 from tgdpo_megatron.data.order import global_batch, micro_batches
 
 
@@ -43,23 +46,57 @@ def test_without_shuffle_the_file_keeps_its_order() -> None:
     assert stream(4, shuffle=False) == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0, 1]
 
 
+LENGTHS = np.random.default_rng(3).integers(20, 400, 23)
+
+
+def settings(**values: Any) -> TrainConfig:
+    return TrainConfig(**values)
+
+
 @pytest.mark.parametrize("pairs", [0, 1, 5, 16, 23])
-@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("multiple_of", [1, 2])
-def test_ranks_share_the_pairs_out_without_overlap(pairs: int, size: int, ranks: int, multiple_of: int) -> None:
-    picked = np.arange(100, 100 + pairs)
-    shares = [
-        micro_batches(picked, micro_batch_size=size, rank=rank, ranks=ranks, multiple_of=multiple_of)
-        for rank in range(ranks)
-    ]
-    dealt = [int(pair) for share in shares for batch in share for pair in batch]
-    assert sorted(dealt) == picked.tolist()
+@pytest.mark.parametrize("how", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 450}])
+def test_ranks_share_the_pairs_out_without_overlap(
+    pairs: int, ranks: int, multiple_of: int, how: dict[str, int]
+) -> None:
+    shares = micro_batches(LENGTHS[:pairs], settings(**how), ranks=ranks, multiple_of=multiple_of)
+    dealt = [int(place) for share in shares for batch in share for place in batch]
+    assert sorted(dealt) == list(range(pairs))
     counts = {len(share) for share in shares}
     assert len(counts) == 1 and counts.pop() % multiple_of == 0
-    assert all(len(batch) <= size for share in shares for batch in share)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_micro_batches_of_pairs_hold_no_more_pairs_than_asked(ranks: int) -> None:
+    shares = micro_batches(LENGTHS, settings(micro_batch_size=3), ranks=ranks)
+    assert max(len(batch) for share in shares for batch in share) == 3
+
+
+@pytest.mark.parametrize("budget", [400, 450, 1000, 10000])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_micro_batches_of_tokens_stay_within_their_budget(ranks: int, budget: int) -> None:
+    shares = micro_batches(LENGTHS, settings(micro_batch_tokens=budget), ranks=ranks)
+    assert max(int(LENGTHS[batch].sum()) for share in shares for batch in share) <= budget
 
 
 def test_no_more_micro_batches_than_needed() -> None:
-    assert len(micro_batches(np.arange(12), micro_batch_size=3, rank=0, ranks=2)) == 2
-    assert len(micro_batches(np.arange(12), micro_batch_size=3, rank=0, ranks=2, multiple_of=4)) == 4
+    twelve = LENGTHS[:12]
+    assert len(micro_batches(twelve, settings(micro_batch_size=3), ranks=2)[0]) == 2
+    assert len(micro_batches(twelve, settings(micro_batch_size=3), ranks=2, multiple_of=4)[0]) == 4
+    assert len(micro_batches(twelve, settings(micro_batch_tokens=int(twelve.sum())), ranks=1)[0]) == 1
+
+
+def test_the_same_pairs_are_always_cut_in_the_same_way() -> None:
+    cuts = [micro_batches(LENGTHS, settings(micro_batch_tokens=900), ranks=2) for _ in range(2)]
+    assert [[batch.tolist() for batch in share] for share in cuts[0]] == [
+        [batch.tolist() for batch in share] for share in cuts[1]
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [(8, 1.02), (16, 1.05)])
+def test_no_rank_has_much_more_than_the_mean_to_do(ranks: int, limit: float) -> None:
+    lengths = np.minimum(np.random.default_rng(5).lognormal(6.9, 0.5, 128), 4000).astype(int)
+    shares = micro_batches(lengths, settings(micro_batch_tokens=4096), ranks=ranks)
+    tokens = [sum(int(lengths[batch].sum()) for batch in share) for share in shares]
+    assert max(tokens) / np.mean(tokens) <= limit

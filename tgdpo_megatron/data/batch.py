@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.order import micro_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 from tgdpo_megatron.scores.store import TokenScores
@@ -62,6 +64,43 @@ class Batch:
         return replace(self, **moved, pairs=pairs)
 
 
+def rank_batches(
+    data: PreparedPairs,
+    picked: np.ndarray,
+    config: Config,
+    *,
+    sides: tuple[int, ...],
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    scores: TokenScores | None = None,
+) -> list[Batch]:
+    """One data-parallel rank's micro-batches of some pairs. Every rank gets the same number.
+
+    Args:
+        picked: Indices of the pairs. [n] int64.
+        rank, ranks: Place in the data-parallel group, and its size.
+    """
+    parallel, settings = config.parallel, config.train
+    cut = micro_batches(
+        data.lengths(sides)[picked],
+        settings,
+        ranks=ranks,
+        multiple_of=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
+    )
+    return [
+        make_batch(
+            data,
+            [int(pair) for pair in picked[places]],
+            sides=sides,
+            scores=scores,
+            align=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            size=settings.micro_batch_tokens if settings.fixed_micro_batches else None,
+        ).to(device)
+        for places in cut[rank]
+    ]
+
+
 def make_batch(
     data: PreparedPairs,
     samples: Sequence[int],
@@ -69,6 +108,7 @@ def make_batch(
     sides: tuple[int, ...] = (CHOSEN, REJECTED),
     scores: TokenScores | None = None,
     align: int = 1,
+    size: int | None = None,
 ) -> Batch:
     """Lay the sequences of some pairs one after another.
 
@@ -79,7 +119,8 @@ def make_batch(
         samples: Indices of the pairs. May be empty: the batch then holds padding alone.
         sides: Which responses to include; SFT needs only CHOSEN.
         scores: Cached token scores to join, by sample hash.
-        align: T is padded to a multiple of this with a segment of its own.
+        align: T is padded to a multiple of this, with a segment of its own.
+        size: T, padded in the same way.
     """
     tokens, lengths, rows, labels, pair, side = [], [], [], [], [], []
     offset = 0
@@ -95,7 +136,9 @@ def make_batch(
             side.append(np.full(response, which))
             lengths.append(len(sequence) - 1)
             offset += len(sequence) - 1
-    if padding := -offset % align if offset else align:
+    padding = size - offset if size is not None else -offset % align
+    if padding or not offset:
+        padding = padding or align
         tokens.append(np.zeros(padding, dtype=np.int32))
         lengths.append(padding)
     joined = scores.join(data, samples, sides) if scores is not None else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class PreparedPairs:
         """Token ids of one response with its prompt. [L] int32."""
         first = 2 * pair + side
         return self.tokens[self.starts[first] : self.starts[first + 1]]
+
+    def lengths(self, sides: Sequence[int]) -> np.ndarray:
+        """Tokens that the model reads of each pair: all but the last of each sequence. [N] int64."""
+        both = np.diff(self.starts).reshape(-1, 2) - 1
+        return both[:, list(sides)].sum(axis=1)
 
     def response_length(self, pair: int, side: int) -> int:
         """Tokens of the response, the closing end-of-turn token included."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.config import Config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
@@ -27,26 +26,14 @@ except Exception:  # an installed but unloadable Transformer Engine (no GPU, no 
     HAVE_TRANSFORMER_ENGINE = False
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Arithmetic of a model."""
-
-    name: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.name == "bf16" else torch.float32
-
-
-def transformer_config(
-    description: ModelDescription, parallel: ParallelConfig, *, precision: str, recompute: str = "none"
-) -> TransformerConfig:
+def transformer_config(description: ModelDescription, settings: Config) -> TransformerConfig:
     """Megatron's configuration of this model at this layout.
 
     Raises:
         UserError: A setting known to give wrong numbers without an error.
     """
-    dtype = Precision(precision).dtype
+    parallel = settings.parallel
+    dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -73,9 +60,9 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not cuda,
         perform_initialization=True,
-        # Micro-batches differ in length: stages tell each other how much is coming. Megatron accepts that
+        # Where micro-batches differ in length, stages tell each other how much is coming. Megatron accepts that
         # only with this dispatcher, even for a dense model.
-        variable_seq_lengths=True,
+        variable_seq_lengths=not settings.train.fixed_micro_batches,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=cuda,
         overlap_p2p_comm=interleaved,
@@ -89,7 +76,7 @@ def transformer_config(
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,
         persist_layer_norm=HAVE_TRANSFORMER_ENGINE,
         attention_softmax_in_fp32=True,
-        **(full_recompute if recompute == "full" else {}),
+        **(full_recompute if settings.train.recompute == "full" else {}),
     )
     refuse_silent_traps(config)
     return config
