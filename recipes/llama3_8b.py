@@ -17,8 +17,8 @@ def dpo_llama3_8b() -> Config:
         parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         loss=LossConfig(type="dpo", beta=0.1),
         data=DataConfig(max_length=2048),
-        optimizer=OptimizerConfig(lr=7e-7, lr_warmup_iters=47),
-        train=TrainConfig(train_iters=467, global_batch_size=128, micro_batch_size=2, save_interval=60),
+        optimizer=OptimizerConfig(lr=7e-7, lr_warmup_iters=47, overlap_grad_reduce=True, overlap_param_gather=True),
+        train=TrainConfig(train_iters=467, global_batch_size=128, micro_batch_tokens=8192, save_interval=60),
     )
 
 

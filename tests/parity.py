@@ -53,6 +53,8 @@ class Row:
     """Token budget of a micro-batch, instead of a number of pairs."""
     fixed: bool = False
     """Micro-batches padded to the budget."""
+    overlap: bool = False
+    """Gradients reduced and weights gathered while computing."""
 
     @property
     def world_size(self) -> int:
@@ -68,6 +70,7 @@ class Row:
             "sequence parallel": self.sequence_parallel,
             "full recompute": self.recompute == "full",
             "distributed optimizer": self.distributed_optimizer,
+            "overlap": self.overlap,
             "tied": self.tied,
         }
         words = ["×".join(sizes) or "TP1", *(word for word, on in extras.items() if on)]
@@ -90,6 +93,8 @@ class Row:
                 min_lr=LEARNING_RATE,
                 clip_grad=CLIP_GRAD,
                 use_distributed_optimizer=self.distributed_optimizer,
+                overlap_grad_reduce=self.overlap,
+                overlap_param_gather=self.overlap,
             ),
             train=TrainConfig(
                 precision="fp32",
@@ -126,6 +131,11 @@ ROWS = [
     Row(tp=2, dp=2, sequence_parallel=True),
     Row(tp=2, dp=2, distributed_optimizer=True, micro_batch_size=4),
     Row(pp=2, dp=2, distributed_optimizer=True),
+    Row(dp=2, distributed_optimizer=True, overlap=True),
+    Row(dp=2, distributed_optimizer=True, overlap=True, tied=True),
+    Row(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True),
+    Row(pp=2, dp=2, distributed_optimizer=True, overlap=True),
+    Row(pp=2, vp=2, dp=2, distributed_optimizer=True, overlap=True, micro_batch_size=1),
     Row(tokens=80),
     Row(tokens=80, fixed=True),
     Row(tokens=1000),
@@ -328,6 +338,7 @@ def _compare(row: Row, scores: str, folder: Path, expected: dict[str, Any]) -> d
         norm_errors.append(abs(norm / expected["norms"][step] - 1))
     errors["grad norm"] = max(norm_errors)
     errors["loss"] = max(loss_errors)
+    engine.gather_weights()
     errors["weights"] = _worst(engine.chunks, expected["weights"], description, gradients=False)
 
     if scores == "live":  # step 0: the policy is the reference

@@ -124,6 +124,10 @@ class OptimizerConfig(_Group):
     """Largest gradient norm, over all ranks."""
     use_distributed_optimizer: bool = True
     """Split optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward already runs. Needs the distributed optimizer."""
 
 
 class TrainConfig(_Group):
@@ -265,6 +269,13 @@ def check_fit(config: Config, *, world_size: int) -> int:
             f"{world_size} processes cannot be split into model copies of {parallel.model_parallel_size} "
             f"(tensor {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size}); "
             "change --nproc-per-node or the parallel sizes."
+        )
+    if config.optimizer.overlap_param_gather and not (
+        config.optimizer.use_distributed_optimizer and config.optimizer.overlap_grad_reduce
+    ):
+        raise UserError(
+            "optimizer.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true and "
+            "optimizer.overlap_grad_reduce=true; set both."
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(

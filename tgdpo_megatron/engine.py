@@ -53,6 +53,12 @@ class Engine:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def gather_weights(self) -> None:
+        """Wait until every rank has the updated weights; needed before they are read other than by a forward."""
+        if self.config.optimizer.overlap_param_gather:
+            for model in self.policy:
+                model.start_param_sync(force_sync=True)
+
     def update(self, clip_grad: float) -> tuple[float, float]:
         """Clip and step, unless the gradient is not finite.
 
@@ -88,7 +94,10 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
         chunk.carry([model[place] for model in carried])
 
     data_parallel = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
     )
     policy = [DistributedDataParallel(megatron, data_parallel, chunk) for chunk in chunks]
     for model in policy:
@@ -96,6 +105,9 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
     optimizer = get_megatron_optimizer(_optimizer_config(config), policy)
     megatron.finalize_model_grads_func = finalize_model_grads
     megatron.grad_scale_func = optimizer.scale_loss
+    if config.optimizer.overlap_grad_reduce:
+        waits = [model.no_sync for model in policy]
+        megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
     return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer))
 
 
@@ -148,6 +160,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
     )

@@ -137,6 +137,7 @@ def train(config: Config, ranks: Ranks) -> None:
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
         if due(done, config.train.save_interval):
+            engine.gather_weights()
             save_checkpoint(
                 output / "checkpoints" / f"iter-{done:07d}",
                 engine.chunks,

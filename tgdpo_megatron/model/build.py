@@ -105,6 +105,10 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         rope_scaling_factor=description.rope_scaling_factor or 8.0,
         vp_stage=vp_stage,
     )
+    if model.post_process:
+        # The head takes the weight and multiplies by itself. It gets it by calling the layer, so that Megatron's
+        # hook waits for weights that are still being gathered.
+        model.output_layer.forward = lambda: model.output_layer.weight
     model.real_vocab_size = description.vocab_size
     model.uses_transformer_engine = HAVE_TRANSFORMER_ENGINE
     if torch.cuda.is_available():

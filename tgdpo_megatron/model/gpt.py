@@ -81,7 +81,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
-            weight = self.output_layer.weight
+            weight = self.output_layer()  # gives its weight, see build_model
         return weight
 
     def _received(self, place: int) -> Tensor | None:

@@ -200,4 +200,7 @@ class _WeightGradient:
         if not self.into_main_grad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
+        if not getattr(self.weight, "zero_out_wgrad", False):  # a tied embedding's own gradient follows
+            # Megatron's hook wants to see a gradient before it looks at the mark: one without storage will do.
+            self.weight.grad = self.weight.new_zeros(()).expand_as(self.weight)
         return None

@@ -6,7 +6,7 @@ The page takes plain data and knows nothing of how it came about.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from tgdpo_megatron.report.plots import Chart, Token, chart_svg, reward_colour
@@ -65,7 +65,7 @@ class Page:
     data_notes: Sequence[str] = ()
     """What was read, how many rows were dropped and why."""
     commands: Sequence[str] = ()
-    settings: Sequence[tuple[str, str]] = field(default=())
+    settings: Sequence[tuple[str, str]] = ()
     """Name and value: versions, seeds, sizes."""
 
 
@@ -80,7 +80,7 @@ def build_page(page: Page) -> str:
         _section("Answers to held-out prompts", "".join(map(_sample, page.samples))),
         _section("Data", _paragraphs(page.data_notes)),
         _section("Commands", f"<pre>{escape(chr(10).join(page.commands))}</pre>" if page.commands else ""),
-        _section("Versions and settings", _table(Table((), page.settings)) if page.settings else ""),
+        _section("Versions and settings", _settings(page.settings)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -111,8 +111,12 @@ def _table(table: Table) -> str:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
         rows.append(f"<tr><th>{escape(first)}</th>{cells}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    heads = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<div class="wide"><table>{heads}<tbody>{"".join(rows)}</tbody></table></div>{note}'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def _settings(settings: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in settings)
+    return f'<table class="text"><tbody>{rows}</tbody></table>' if rows else ""
 
 
 def _charts(charts: Sequence[Chart]) -> str:
@@ -162,7 +166,8 @@ def _sample(sample: Sample) -> str:
             f'<tr class="{verdict}"><th>{escape(answer.model)}</th><td>{escape(answer.text)}</td>'
             f"<td>{verdict}</td></tr>"
         )
-    return f'<p class="prompt">{escape(sample.prompt)}</p><table class="sample"><tbody>{"".join(rows)}</tbody></table>'
+    table = f'<table class="text sample"><tbody>{"".join(rows)}</tbody></table>'
+    return f'<p class="prompt">{escape(sample.prompt)}</p>{table}'
 
 
 _STYLE = """
@@ -177,15 +182,15 @@ table { border-collapse: collapse; }
 th, td { text-align: right; padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5;
          font-variant-numeric: tabular-nums; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
-tbody th { text-align: left; font-weight: 600; }
-.sample th, .sample td { text-align: left; }
+th:first-child { text-align: left; font-weight: 600; }
+.text th, .text td { text-align: left; vertical-align: top; }
 .sample .right td:last-child { color: #00618f; }
 .sample .wrong td:last-child { color: #a84800; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figure svg { width: 100%; height: auto; }
 .prompt { font-weight: 600; margin: 1.1rem 0 .3rem; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: .3rem 1.5rem; }
+.sides { line-height: 1.9; }
 .side { display: inline-block; width: 4.6rem; color: #555; font-size: .85rem; }
 .token, .swatch { font-family: ui-monospace, monospace; font-size: .9rem; white-space: pre; padding: .12rem 0;
                   border-right: 1px solid #fff; }
