@@ -68,7 +68,7 @@ class Row:
         sizes += [f"DP{self.dp}"] if self.dp > 1 else []
         extras = {
             "sequence parallel": self.sequence_parallel,
-            "full recompute": self.recompute == "full",
+            f"{self.recompute} recompute": self.recompute != "none",
             "distributed optimizer": self.distributed_optimizer,
             "overlap": self.overlap,
             "tied": self.tied,
@@ -127,6 +127,7 @@ ROWS = [
     Row(tp=2, pp=2, sequence_parallel=True),
     Row(tp=2, pp=2, sequence_parallel=True, tied=True),
     Row(tp=2, pp=2, sequence_parallel=True, recompute="full"),
+    Row(tp=2, pp=2, sequence_parallel=True, recompute="selective"),
     Row(tp=2, pp=2, vp=2, sequence_parallel=True),
     Row(tp=2, dp=2, sequence_parallel=True),
     Row(tp=2, dp=2, distributed_optimizer=True, micro_batch_size=4),

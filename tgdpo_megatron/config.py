@@ -147,8 +147,8 @@ class TrainConfig(_Group):
     """Pad every micro-batch to micro_batch_tokens, so that pipeline stages need not tell each other its size."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model. Log-probs and losses are always fp32."""
-    recompute: Literal["none", "full"] = "none"
-    """`full`: keep only each layer's input and compute the layer again in backward."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping: nothing, core attention, or whole layers."""
     seed: int = 42
     """Order of the pairs."""
     log_interval: int = Field(1, ge=1)

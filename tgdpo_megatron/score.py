@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,55 +104,65 @@ def _score_pairs(
     folder: Path,
     data_parallel_size: int,
 ) -> None:
-    """Score this data-parallel rank's share and write it as one shard."""
+    """Score this data-parallel rank's share, writing what is done while the next is computed. Collective.
+
+    Raises:
+        UserError: On every rank, if any log-prob is not finite.
+    """
     rank = parallel_state.get_data_parallel_rank()
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
     progress = tqdm(total=len(data), desc="scoring", unit="pair", disable=not ranks.is_first)
-    scored: list[Batch] = []
-    kept: list[Tensor] = []
-    for first in range(0, len(data), _PAIRS_AT_ONCE * data_parallel_size):
-        picked = np.arange(first, min(first + _PAIRS_AT_ONCE * data_parallel_size, len(data)))
-        batches = rank_batches(
-            data,
-            picked,
-            config,
-            sides=(CHOSEN, REJECTED),
-            rank=rank,
-            ranks=data_parallel_size,
-            device=ranks.device,
-        )
-        run = pipeline_pass(
-            chunks,
-            forward_step,
-            batches,
-            config,
-            stacked=len(names),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        with torch.no_grad():
-            outputs = run()
-        scored += batches
-        kept += [logps.cpu() for logps in outputs] if writes else []
-        progress.update(len(picked))
+    written: list[Future[str | None]] = []
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for number, first in enumerate(range(0, len(data), _PAIRS_AT_ONCE * data_parallel_size)):
+            picked = np.arange(first, min(first + _PAIRS_AT_ONCE * data_parallel_size, len(data)))
+            batches = rank_batches(
+                data,
+                picked,
+                config,
+                sides=(CHOSEN, REJECTED),
+                rank=rank,
+                ranks=data_parallel_size,
+                device=ranks.device,
+            )
+            run = pipeline_pass(
+                chunks,
+                forward_step,
+                batches,
+                config,
+                stacked=len(names),
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+            with torch.no_grad():
+                outputs = run()
+            if writes:
+                shard = number * data_parallel_size + rank
+                written.append(writer.submit(_write, folder, shard, data, batches, outputs, names))
+            progress.update(len(picked))
     progress.close()
-    _check_finite(kept, scored, data)
-    if writes:
-        mine = [pair for batch in scored for pair in batch.samples]
-        lengths = [data.response_length(pair, 0) + data.response_length(pair, 1) for pair in mine]
-        together = torch.cat(kept, dim=1).numpy() if kept else np.zeros((len(names), 0), np.float32)
-        values = {name: np.ascontiguousarray(row) for name, row in zip(names, together, strict=True)}
-        write_shard(folder, rank, data.hashes[mine], np.asarray(lengths, dtype=np.int64), values)
+    bad: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(bad, next(filter(None, (shard.result() for shard in written)), None))
+    if found := next(filter(None, bad), None):
+        raise UserError(f"the scores of {found} are not finite; check the frozen checkpoints.")
 
 
-def _check_finite(kept: list[Tensor], scored: list[Batch], data: PreparedPairs) -> None:
-    """Refuse log-probs that are not finite, on every rank. Collective."""
-    bad = next((batch for batch, logps in zip(scored, kept, strict=False) if not torch.isfinite(logps).all()), None)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, data.name(bad.samples[0]) if bad is not None else None)
-    if found := next((name for name in gathered if name), None):
-        raise UserError(f"scores near {found} are not finite; check the frozen checkpoints.")
+def _write(
+    folder: Path, shard: int, data: PreparedPairs, batches: list[Batch], outputs: list[Tensor], names: list[str]
+) -> str | None:
+    """Write the scores of some micro-batches. Returns the name of a pair whose scores are not finite, if any."""
+    pairs = [pair for batch in batches for pair in batch.samples]
+    lengths = np.array(
+        [data.response_length(pair, 0) + data.response_length(pair, 1) for pair in pairs], dtype=np.int64
+    )
+    together = torch.cat(outputs, dim=1).cpu().numpy()  # [models, labelled tokens]
+    bad_tokens = np.flatnonzero(~np.isfinite(together).all(axis=0))
+    values = {name: np.ascontiguousarray(row) for name, row in zip(names, together, strict=True)}
+    write_shard(folder, shard, data.hashes[pairs], lengths, values)
+    if not len(bad_tokens):
+        return None
+    return data.name(pairs[int(np.searchsorted(np.cumsum(lengths), bad_tokens[0], side="right"))])
 
 
 def _claim_folder(folder: Path) -> None:

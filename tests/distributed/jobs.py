@@ -27,17 +27,6 @@ def train_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[
     return metrics
 
 
-def score_and_train(ranks: Ranks, *, recipe: str, scoring: dict[str, Any], jobs: list[dict[str, Any]]) -> Any:
-    """Score once, then train; return the metrics of each job."""
-    from megatron.core import parallel_state
-
-    from tgdpo_megatron.score import score
-
-    score(load(RECIPES[recipe](), scoring, where="test"), ranks)
-    parallel_state.destroy_model_parallel()
-    return train_all(ranks, recipe=recipe, jobs=jobs)
-
-
 def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[str, Any], output: str) -> None:
     """Save a checkpoint's log-probs of the whole vocabulary after each of some tokens, [tokens, vocabulary]."""
     import torch
@@ -127,3 +116,14 @@ def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> 
             )()
         found.append([logps[0][batch.pairs.pair == place].tolist() for place in range(len(pack))])
     return found
+
+
+def score_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> None:
+    """Run scoring jobs one after another."""
+    from megatron.core import parallel_state
+
+    from tgdpo_megatron.score import score
+
+    for changes in jobs:
+        score(load(RECIPES[recipe](), changes, where="test"), ranks)
+        parallel_state.destroy_model_parallel()

@@ -36,7 +36,11 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     config = TransformerConfig(
         num_layers=description.num_layers,
         hidden_size=description.hidden_size,
@@ -76,7 +80,7 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,
         persist_layer_norm=HAVE_TRANSFORMER_ENGINE,
         attention_softmax_in_fp32=True,
-        **(full_recompute if settings.train.recompute == "full" else {}),
+        **recompute[settings.train.recompute],
     )
     refuse_silent_traps(config)
     return config

@@ -1,8 +1,8 @@
 """Token scores on disk: reference and guidance log-probs of every response token.
 
-A folder holds `manifest.json` (what made the scores) and `scores-*.safetensors` (one file per writing
-rank). Pairs are found by the hash of their token ids, never by position, so the order of the data and
-the layout that wrote or reads the scores do not matter.
+A folder holds `manifest.json` (what made the scores) and `scores-*.safetensors`. Pairs are found by the hash of
+their token ids, never by position, so the order of the data and the layout that wrote or reads the scores do not
+matter.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ class TokenScores:
 
 
 def write_shard(
-    folder: Path, rank: int, hashes: np.ndarray, lengths: np.ndarray, values: dict[str, np.ndarray]
+    folder: Path, shard: int, hashes: np.ndarray, lengths: np.ndarray, values: dict[str, np.ndarray]
 ) -> None:
-    """Write one rank's scores.
+    """Write the scores of some pairs.
 
     Args:
         hashes: Sample hash of each pair. [n, 32] uint8.
         lengths: Scores of each pair. [n] int64.
         values: Name -> log-probs of the pairs, one after another. [sum of lengths] fp32.
     """
-    save_file({"hashes": hashes, "lengths": lengths, **values}, folder / f"scores-{rank:05d}.safetensors")
+    save_file({"hashes": hashes, "lengths": lengths, **values}, folder / f"scores-{shard:05d}.safetensors")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

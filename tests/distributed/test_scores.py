@@ -1,0 +1,70 @@
+"""Token scores are the log-probs HuggingFace gives, at whatever layout they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.program import run_ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one process": (1, {}, {"micro_batch_size": 1}),
+    "TP2×PP2, sequence parallel": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+        {"micro_batch_size": 2},
+    ),
+    "DP2, packs": (2, {}, {"micro_batch_tokens": 128}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., Path]) -> dict[str, Path]:
+    """Reference and guidance, as HuggingFace folders; each converted beside itself."""
+    from tgdpo_megatron.checkpoint.convert import hf_to_megatron
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: make_hf_model(folder / name, seed=seed) for seed, name in enumerate(("reference", "guidance"))}
+    for name, place in made.items():
+        hf_to_megatron(place, folder / f"{name}-megatron")
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_are_huggingfaces_log_probs(
+    layout: str, models: dict[str, Path], pairs_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.scores.store import load_scores
+
+    ranks, parallel, train = LAYOUTS[layout]
+    job = {
+        "model": {"checkpoint": f"{models['reference']}-megatron", "guidance": f"{models['guidance']}-megatron"},
+        "parallel": parallel,
+        "data": {"train": str(pairs_file)},
+        "scores": {"path": str(tmp_path / "scores")},
+        "train": {**train, "global_batch_size": 4},
+    }
+    run_ranks("tests.distributed.jobs", "score_all", ranks, recipe="tgdpo_tiny", jobs=[job])
+    data = load_prepared(tmp_path / "scores" / "data" / "train")
+    scores = load_scores(tmp_path / "scores" / "train", data)
+    for name, place in models.items():
+        model = AutoModelForCausalLM.from_pretrained(place)
+        for pair in range(len(data)):
+            start = scores.starts[data.hashes[pair].tobytes()]
+            for side in (0, 1):
+                ids = torch.from_numpy(data.sequence(pair, side).astype(np.int64))
+                prompt = int(data.prompt_lengths[pair])
+                with torch.no_grad():
+                    logps = torch.log_softmax(model(ids[None]).logits[0, prompt - 1 : -1], dim=-1)
+                expected = logps.gather(1, ids[prompt:, None])[:, 0].numpy()
+                found = scores.values[name][start : start + len(expected)]
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+                start += len(expected)
