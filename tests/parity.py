@@ -136,6 +136,7 @@ ROWS = [
     Row(dp=2, distributed_optimizer=True, overlap=True, tied=True),
     Row(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True),
     Row(pp=2, dp=2, distributed_optimizer=True, overlap=True),
+    Row(pp=2, dp=2, distributed_optimizer=True, overlap=True, tied=True),
     Row(pp=2, vp=2, dp=2, distributed_optimizer=True, overlap=True, micro_batch_size=1),
     Row(tokens=80),
     Row(tokens=80, fixed=True),

@@ -244,7 +244,7 @@ def _fields(annotation: Any) -> Iterable[str]:
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
 
 
-def check_fit(config: Config, *, world_size: int) -> int:
+def check_batch_layout(config: Config, *, world_size: int) -> int:
     """Check that processes, layout, batch and schedule fit each other; return the data-parallel size.
 
     Raises:

@@ -53,7 +53,7 @@ def one_sentence_errors() -> Iterator[None]:
         if not _lost_a_peer(error):
             raise
         message, code = "another rank ended; this one stops too.", RANK_DIED
-    watched = "TORCHELASTIC_ERROR_FILE" in os.environ
+    watched = "TGDPO_LAUNCHED" in os.environ
     if int(os.environ.get("RANK", 0)) > 0:
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if watched else 3)
@@ -69,8 +69,7 @@ def one_sentence_errors() -> Iterator[None]:
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
-    text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL error"))
+    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Broken pipe"))
 
 
 def _leave_message(message: str) -> None:

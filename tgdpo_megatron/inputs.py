@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +12,16 @@ from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pa
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
-from tgdpo_megatron.model.description import ModelDescription, check_fits
+from tgdpo_megatron.model.description import ModelDescription, check_model_layout
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
+from tgdpo_megatron.scores.store import (
+    NAMES,
+    ScoresManifest,
+    TokenScores,
+    check_belongs,
+    load_scores,
+    read_scores_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def check_models(config: Config) -> Models:
     """
     policy_folder = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     policy, description = read_manifest(policy_folder), describe(policy_folder)
-    check_fits(description, config.parallel)
+    check_model_layout(description, config.parallel)
     reference = policy
     if config.model.reference is not None:
         reference = _companion(config.model.reference, "reference", policy, description)
@@ -93,17 +97,17 @@ def carried_checkpoints(config: Config) -> list[Path]:
 
 
 def check_stackable(config: Config) -> None:
-    """Check that all models can go through one pipeline: stacked hidden states need one depth and width.
+    """Check that all models can go through one pipeline, stacked.
 
     Raises:
         UserError: Naming the checkpoint that differs.
     """
     policy = describe(required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from"))
     for folder in (config.model.reference, config.model.guidance):
-        if folder is not None and not describe(folder).same_width(policy):
+        if folder is not None and (differs := describe(folder).differs_from(policy)):
             raise UserError(
-                f"{folder}: has another depth or width than model.checkpoint and cannot run beside it; "
-                "score it by itself with python -m recipes.score and set scores.source=cached."
+                f"{folder}: differs from model.checkpoint in {', '.join(differs)} and cannot run beside it; "
+                "score it into a cache with python -m recipes.score and set scores.source=cached."
             )
 
 
@@ -147,28 +151,44 @@ def load_data(
     return loaded["train"], loaded.get("validation")
 
 
-@contextlib.contextmanager
-def removed_if_refused(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """If the block refuses its input, leave no folder behind that was not there before."""
-    was_there = folder.exists()
-    try:
-        yield
-    except UserError:
-        if ranks.is_first and not was_there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder and try to write into it.
+def load_cached_scores(
+    config: Config, models: Models, data: PreparedPairs, validation: PreparedPairs | None
+) -> tuple[TokenScores | None, TokenScores | None]:
+    """Read the cached scores of training and validation pairs, where a run asks for them.
 
     Raises:
-        UserError: It cannot be made or written.
+        UserError: No scores there, scores made from something else, or without what the loss needs.
     """
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
+    if config.scores.source == "live" or not config.loss.needs_reference:
+        return None, None
+    folder = required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of token scores; write it with python -m recipes.score.")
+    loaded: list[TokenScores | None] = []
+    for name, pairs in (("train", data), ("validation", validation)):
+        if pairs is None:
+            loaded.append(None)
+            continue
+        found = read_scores_manifest(folder / name)
+        expected = scores_manifest(config, models, pairs)
+        check_belongs(found, expected, folder / name)
+        if config.loss.needs_guidance and found.guidance is None:
+            raise UserError(
+                f"{folder / name}: holds no guidance scores, which loss.type={config.loss.type} needs; "
+                "score again with model.guidance set."
+            )
+        loaded.append(load_scores(folder / name, pairs, NAMES if config.loss.needs_guidance else NAMES[:1]))
+    return loaded[0], loaded[1]
+
+
+def scores_manifest(config: Config, models: Models, pairs: PreparedPairs) -> ScoresManifest:
+    """What scores of these pairs depend on."""
+    return ScoresManifest(
+        reference=models.reference.weights,
+        guidance=models.guidance.weights if models.guidance else None,
+        tokenizer=pairs.summary.tokenizer,
+        template=pairs.summary.template,
+        max_length=pairs.summary.max_length,
+        pairs_hash=pairs.summary.pairs_hash,
+        precision=config.train.precision,
+    )

@@ -20,17 +20,20 @@ from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
-from tgdpo_megatron import inputs
+from tgdpo_megatron import inputs, run_folder
+from tgdpo_megatron.checkpoint.manifest import describe
 from tgdpo_megatron.checkpoint.state import load_weights
-from tgdpo_megatron.config import Config, check_fit
+from tgdpo_megatron.config import Config, check_batch_layout
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.engine import pipeline_pass
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import build_model, transformer_config
+from tgdpo_megatron.model.description import check_model_layout
+from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
-from tgdpo_megatron.scores.store import Manifest, write_manifest, write_shard
+from tgdpo_megatron.scores.store import write_scores_manifest, write_shard
 
 _PAIRS_AT_ONCE = 128
 """On each data-parallel rank between progress updates: enough to fill the pipeline, few enough to see it move."""
@@ -44,25 +47,16 @@ def score(config: Config, ranks: Ranks) -> None:
     Raises:
         UserError: An input that cannot be used, or a log-prob that is not finite.
     """
-    data_parallel_size = check_fit(config, world_size=ranks.world_size)
+    data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
     models = inputs.check_models(config)
-    inputs.check_stackable(config)
     folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
-    with inputs.removed_if_refused(folder, ranks):
+    reference = inputs.required(config.reference_checkpoint, "model.checkpoint", "the reference")
+    checkpoints = {"reference": reference} | ({"guidance": config.model.guidance} if config.model.guidance else {})
+    with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(_claim_folder, folder))
         data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
-
         initialize_model_parallel(config.parallel, config.train.seed)
-        megatron = transformer_config(models.description, config)
-        names, loaded = [], []
-        for name, checkpoint in (("reference", config.reference_checkpoint), ("guidance", config.model.guidance)):
-            if checkpoint is not None:
-                names.append(name)
-                loaded.append(build_model(models.description, megatron))
-                load_weights(loaded[-1], checkpoint)
-        for place, chunk in enumerate(loaded[0]):
-            chunk.requires_grad_(False).eval()
-            chunk.carry([model[place] for model in loaded[1:]])
+        stacks = _load_stacks(checkpoints, config)
 
     for part, pairs in (("train", data), ("validation", validation)):
         if pairs is None:
@@ -72,22 +66,31 @@ def score(config: Config, ranks: Ranks) -> None:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
         dist.barrier()
-        _score_pairs(config, ranks, loaded[0], pairs, names, work, data_parallel_size)
+        _score_pairs(config, ranks, stacks, pairs, list(checkpoints), work, data_parallel_size)
         dist.barrier()
         if ranks.is_first:
-            manifest = Manifest(
-                reference=models.reference.weights,
-                guidance=models.guidance.weights if models.guidance else None,
-                tokenizer=pairs.summary.tokenizer,
-                template=pairs.summary.template,
-                max_length=pairs.summary.max_length,
-                pairs_hash=pairs.summary.pairs_hash,
-                precision=config.train.precision,
-            )
-            write_manifest(work, manifest)
+            write_scores_manifest(work, inputs.scores_manifest(config, models, pairs))
             work.rename(folder / part)
-            print(f"scores of {len(pairs)} pairs ({', '.join(names)}): {folder / part}", flush=True)
+            print(f"scores of {len(pairs)} pairs ({', '.join(checkpoints)}): {folder / part}", flush=True)
     dist.barrier()
+
+
+def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[PreferenceGPT]]:
+    """Load frozen models; those of one shape are stacked and run as one. This rank's chunks of each stack."""
+    descriptions = [describe(folder) for folder in checkpoints.values()]
+    loaded = []
+    for folder, description in zip(checkpoints.values(), descriptions, strict=True):
+        check_model_layout(description, config.parallel)
+        chunks = build_model(description, transformer_config(description, config))
+        load_weights(chunks, folder)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+        loaded.append(chunks)
+    if any(description.differs_from(descriptions[0]) for description in descriptions):
+        return loaded
+    for place, chunk in enumerate(loaded[0]):
+        chunk.carry([model[place] for model in loaded[1:]])
+    return loaded[:1]
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -98,7 +101,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
 def _score_pairs(
     config: Config,
     ranks: Ranks,
-    chunks: list[Any],
+    stacks: list[list[PreferenceGPT]],
     data: PreparedPairs,
     names: list[str],
     folder: Path,
@@ -126,17 +129,20 @@ def _score_pairs(
                 ranks=data_parallel_size,
                 device=ranks.device,
             )
-            run = pipeline_pass(
-                chunks,
-                forward_step,
-                batches,
-                config,
-                stacked=len(names),
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+            passes = [
+                pipeline_pass(
+                    chunks,
+                    forward_step,
+                    batches,
+                    config,
+                    stacked=1 + len(chunks[0].frozen),
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                )
+                for chunks in stacks
+            ]
             with torch.no_grad():
-                outputs = run()
+                outputs = [torch.cat(logps) for logps in zip(*(run() for run in passes), strict=True)]
             if writes:
                 shard = number * data_parallel_size + rank
                 written.append(writer.submit(_write, folder, shard, data, batches, outputs, names))
@@ -168,4 +174,4 @@ def _write(
 def _claim_folder(folder: Path) -> None:
     if any((folder / part).exists() for part in ("train", "validation")):
         raise UserError(f"{folder}: holds token scores already; choose another scores.path.")
-    inputs.check_writable(folder)
+    run_folder.check_writable(folder)

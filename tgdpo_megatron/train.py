@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
-from tgdpo_megatron import inputs
+from tgdpo_megatron import inputs, run_folder
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
-from tgdpo_megatron.checkpoint.state import load_training_state, newest_checkpoint, save_checkpoint
-from tgdpo_megatron.config import Config, check_fit
+from tgdpo_megatron.checkpoint.state import load_training_state, save_checkpoint
+from tgdpo_megatron.config import Config, check_batch_layout
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
@@ -34,8 +33,7 @@ from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
-from tgdpo_megatron.scores.store import NAMES, Manifest, TokenScores, check_belongs, load_scores
-from tgdpo_megatron.scores.store import read_manifest as read_scores_manifest
+from tgdpo_megatron.scores.store import TokenScores
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -46,21 +44,22 @@ def train(config: Config, ranks: Ranks) -> None:
         NonFiniteError: A loss or gradient that is not finite; the last good checkpoint is kept.
     """
     # Everything that can be wrong with the inputs is found here, before a model is built.
-    data_parallel_size = check_fit(config, world_size=ranks.world_size)
+    data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
     checkpoint = inputs.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     models = inputs.check_models(config)
     frozen = inputs.carried_checkpoints(config)
     output = inputs.required(config.train.output, "train.output", "a folder for this run")
-    with inputs.removed_if_refused(output, ranks):
-        start = on_first_rank(ranks, partial(_check_output, output, config))
+    with run_folder.removed_if_refused(output, is_first=ranks.is_first):
+        start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
         data, validation = inputs.load_data(config, models.description, ranks, output / "data")
         if config.train.global_batch_size > len(data):
             raise UserError(
                 f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
                 f"{config.data.train}; lower it."
             )
-        scores, validation_scores = _cached_scores(config, models, data, validation)
-        _check_continues(start, models, data)
+        scores, validation_scores = inputs.load_cached_scores(config, models, data, validation)
+        identity = _identity(config, models, data, scores)
+        run_folder.check_continues(start, config, identity)
         # This rank's part of the models.
         initialize_model_parallel(config.parallel, config.train.seed)
         engine = build_engine(config, models.description, start=None if start else checkpoint, frozen=frozen)
@@ -69,7 +68,7 @@ def train(config: Config, ranks: Ranks) -> None:
             load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
             first = read_manifest(start).iteration or 0
     if ranks.is_first:
-        _record(output, config, start)
+        run_folder.record(output, config, start)
 
     # What each micro-batch goes through, and which rank counts it.
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -85,14 +84,6 @@ def train(config: Config, ranks: Ranks) -> None:
         device=ranks.device,
     )
     evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
-    identity = CheckpointManifest(
-        weights="",
-        dtype="bfloat16" if config.train.precision == "bf16" else "float32",
-        tokenizer=models.policy.tokenizer,
-        template=models.policy.template,
-        reference=models.reference.weights if config.loss.needs_reference else None,
-        pairs_hash=data.summary.pairs_hash,
-    )
     due = partial(_due, last=config.train.train_iters)
     logger = Logger(output, active=ranks.is_first, first=first)
     progress = tqdm(
@@ -119,10 +110,10 @@ def train(config: Config, ranks: Ranks) -> None:
         totals = total(sums)
         where = f"step {iteration + 1} ({_name_samples(data, picked)})"
         if totals["not_finite"] or not math.isfinite(totals["loss"]):
-            raise NonFiniteError(f"the loss of {where} is not finite; {_what_is_kept(output)}.")
+            raise NonFiniteError(f"the loss of {where} is not finite; {run_folder.what_is_kept(output)}.")
         grad_norm, learning_rate = engine.update(config.optimizer.clip_grad)
         if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the gradient of {where} is not finite; {_what_is_kept(output)}.")
+            raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(output)}.")
 
         metrics = averages(totals) | {
             "grad_norm": grad_norm,
@@ -131,9 +122,9 @@ def train(config: Config, ranks: Ranks) -> None:
             "perf/seconds_per_step": time.monotonic() - started,
         }
         done = iteration + 1
-        if due(done, config.train.eval_interval):
-            metrics |= evaluate()
-        if due(done, config.train.log_interval):
+        evaluated = evaluate() if due(done, config.train.eval_interval) else {}
+        metrics |= evaluated
+        if evaluated or due(done, config.train.log_interval):
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
         if due(done, config.train.save_interval):
@@ -148,7 +139,7 @@ def train(config: Config, ranks: Ranks) -> None:
             )
     logger.close()
     if ranks.is_first:
-        print(f"done: {newest_checkpoint(output)}", flush=True)
+        print(f"done: {run_folder.newest_checkpoint(output)}", flush=True)
 
 
 def forward_step(batches: Iterator[Batch], model: Any, *, config: Config, formula: Formula) -> tuple[Tensor, Any]:
@@ -190,80 +181,25 @@ def _evaluate(
     return {f"eval/{name}": value for name, value in averages(total(sums)).items()}
 
 
-def _cached_scores(
-    config: Config, models: inputs.Models, data: PreparedPairs, validation: PreparedPairs | None
-) -> tuple[TokenScores | None, TokenScores | None]:
-    """Read the cached scores this run asks for, refusing those made from something else."""
-    if config.scores.source == "live" or not config.loss.needs_reference:
-        return None, None
-    folder = inputs.required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of token scores; write it with python -m recipes.score.")
-    loaded: list[TokenScores | None] = []
-    for name, pairs in (("train", data), ("validation", validation)):
-        if pairs is None:
-            loaded.append(None)
-            continue
-        found = read_scores_manifest(folder / name)
-        expected = Manifest(
-            reference=models.reference.weights,
-            guidance=models.guidance.weights if models.guidance else found.guidance,
-            tokenizer=pairs.summary.tokenizer,
-            template=pairs.summary.template,
-            max_length=pairs.summary.max_length,
-            pairs_hash=pairs.summary.pairs_hash,
-            precision=config.train.precision,
-        )
-        check_belongs(found, expected, folder / name)
-        if config.loss.needs_guidance and found.guidance is None:
-            raise UserError(
-                f"{folder / name}: holds no guidance scores, which loss.type={config.loss.type} needs; "
-                "score again with model.guidance set."
-            )
-        loaded.append(load_scores(folder / name, pairs, NAMES if config.loss.needs_guidance else NAMES[:1]))
-    return loaded[0], loaded[1]
-
-
-def _check_output(output: Path, config: Config) -> Path | None:
-    """Check that the run's folder can be used, and say where to continue: a checkpoint, or None for a new run."""
-    used = output.is_dir() and any((output / name).exists() for name in ("config.yaml", "checkpoints"))
-    newest = newest_checkpoint(output)
-    if used and not config.train.resume:
-        raise UserError(
-            f"{output}: holds another run; choose another train.output, or continue it with train.resume=true."
-        )
-    if newest is not None and (read_manifest(newest).iteration or 0) >= config.train.train_iters:
-        raise UserError(f"{output}: this run is finished ({newest.name}); raise train.train_iters to go on.")
-    inputs.check_writable(output)
-    return newest
-
-
-def _record(output: Path, config: Config, start: Path | None) -> None:
-    """Print the resolved configuration and keep it with the run."""
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (output / "config.yaml").write_text(settings)
-    print(settings + (f"continuing from {start}" if start else f"starting in {output}"), flush=True)
-
-
-def _check_continues(start: Path | None, models: inputs.Models, data: PreparedPairs) -> None:
-    """Refuse to continue a run with other data or another reference."""
-    if start is None:
-        return
-    before = read_manifest(start)
-    if before.pairs_hash != data.summary.pairs_hash:
-        raise UserError(f"{start}: the run was trained on other pairs than data.train now gives; start a new run.")
-    if before.reference is not None and before.reference != models.reference.weights:
-        raise UserError(f"{start}: the run had another reference than now; start a new run.")
+def _identity(
+    config: Config, models: inputs.Models, data: PreparedPairs, scores: TokenScores | None
+) -> CheckpointManifest:
+    """What the run's checkpoints say of themselves, but for weights and iteration."""
+    guidance = models.guidance.weights if models.guidance else (scores.manifest.guidance if scores else None)
+    return CheckpointManifest(
+        weights="",
+        dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+        tokenizer=models.policy.tokenizer,
+        template=models.policy.template,
+        reference=models.reference.weights if config.loss.needs_reference else None,
+        guidance=guidance if config.loss.needs_guidance else None,
+        pairs_hash=data.summary.pairs_hash,
+    )
 
 
 def _name_samples(data: PreparedPairs, picked: Sequence[int] | np.ndarray) -> str:
     names = ", ".join(str(data.rows[pair]) for pair in picked[:8])
     return f"rows {names}{', …' if len(picked) > 8 else ''} of {Path(data.summary.source).name}"
-
-
-def _what_is_kept(output: Path) -> str:
-    newest = newest_checkpoint(output)
-    return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved"
 
 
 def _headline(metrics: dict[str, float]) -> str:

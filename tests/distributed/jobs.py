@@ -127,3 +127,9 @@ def score_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> None:
     for changes in jobs:
         score(load(RECIPES[recipe](), changes, where="test"), ranks)
         parallel_state.destroy_model_parallel()
+
+
+def score_and_train(ranks: Ranks, *, recipe: str, scoring: dict[str, Any], jobs: list[dict[str, Any]]) -> Any:
+    """Score, then train; return the metrics of each training job."""
+    score_all(ranks, recipe=recipe, jobs=[scoring])
+    return train_all(ranks, recipe=recipe, jobs=jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +12,64 @@ import pytest
 from tests.distributed.program import run_ranks
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path) -> dict[str, Any]:
-    """Four steps at DP2 with the distributed optimizer; the same stopped after two and continued at DP2, and at TP2."""
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def runs(request: Any, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path) -> dict[str, Any]:
+    """Four steps at DP2 with the distributed optimizer; the same as if killed after two, continued at DP2 and TP2."""
     folder = tmp_path_factory.mktemp("resume")
     validation = folder / "validation.jsonl"
     validation.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:5]))
 
-    def job(name: str, steps: int, resume: bool = False, tensor: int = 1) -> dict[str, Any]:
+    def job(name: str, resume: bool = False, tensor: int = 1) -> dict[str, Any]:
         return {
             "model": {"checkpoint": str(checkpoint)},
             "parallel": {"tensor_model_parallel_size": tensor},
             "loss": {"type": "dpo"},
             "data": {"train": str(pairs_file), "validation": str(validation)},
-            # A constant rate, so that stopping early does not change the schedule.
-            "optimizer": {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 0},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
             "train": {
                 "output": str(folder / name),
-                "train_iters": steps,
+                "train_iters": 4,
+                "save_interval": 2,
                 "global_batch_size": 4,
                 "micro_batch_size": 1,
+                "precision": request.param,
                 "resume": resume,
             },
         }
 
-    jobs = [
-        job("whole", 4),
-        job("stopped", 2),
-        job("stopped", 4, resume=True),
-        job("reshaped", 2),
-        job("reshaped", 4, resume=True, tensor=2),
-    ]
-    metrics = run_ranks("tests.distributed.jobs", "train_all", 2, recipe="dpo_tiny", jobs=jobs)
-    names = ["whole", "first half", "continued", "first half", "reshaped"]
-    return {"folder": folder, **dict(zip(names, metrics, strict=True))}
+    whole = run_ranks("tests.distributed.jobs", "train_all", 2, recipe="dpo_tiny", jobs=[job("whole")])
+    for name in ("continued", "reshaped"):
+        shutil.copytree(folder / "whole", folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / "iter-0000004")
+    jobs = [job("continued", resume=True), job("reshaped", resume=True, tensor=2)]
+    continued = run_ranks("tests.distributed.jobs", "train_all", 2, recipe="dpo_tiny", jobs=jobs)
+    metrics = dict(zip(["whole", "continued", "reshaped"], [*whole, *continued], strict=True))
+    return {"folder": folder, "precision": request.param, **metrics}
 
 
 def test_continued_run_has_bit_equal_weights(runs: dict[str, Any]) -> None:
-    manifests = [
-        runs["folder"] / name / "checkpoints" / "iter-0000004" / "manifest.json" for name in ("whole", "stopped")
-    ]
-    whole, continued = (json.loads(path.read_text()) for path in manifests)
+    paths = [runs["folder"] / name / "checkpoints/iter-0000004/manifest.json" for name in ("whole", "continued")]
+    whole, continued = (json.loads(path.read_text()) for path in paths)
     assert whole["weights"] == continued["weights"]
 
 
 def test_continued_run_has_the_same_metrics(runs: dict[str, Any]) -> None:
+    assert len(runs["continued"]) == len(runs["whole"]) == 4
     for whole, continued in zip(runs["whole"], runs["continued"], strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "rewards/margins"):
             assert whole[name] == continued[name], name
 
 
 def test_run_continued_at_another_layout_has_the_same_loss(runs: dict[str, Any]) -> None:
-    # fp32 sums in another order; two steps of Adam on top.
+    # fp32: sums in another order, magnified by two steps of Adam. bf16: matrix products of other shapes round
+    # to 8 bits; log-probs of about -100 nats a response then differ by tenths, of which beta takes a tenth.
+    tolerance = 1e-4 if runs["precision"] == "fp32" else 5e-2
     found = [line["loss"] for line in runs["reshaped"]]
-    assert found == pytest.approx([line["loss"] for line in runs["whole"]], abs=1e-4)
+    assert found == pytest.approx([line["loss"] for line in runs["whole"]], abs=tolerance)
 
 
 def test_evaluation_counts_every_pair_once_on_uneven_ranks(runs: dict[str, Any]) -> None:
-    # Five pairs on two data-parallel ranks against one; a mean of rank means would differ by 1e-2 and more.
+    # Five pairs on two data-parallel ranks against one; a mean of rank means would differ by 1e-2 and more in fp32.
+    tolerance = 1e-4 if runs["precision"] == "fp32" else 5e-2
     uneven, one = runs["continued"][-1], runs["reshaped"][-1]
-    assert uneven["eval/loss"] == pytest.approx(one["eval/loss"], abs=1e-4)
+    assert uneven["eval/loss"] == pytest.approx(one["eval/loss"], abs=tolerance)

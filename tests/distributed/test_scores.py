@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., Path]) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=[64, 128], ids=["same width", "wider guidance"])
+def models(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., Path]
+) -> dict[str, Path]:
     """Reference and guidance, as HuggingFace folders; each converted beside itself."""
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 
     folder = tmp_path_factory.mktemp("models")
-    made = {name: make_hf_model(folder / name, seed=seed) for seed, name in enumerate(("reference", "guidance"))}
+    made = {
+        "reference": make_hf_model(folder / "reference", seed=0),
+        "guidance": make_hf_model(folder / "guidance", seed=1, hidden_size=request.param),
+    }
     for name, place in made.items():
         hf_to_megatron(place, folder / f"{name}-megatron")
     return made
@@ -68,3 +74,27 @@ def test_scores_are_huggingfaces_log_probs(
                 found = scores.values[name][start : start + len(expected)]
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
                 start += len(expected)
+
+
+def test_training_on_scores_from_files_equals_training_beside_the_models(
+    models: dict[str, Path], pairs_file: Path, tmp_path: Path
+) -> None:
+    if "wider" in os.environ["PYTEST_CURRENT_TEST"]:
+        pytest.skip("a guidance model of another width cannot run beside the policy")
+    common = {
+        "model": {"checkpoint": f"{models['reference']}-megatron", "guidance": f"{models['guidance']}-megatron"},
+        "data": {"train": str(pairs_file)},
+        "optimizer": {"lr_warmup_iters": 0},
+    }
+    train = {"train_iters": 3, "global_batch_size": 4, "micro_batch_size": 1}
+    store = {"path": str(tmp_path / "scores")}
+    jobs = [
+        {**common, "scores": {"source": "cached", **store}, "train": {**train, "output": str(tmp_path / "cached")}},
+        {**common, "train": {**train, "output": str(tmp_path / "live")}},
+    ]
+    scoring = {**common, "scores": store, "train": train}
+    cached, live = run_ranks(
+        "tests.distributed.jobs", "score_and_train", 2, recipe="tgdpo_tiny", scoring=scoring, jobs=jobs
+    )
+    for name in ("loss", "tgdpo/margins", "tgdpo/weight_std", "rewards/margins"):
+        assert [line[name] for line in cached] == pytest.approx([line[name] for line in live], abs=1e-6), name

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from recipes.settings import RECIPES
-from tgdpo_megatron.config import Config, check_fit, load
+from tgdpo_megatron.config import Config, check_batch_layout, load
 
 CONF = sorted((Path(__file__).resolve().parents[2] / "conf").glob("*.yaml"))
 
@@ -21,7 +21,7 @@ def recipe_of(path: Path) -> Config:
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_conf_loads_on_its_recipe_and_fits_eight_gpus(path: Path) -> None:
     config = load(recipe_of(path), yaml.safe_load(path.read_text()), where=str(path))
-    check_fit(config, world_size=8)
+    check_batch_layout(config, world_size=8)
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.settings import RECIPES, read_command_line
-from tgdpo_megatron.config import Config, check_fit, load
+from tgdpo_megatron.config import Config, check_batch_layout, load
 from tgdpo_megatron.errors import UserError
 
 
@@ -181,7 +181,7 @@ def test_loading_changes_leaves_the_base_alone() -> None:
 def test_every_recipe_builds_and_fits_its_processes(name: str) -> None:
     config = RECIPES[name]()
     assert Config.model_validate(config.model_dump()) == config
-    assert check_fit(config, world_size=config.parallel.model_parallel_size) == 1
+    assert check_batch_layout(config, world_size=config.parallel.model_parallel_size) == 1
 
 
 def test_a_recipe_gives_a_fresh_configuration_each_time() -> None:
@@ -200,7 +200,7 @@ def test_beta_r_is_beta_unless_set() -> None:
 
 def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
     config = settings("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
-    assert check_fit(config, world_size=8) == 2
+    assert check_batch_layout(config, world_size=8) == 2
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
 )
 def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], processes: int, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
-        check_fit(settings(*changes), world_size=processes)
+        check_batch_layout(settings(*changes), world_size=processes)
     assert all(word in str(refused.value) for word in words), str(refused.value)
 
 
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], proce
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(changes: Any, words: str, hf_model: Path) -> None:
     from tgdpo_megatron.config import ParallelConfig
-    from tgdpo_megatron.model.description import check_fits, read_description
+    from tgdpo_megatron.model.description import check_model_layout, read_description
 
     with pytest.raises(UserError, match=words):
-        check_fits(read_description(hf_model), ParallelConfig(**changes))
+        check_model_layout(read_description(hf_model), ParallelConfig(**changes))

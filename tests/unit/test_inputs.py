@@ -11,6 +11,7 @@ import pytest
 from tgdpo_megatron import inputs
 from tgdpo_megatron.config import Config, LossConfig, ModelConfig, ParallelConfig, ScoresConfig
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.run_folder import check_writable
 
 
 def edited(checkpoint: Path, target: Path, file: str, **changes: object) -> Path:
@@ -25,7 +26,7 @@ def test_a_folder_that_cannot_be_made_is_refused(below: list[str], tmp_path: Pat
     (tmp_path / "file").write_text("mine")
     folder = tmp_path.joinpath("file", *below)
     with pytest.raises(UserError, match="cannot be written"):
-        inputs.check_writable(folder)
+        check_writable(folder)
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -124,10 +124,25 @@ def test_prompt_and_response_are_tokenised_apart() -> None:
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
-    rewriting = templated(tokenizer, "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}")
+    rewriting = templated(
+        tokenizer, "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}" + HEADER
+    )
     prompt_text, _ = encode_prompt(rewriting, "Hello")
     with pytest.raises(UserError, match="does not render the prompt the same way"):
         encode_response(rewriting, "Hello", prompt_text, "Hi")
+
+
+def test_a_template_without_a_header_for_the_answer_is_refused(tokenizer: Any) -> None:
+    headless = templated(tokenizer, "{% for message in messages %}" + TURN + "{% endfor %}")
+    prompt_text, _ = encode_prompt(headless, "Hello")
+    with pytest.raises(UserError, match="ignores add_generation_prompt"):
+        encode_response(headless, "Hello", prompt_text, "Hi")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_ids_every_day(tokenizer: Any) -> None:
+    dated = "{{ date_string | default(strftime_now('%d %b %Y')) }}{% for message in messages %}"
+    text, _ = encode_prompt(templated(tokenizer, dated + TURN + "{% endfor %}" + HEADER), "Hello")
+    assert text.startswith("26 Jul 2024")
 
 
 def test_both_responses_share_the_prompt(prepare: Callable[..., PreparedPairs]) -> None:

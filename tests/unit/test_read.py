@@ -153,13 +153,14 @@ def test_a_missing_column_is_named(suffix: str, column: str, tmp_path: Path) -> 
     rows = [{name: text for name, text in row.items() if name != column} for row in ROWS]
     sentence = refusal(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
     named = "prompt (or instruction)" if column == "instruction" else column
-    assert f"row 1: {named} missing; the row has" in sentence
+    assert f"{'line' if suffix == '.jsonl' else 'row'} 1: {named} missing; the row has" in sentence
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_row_without_an_answer_is_named(suffix: str, tmp_path: Path) -> None:
     rows = [*ROWS, ROWS[0] | {"chosen": None}]
-    assert "row 3: chosen missing" in refusal(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
+    where = "line 3" if suffix == ".jsonl" else "row 3"
+    assert f"{where}: chosen missing" in refusal(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +168,13 @@ def test_a_row_without_an_answer_is_named(suffix: str, tmp_path: Path) -> None:
 )
 def test_an_answer_that_is_no_text_is_named_with_its_type(value: Any, kind: str, tmp_path: Path) -> None:
     rows = [ROWS[0] | {"chosen": value}]
-    assert f"row 1: 'chosen' must be a string, found {kind}" in refusal(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert f"line 1: 'chosen' must be a string, found {kind}" in refusal(write_jsonl(tmp_path / "pairs.jsonl", rows))
 
 
 def test_one_answer_of_another_type_among_many_is_named(tmp_path: Path) -> None:
     rows = [ROWS[0], ROWS[1], ROWS[0] | {"rejected": 12}]
     sentence = refusal(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    assert "row 3: 'rejected' must be a string, found int" in sentence
+    assert "line 3: 'rejected' must be a string, found int" in sentence
 
 
 def test_rows_that_are_no_objects_are_named(tmp_path: Path) -> None:
@@ -194,3 +195,8 @@ def test_the_shared_instruction_data_reads(shared_data: Callable[[str], Path]) -
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
         (row["instruction"], row["chosen"], row["rejected"]) for row in rows
     ]
+
+
+def test_answers_that_look_like_dates_stay_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "When?", "chosen": "2024-01-02", "rejected": "2024-01-03"}] * 2
+    assert read_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows))[1].chosen == "2024-01-02"

@@ -15,15 +15,15 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN
 from tgdpo_megatron.scores.store import (
-    Manifest,
+    ScoresManifest,
     check_belongs,
     load_scores,
-    read_manifest,
-    write_manifest,
+    read_scores_manifest,
+    write_scores_manifest,
     write_shard,
 )
 
-MANIFEST = Manifest(
+MANIFEST = ScoresManifest(
     reference="a" * 64,
     guidance="b" * 64,
     tokenizer="c" * 64,
@@ -48,7 +48,7 @@ def write_store(folder: Path, data: PreparedPairs, shards: tuple[tuple[int, ...]
         lengths = np.array([sum(map(len, responses[place : place + 2])) for place in range(0, len(responses), 2)])
         values = {"reference": -labels.astype(np.float32) / 100, "guidance": -labels.astype(np.float32) / 50}
         write_shard(folder, rank, data.hashes[list(pairs)], lengths, values)
-    write_manifest(folder, MANIFEST)
+    write_scores_manifest(folder, MANIFEST)
     return folder
 
 
@@ -74,7 +74,7 @@ def test_scores_are_kept_bit_for_bit(data: PreparedPairs, tmp_path: Path) -> Non
     lengths = np.array([3, 5, 4])
     (tmp_path / "scores").mkdir()
     write_shard(tmp_path / "scores", 0, data.hashes, lengths, {"reference": values, "guidance": values})
-    write_manifest(tmp_path / "scores", MANIFEST)
+    write_scores_manifest(tmp_path / "scores", MANIFEST)
     assert load_scores(tmp_path / "scores", data).values["reference"].tobytes() == values.tobytes()
 
 
@@ -84,7 +84,7 @@ def test_an_empty_batch_joins_no_scores(data: PreparedPairs, tmp_path: Path) -> 
 
 
 def test_a_manifest_is_read_back_as_it_was(data: PreparedPairs, tmp_path: Path) -> None:
-    assert read_manifest(write_store(tmp_path / "scores", data)) == MANIFEST
+    assert read_scores_manifest(write_store(tmp_path / "scores", data)) == MANIFEST
 
 
 # ---------------------------------------------------------------- scores that do not belong
@@ -150,7 +150,7 @@ def test_a_pair_that_was_not_scored_is_named(data: PreparedPairs, tmp_path: Path
 
 def test_a_store_without_any_shard_is_refused(data: PreparedPairs, tmp_path: Path) -> None:
     (tmp_path / "scores").mkdir()
-    write_manifest(tmp_path / "scores", MANIFEST)
+    write_scores_manifest(tmp_path / "scores", MANIFEST)
     with pytest.raises(UserError, match="no scores for row 1"):
         load_scores(tmp_path / "scores", data)
 

@@ -50,6 +50,8 @@ class CheckpointManifest:
     """Optimizer steps, for a checkpoint of a run."""
     reference: str | None = None
     """Fingerprint of the run's reference weights, for a checkpoint of a run."""
+    guidance: str | None = None
+    """Fingerprint of the run's guidance weights."""
     pairs_hash: str | None = None
     """Hash of the run's training pairs."""
     weights_bf16: str = ""

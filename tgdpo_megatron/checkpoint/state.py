@@ -71,10 +71,11 @@ def save_checkpoint(
         NonFiniteError: A weight is not finite; nothing is written.
     """
     try:
-        found = [fingerprint(chunks, rounded_to) for rounded_to in (torch.float32, torch.bfloat16)]
+        weights = fingerprint(chunks)
+        rounded = weights if chunks[0].config.bf16 else fingerprint(chunks, rounded_to=torch.bfloat16)
     except UserError as error:
         raise NonFiniteError(f"{folder}: {error}; the checkpoint was not saved, the one before it is kept.") from None
-    manifest = replace(manifest, weights=found[0], weights_bf16=found[1])
+    manifest = replace(manifest, weights=weights, weights_bf16=rounded)
     work = folder.with_name(folder.name + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
@@ -107,12 +108,6 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
     _put(chunks, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    whole = [path.parent for path in output.glob("checkpoints/iter-*/manifest.json") if path.parent.suffix != ".tmp"]
-    return max(whole, key=lambda folder: folder.name, default=None)
 
 
 def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class PreparedPairs:
 
 
 def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
-    """Tokenise `source` into `folder`, or reuse what is there if nothing that shaped it has changed.
+    """Tokenise `source` into `folder`; or, where `source` is a folder tokenised before, check and read it.
 
     Raises:
         UserError: What read_pairs refuses; no pair left; a prepared folder made by another tokenizer,

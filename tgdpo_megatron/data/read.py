@@ -24,7 +24,7 @@ class TextPair:
     chosen: str
     rejected: str
     row: int
-    """1-based number of the row in the file."""
+    """1-based: the line of a .jsonl file, else the number of the row."""
 
 
 def read_pairs(path: Path) -> list[TextPair]:
@@ -39,47 +39,44 @@ def read_pairs(path: Path) -> list[TextPair]:
         raise UserError(f"{path}: the file is empty.")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{path}: pairs are read from .json, .jsonl or .parquet files, not '{path.suffix}'.")
-    pairs = [_text_pair(path, number, row) for number, row in enumerate(_load_rows(path), start=1)]
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+    pairs = [_text_pair(path, number, row) for number, row in rows]
     if not pairs:
         raise UserError(f"{path}: the file holds no pairs.")
     return pairs
 
 
-def _load_rows(path: Path) -> Iterable[Any]:
+def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from datasets import Dataset, disable_progress_bars
     from datasets.utils.logging import CRITICAL, set_verbosity
 
     disable_progress_bars()
     set_verbosity(CRITICAL)
-    read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json
     with tempfile.TemporaryDirectory() as cache:
         try:
-            rows: list[Any] = read(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
         except Exception as error:
-            if path.suffix != ".parquet":
-                _say_which_row(path)
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
-    return rows
+    return enumerate(rows, start=1)
 
 
-def _say_which_row(path: Path) -> None:
-    """Find the malformed row of a .json or .jsonl file: the library's own error does not name it."""
+def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
+    """Rows and their numbers; for .jsonl the number is the line's.
+
+    Not through `datasets`, which guesses column types: answers that are all dates would not stay strings.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [_parse(path, line, number) for number, line in lines]
-    else:
-        rows = _parse(path, text, first_line=1)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: expected a JSON list of pairs, found {type(rows).__name__}.")
-    if not rows:
-        raise UserError(f"{path}: the file holds no pairs.")
-    for number, row in enumerate(rows, start=1):
-        _text_pair(path, number, row)
+        lines = enumerate(text.split("\n"), start=1)
+        return [(number, _parse(path, line, number)) for number, line in lines if line.strip()]
+    rows = _parse(path, text, first_line=1)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list of pairs, found {type(rows).__name__}.")
+    return enumerate(rows, start=1)
 
 
 def _parse(path: Path, text: str, first_line: int) -> Any:
@@ -90,7 +87,7 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
 
 
 def _text_pair(path: Path, number: int, row: Any) -> TextPair:
-    where = f"{path} row {number}"
+    where = f"{path} {'line' if path.suffix == '.jsonl' else 'row'} {number}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with prompt, chosen and rejected, found {type(row).__name__}.")
     prompt_column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)

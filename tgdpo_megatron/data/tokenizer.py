@@ -9,6 +9,9 @@ from typing import Any
 
 from tgdpo_megatron.errors import UserError
 
+DATE = "26 Jul 2024"
+"""For templates that write today's date (Llama-3.2): a fixed one, so that the same pairs give the same ids."""
+
 
 def load_tokenizer(folder: Path) -> Any:
     """Load a fast tokenizer from a local folder; never from a hub, never with remote code.
@@ -38,15 +41,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """SHA-256 of the chat template."""
-    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the chat template and the date it is given."""
+    return hashlib.sha256(json.dumps([tokenizer.chat_template, DATE], sort_keys=True).encode()).hexdigest()
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
     """Render one user turn with the assistant header. Return its text and ids, with exactly one BOS if the
     tokenizer uses one."""
     text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, date_string=DATE
     )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -67,17 +70,23 @@ def encode_response(tokenizer: Any, prompt: str, prompt_text: str, response: str
     end-of-turn token (often a newline) is left out: generation stops before it.
 
     Raises:
-        UserError: The template renders the conversation's start differently once there is an answer.
+        UserError: The template renders the conversation's start differently once there is an answer, or leaves
+            the answer's header out of the prompt.
     """
     conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    text: str = tokenizer.apply_chat_template(conversation, tokenize=False)
+    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, date_string=DATE)
     if not text.startswith(prompt_text):
         raise UserError(
             "the chat template does not render the prompt the same way with and without an answer; "
             "give the tokenizer a template that does."
         )
     ids: list[int] = tokenizer(text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    if ids and ids[0] in special:
+        raise UserError(
+            "the chat template ignores add_generation_prompt, so the answer's header would be learned as its start; "
+            "give the tokenizer a template that heeds it."
+        )
     last_special = max((place for place, token in enumerate(ids) if token in special), default=-1)
     if last_special >= 0 and not tokenizer.decode(ids[last_special + 1 :]).strip():
         return ids[: last_special + 1]

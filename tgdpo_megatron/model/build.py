@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
 from tgdpo_megatron.platform.checks import refuse_silent_traps
 
-# Padding the vocabulary to this multiple keeps matrix shapes aligned; a power of two of at least the
-# tensor-parallel size divides evenly.
+# Each rank's share of the vocabulary is padded to a multiple of this, Megatron's default.
 VOCAB_MULTIPLE = 128
 
 try:
     import transformer_engine.pytorch  # noqa: F401
 
     HAVE_TRANSFORMER_ENGINE = True
-except Exception:  # an installed but unloadable Transformer Engine (no GPU, no CUDA libraries) counts as absent
+except Exception:  # without a GPU an installed Transformer Engine does not load; there it counts as absent
+    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
+        raise
     HAVE_TRANSFORMER_ENGINE = False
 
 

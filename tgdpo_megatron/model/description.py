@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ class ModelDescription:
     rope_scaling_factor: float | None
     """Llama-3.1 frequency scaling; None for plain RoPE."""
 
-    def same_width(self, other: ModelDescription) -> bool:
-        """Whether hidden states of both models can ride stacked through one pipeline."""
-        return (self.num_layers, self.hidden_size) == (other.num_layers, other.hidden_size)
+    def differs_from(self, other: ModelDescription) -> list[str]:
+        """Names of what keeps two models from running as one pipeline, stacked: any difference but the number of
+        positions."""
+        ours, theirs = asdict(self), asdict(other)
+        return [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
 
 
 def read_description(folder: Path) -> ModelDescription:
@@ -93,7 +95,7 @@ def _rope(config: dict[str, Any], path: Path) -> tuple[float, float | None]:
     return base, float(rope["factor"])
 
 
-def check_fits(description: ModelDescription, parallel: ParallelConfig) -> None:
+def check_model_layout(description: ModelDescription, parallel: ParallelConfig) -> None:
     """Refuse a layout that does not divide the model.
 
     Raises:

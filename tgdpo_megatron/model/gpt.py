@@ -78,8 +78,8 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     def output_weight(self) -> Tensor:
         """The output matrix on this rank. [padded vocabulary / tensor-parallel size, H]."""
         weight: Tensor
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            weight = self.embedding.word_embeddings.weight
         else:
             weight = self.output_layer()  # gives its weight, see build_model
         return weight

@@ -91,19 +91,17 @@ def labelled_logprobs(
     Returns:
         [k, R] fp32. Only row 0 carries gradient.
     """
-    hidden = [
-        _labelled_rows(states, rows, sequence_parallel, group)
-        if place == 0
-        else _labelled_rows(states.detach(), rows, sequence_parallel, group).detach()
-        for place, (states, _) in enumerate(models)
+    (states, weight), *others = models
+    frozen = [
+        (_labelled_rows(theirs.detach(), rows, sequence_parallel, group).detach(), matrix.detach())
+        for theirs, matrix in others
     ]
-    weights = [weight if place == 0 else weight.detach() for place, (_, weight) in enumerate(models)]
-    shard = VocabShard.of(weights[0], vocab_size, group)
-    frozen = list(zip(hidden[1:], weights[1:], strict=True))
-    policy, others = _LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden[0], weights[0], frozen, labels, shard
+    shard = VocabShard.of(weight, vocab_size, group)
+    hidden = _labelled_rows(states, rows, sequence_parallel, group)
+    policy, constants = _LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, frozen, labels, shard
     )
-    return torch.cat([policy[None], others])
+    return torch.cat([policy[None], constants])
 
 
 def _labelled_rows(states: Tensor, rows: Tensor, sequence_parallel: bool, group: Any) -> Tensor:

@@ -41,7 +41,7 @@ class Ranks:
 def job(module: str, *, processes: int, timeout_minutes: int) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
 
-    Under torchrun or srun this process is a rank already. Otherwise the first process starts `processes`
+    Under torchrun this process is a rank already. Otherwise the first process starts `processes`
     ranks on this machine with its own command line, watches them, and exits with their result.
 
     Args:
@@ -49,6 +49,8 @@ def job(module: str, *, processes: int, timeout_minutes: int) -> Iterator[Ranks]
         timeout_minutes: A collective that takes longer ends the job.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+            raise UserError("srun started several tasks, but none is told its rank; start torchrun in each instead.")
         if processes > 1:
             sys.exit(_start_ranks(module, sys.argv[1:], processes))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -63,6 +65,7 @@ def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")
+    os.environ["TGDPO_LAUNCHED"] = "1"  # ranks leave their sentence to this process
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     settings = LaunchConfig(
@@ -131,7 +134,6 @@ def _join(timeout_minutes: int) -> Ranks:
     checks.check_packages()
     cpu.install()
     torch_adam.install()
-    warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -174,6 +176,8 @@ def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
             outcome[0] = work()
         except UserError as error:
             outcome[1] = str(error)
+        except Exception as error:  # a full disk, say: the others must not wait for what will not come
+            outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise UserError(outcome[1])

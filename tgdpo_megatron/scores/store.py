@@ -28,7 +28,7 @@ NAMES = ("reference", "guidance")
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ScoresManifest:
     """What token scores depend on. Two stores with equal manifests hold the same numbers."""
 
     reference: str
@@ -54,7 +54,7 @@ class TokenScores:
         starts: Sample hash -> start of the pair's scores in `values`.
     """
 
-    manifest: Manifest
+    manifest: ScoresManifest
     values: dict[str, np.ndarray]
     starts: dict[bytes, int]
 
@@ -85,12 +85,12 @@ def write_shard(
     save_file({"hashes": hashes, "lengths": lengths, **values}, folder / f"scores-{shard:05d}.safetensors")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_scores_manifest(folder: Path, manifest: ScoresManifest) -> None:
     """Write the manifest, last of all: a folder without one is not a store."""
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_scores_manifest(folder: Path) -> ScoresManifest:
     """Read a store's manifest.
 
     Raises:
@@ -100,12 +100,12 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{folder}: no finished token scores there; write them with python -m recipes.score.")
     try:
-        return Manifest(**json.loads(path.read_text()))
+        return ScoresManifest(**json.loads(path.read_text()))
     except (TypeError, ValueError):
         raise UserError(f"{path}: not a manifest of token scores; score again.") from None
 
 
-def check_belongs(found: Manifest, expected: Manifest, folder: Path) -> None:
+def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path) -> None:
     """Refuse scores that were made from something else, naming what differs.
 
     A field that is None in `expected` is not compared.
@@ -141,7 +141,7 @@ def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str] = NAMES)
     Raises:
         UserError: A missing or unreadable shard, a pair without scores, a score that is not finite.
     """
-    manifest = read_manifest(folder)
+    manifest = read_scores_manifest(folder)
     stored = NAMES[:1] if manifest.guidance is None else NAMES
     starts: dict[bytes, int] = {}
     parts: dict[str, list[np.ndarray]] = {}

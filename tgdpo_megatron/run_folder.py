@@ -1,0 +1,119 @@
+"""The folder of a run: whether it can be used, where a run continues, what must not change when it does.
+
+FOLDER/config.yaml                resolved settings
+FOLDER/data/                      tokenised pairs
+FOLDER/metrics.jsonl, tensorboard/
+FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
+from tgdpo_megatron.config import Config
+from tgdpo_megatron.errors import UserError
+
+_FIXED_IN_A_RUN = {
+    "loss": ("type", "beta", "alpha", "beta_r"),
+    "data": ("max_length", "shuffle"),
+    "train": ("global_batch_size", "seed", "precision"),
+    "optimizer": ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps"),
+}
+"""What continuing must not change. Layout, micro-batches, intervals and train_iters may."""
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    whole = [path.parent for path in output.glob("checkpoints/iter-*/manifest.json") if path.parent.suffix != ".tmp"]
+    return max(whole, key=lambda folder: folder.name, default=None)
+
+
+def check_output(output: Path, config: Config) -> Path | None:
+    """Check that a run's folder can be used.
+
+    Returns:
+        The checkpoint to continue from, or None for a new run.
+
+    Raises:
+        UserError: It holds another run, a finished one, or cannot be written.
+    """
+    used = output.is_dir() and any((output / name).exists() for name in ("config.yaml", "checkpoints"))
+    newest = newest_checkpoint(output)
+    if used and not config.train.resume:
+        raise UserError(
+            f"{output}: holds another run; choose another train.output, or continue it with train.resume=true."
+        )
+    if newest is not None and (read_manifest(newest).iteration or 0) >= config.train.train_iters:
+        raise UserError(f"{output}: this run is finished ({newest.name}); raise train.train_iters to go on.")
+    check_writable(output)
+    return newest
+
+
+def check_continues(start: Path | None, config: Config, identity: CheckpointManifest) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        UserError: Other pairs, other frozen weights, or another setting of the method.
+    """
+    if start is None:
+        return
+    before = read_manifest(start)
+    for name, words in {"pairs_hash": "pairs", "reference": "reference", "guidance": "guidance"}.items():
+        if getattr(before, name) != getattr(identity, name):
+            raise UserError(f"{start}: the run had another {words} than now; start a new run.")
+    saved = yaml.safe_load((start.parent.parent / "config.yaml").read_text())
+    current = config.model_dump(mode="json")
+    for group, names in _FIXED_IN_A_RUN.items():
+        for name in names:
+            if saved[group].get(name) != current[group][name]:
+                raise UserError(
+                    f"{start}: the run has {group}.{name}={saved[group].get(name)}, not {current[group][name]}; "
+                    "continue it as it was, or start a new run."
+                )
+
+
+def record(output: Path, config: Config, start: Path | None) -> None:
+    """Print the resolved configuration and keep it with the run."""
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (output / "config.yaml").write_text(settings)
+    print(settings + (f"continuing from {start}" if start else f"starting in {output}"), flush=True)
+
+
+def what_is_kept(output: Path) -> str:
+    """How an error says what is left of a run that failed."""
+    newest = newest_checkpoint(output)
+    return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved"
+
+
+@contextlib.contextmanager
+def removed_if_refused(folder: Path, *, is_first: bool) -> Iterator[None]:
+    """If the block refuses its input, leave no folder behind that was not there before."""
+    was_there = folder.exists()
+    try:
+        yield
+    except UserError:
+        if is_first and not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write into it.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
