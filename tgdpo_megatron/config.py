@@ -118,7 +118,7 @@ class OptimizerConfig(_Group):
     """Decay of the gradient's running mean."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Decay of the squared gradient's running mean."""
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """Added to the denominator."""
     clip_grad: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Largest gradient norm, over all ranks."""
@@ -140,7 +140,8 @@ class TrainConfig(_Group):
     global_batch_size: int = Field(128, ge=1)
     """Preference pairs per optimizer step, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
-    """Preference pairs that go through the model at once on one data-parallel rank."""
+    """Preference pairs that go through the model at once on one data-parallel rank; not read where
+    micro_batch_tokens is set."""
     micro_batch_tokens: int | None = Field(None, ge=16)
     """Tokens that go through the model at once: whole pairs, as many as fit, instead of micro_batch_size."""
     fixed_micro_batches: bool = False
@@ -287,6 +288,10 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
             f"train.train_iters={train.train_iters}; lower it."
         )
     data_parallel_size = world_size // parallel.model_parallel_size
+    if train.eval_interval and config.data.validation is None:
+        raise UserError(
+            f"train.eval_interval={train.eval_interval} needs data.validation; set it, or the interval to 0."
+        )
     if train.micro_batch_tokens is not None:
         if train.micro_batch_tokens % parallel.tensor_model_parallel_size:
             raise UserError(

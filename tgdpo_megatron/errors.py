@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
-USER_ERROR, RANK_DIED = 2, 3
+USER_ERROR, RANK_DIED, INTERRUPTED = 2, 3, 130
 """Exit codes."""
 
 
@@ -49,6 +49,8 @@ def one_sentence_errors() -> Iterator[None]:
         return
     except UserError as error:
         message, code = str(error), USER_ERROR
+    except KeyboardInterrupt:
+        message, code = "interrupted.", INTERRUPTED
     except RuntimeError as error:
         if not _lost_a_peer(error):
             raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs
+from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs, source_hash
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -130,7 +130,8 @@ def load_data(
         tokenizer = load_tokenizer(checkpoint / HF)
         places = {}
         for name, source in sources.items():
-            pairs = prepare_pairs(config.data, source, tokenizer, folder / name)
+            place = source if source.is_dir() else folder / f"{name}-{source_hash(config.data, source, tokenizer)[:12]}"
+            pairs = prepare_pairs(config.data, source, tokenizer, place)
             print(f"data.{name}: {pairs.summary.sentences()}", flush=True)
             if pairs.summary.longest_sequence > description.max_position_embeddings:
                 raise UserError(
@@ -143,7 +144,7 @@ def load_data(
                     f"{source}: the longest pair has {longest} tokens and does not fit "
                     f"train.micro_batch_tokens={budget}; raise it, or lower data.max_length."
                 )
-            places[name] = source if source.is_dir() else folder / name
+            places[name] = place
         return places
 
     places: dict[str, Path] = on_first_rank(ranks, prepare)

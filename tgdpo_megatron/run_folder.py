@@ -44,11 +44,12 @@ def check_output(output: Path, config: Config) -> Path | None:
     Raises:
         UserError: It holds another run, a finished one, or cannot be written.
     """
-    used = output.is_dir() and any((output / name).exists() for name in ("config.yaml", "checkpoints"))
+    used = output.is_dir() and any(entry.name != "data" for entry in output.iterdir())
     newest = newest_checkpoint(output)
     if used and not config.train.resume:
         raise UserError(
-            f"{output}: holds another run; choose another train.output, or continue it with train.resume=true."
+            f"{output}: already there and not empty; choose another train.output, or continue the run in it with "
+            "train.resume=true."
         )
     if newest is not None and (read_manifest(newest).iteration or 0) >= config.train.train_iters:
         raise UserError(f"{output}: this run is finished ({newest.name}); raise train.train_iters to go on.")

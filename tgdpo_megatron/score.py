@@ -64,9 +64,11 @@ def score(config: Config, ranks: Ranks) -> None:
         work = folder / f"{part}.tmp"
         if ranks.is_first:
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-        dist.barrier()
-        _score_pairs(config, ranks, stacks, pairs, list(checkpoints), work, data_parallel_size)
+        with run_folder.removed_if_refused(work, is_first=ranks.is_first):
+            if ranks.is_first:
+                work.mkdir()
+            dist.barrier()
+            _score_pairs(config, ranks, stacks, pairs, list(checkpoints), work, data_parallel_size)
         dist.barrier()
         if ranks.is_first:
             write_scores_manifest(work, inputs.scores_manifest(config, models, pairs))

@@ -83,7 +83,7 @@ def train(config: Config, ranks: Ranks) -> None:
         ranks=data_parallel_size,
         device=ranks.device,
     )
-    evaluate = partial(_evaluate, engine, step, batches, total, data=validation, scores=validation_scores)
+    evaluate = partial(_evaluate, engine, step, batches, total, output, data=validation, scores=validation_scores)
     due = partial(_due, last=config.train.train_iters)
     logger = Logger(output, active=ranks.is_first, first=first)
     progress = tqdm(
@@ -106,11 +106,10 @@ def train(config: Config, ranks: Ranks) -> None:
             shuffle=config.data.shuffle,
         )
         engine.zero_grad()
-        sums = engine.over(step, batches(data, picked, scores=scores))()
-        totals = total(sums)
+        made = batches(data, picked, scores=scores)
+        totals = total(engine.over(step, made)())
         where = f"step {iteration + 1} ({_name_samples(data, picked)})"
-        if totals["not_finite"] or not math.isfinite(totals["loss"]):
-            raise NonFiniteError(f"the loss of {where} is not finite; {run_folder.what_is_kept(output)}.")
+        _check_finite(totals, f"the loss of {where}", output)
         grad_norm, learning_rate = engine.update(config.optimizer.clip_grad)
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(output)}.")
@@ -122,12 +121,16 @@ def train(config: Config, ranks: Ranks) -> None:
             "perf/seconds_per_step": time.monotonic() - started,
         }
         done = iteration + 1
-        evaluated = evaluate() if due(done, config.train.eval_interval) else {}
+        evaluated = evaluate(where) if due(done, config.train.eval_interval) else {}
         metrics |= evaluated
         if evaluated or due(done, config.train.log_interval):
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
         if due(done, config.train.save_interval):
+            # Finite weights can still be useless: one forward pass tells before they are kept as a result.
+            with torch.no_grad():
+                after = total(engine.over(step, made[: engine.fewest_micro_batches], forward_only=True)())
+            _check_finite(after, f"the loss after {where}", output)
             engine.gather_weights()
             save_checkpoint(
                 output / "checkpoints" / f"iter-{done:07d}",
@@ -171,14 +174,28 @@ def _due(done: int, interval: int, *, last: int) -> bool:
 
 
 def _evaluate(
-    engine: Engine, step: Any, batches: Any, total: Any, *, data: PreparedPairs | None, scores: TokenScores | None
+    engine: Engine,
+    step: Any,
+    batches: Any,
+    total: Any,
+    output: Path,
+    where: str,
+    *,
+    data: PreparedPairs | None,
+    scores: TokenScores | None,
 ) -> dict[str, float]:
     """Metrics over all validation pairs, named eval/…; empty without validation pairs. Collective."""
     if data is None:
         return {}
     with torch.no_grad():
-        sums = engine.over(step, batches(data, np.arange(len(data)), scores=scores), forward_only=True)()
-    return {f"eval/{name}": value for name, value in averages(total(sums)).items()}
+        totals = total(engine.over(step, batches(data, np.arange(len(data)), scores=scores), forward_only=True)())
+    _check_finite(totals, f"the validation loss after {where}", output)
+    return {f"eval/{name}": value for name, value in averages(totals).items()}
+
+
+def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
+    if totals["not_finite"] or not math.isfinite(totals["loss"]):
+        raise NonFiniteError(f"{what} is not finite; {run_folder.what_is_kept(output)}.")
 
 
 def _identity(

@@ -7,7 +7,6 @@ of its own; the commands are printed and can be run by hand.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -15,14 +14,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.errors import UserError, one_sentence_errors
+import psutil
+
+from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.report.page import Answer, Page, Sample, Table, TokenPair, build_page, reward_limit
 from tgdpo_megatron.report.plots import Chart, Line, Token, figure_svg
 from tools.marked_pairs import Row, read_rows
@@ -53,6 +55,24 @@ class Effort:
 FAST = Effort(train=200, validation=20, sft=400, sft_iters=15, preference_iters=6, eval_interval=3)
 
 
+class PeakMemory(threading.Thread):
+    """Samples the memory of this process and all below it; shared pages count once (PSS)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        this = psutil.Process()
+        while True:
+            total = 0
+            for process in [this, *this.children(recursive=True)]:
+                with suppress(psutil.Error):  # it ended in between
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
 @dataclass
 class Journal:
     """What the demo did: the commands, how long each stage took, the folder everything is kept in."""
@@ -62,6 +82,7 @@ class Journal:
     commands: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     """Name -> seconds."""
+    memory: PeakMemory = field(default_factory=lambda: PeakMemory())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -115,6 +136,7 @@ class Quality:
 def demo(output: Path, effort: Effort, seed: int) -> None:
     """Run every stage, write report.html, demo.json and figure.svg."""
     journal = Journal(output, seed)
+    journal.memory.start()
     data, scores, start = output / "data", output / "scores", output / "megatron" / "start"
     training, held_out = f"data.train={data / 'train.jsonl'}", f"data.validation={data / 'validation.jsonl'}"
     preference = (
@@ -206,7 +228,7 @@ def demo(output: Path, effort: Effort, seed: int) -> None:
     with journal.stage("Write the report"):
         table = write_report(journal, effort, validation, qualities)
     print(f"\n{table}\n\nreport: {output / 'report.html'}")
-    print(f"whole demo: {sum(journal.stages.values()):.0f} s")
+    print(f"whole demo: {sum(journal.stages.values()):.0f} s, {journal.memory.peak / 2**30:.1f} GiB at its peak")
 
 
 def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
@@ -360,6 +382,7 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualitie
         "exact_match_by_kind": by_kind,
         "wrong_token_auroc": auroc,
         "stage_seconds": journal.stages,
+        "peak_memory_gib": journal.memory.peak / 2**30,
         "settings": dict(settings),
         "effort": asdict(effort),
         "commands": journal.commands,
@@ -376,7 +399,7 @@ def read_token_pairs(output: Path, rows: Sequence[Row]) -> list[TokenPair]:
     from tgdpo_megatron.scores.store import load_scores
 
     tokenizer = load_tokenizer(output / "hf" / "sft")
-    data = load_prepared(output / "scores" / "data" / "validation")
+    data = load_prepared(next((output / "scores" / "data").glob("validation-*")))
     scores = load_scores(output / "scores" / "validation", data)
     pairs = []
     for pair, number in enumerate(data.rows):
@@ -581,13 +604,19 @@ def _claim(output: Path, *, overwrite: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to make (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and the first weights (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="few steps: shows that everything runs, teaches nothing")
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.demo", description=__doc__)
+        parser.add_argument(
+            "--output", type=Path, default=Path("runs/demo"), help="folder to make (default: %(default)s)"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder")
+        parser.add_argument(
+            "--seed", type=int, default=0, help="of the data and the first weights (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--fast", action="store_true", help="few steps: shows that everything runs, teaches nothing"
+        )
+        parsed = parser.parse_args()
         _claim(parsed.output, overwrite=parsed.overwrite)
         demo(parsed.output, FAST if parsed.fast else Effort(), parsed.seed)
 

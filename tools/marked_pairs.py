@@ -7,7 +7,6 @@ JSON lines `prompt`, `chosen`, `rejected`, `kind` and `wrong` (character spans o
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from tgdpo_megatron.errors import one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 _CAPITALS = (
     "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Norway Oslo, Greece Athens, Peru Lima, "
@@ -226,15 +225,15 @@ def _draw(rng: random.Random, rows: dict[str, list[Row]], count: int) -> list[Ro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.marked_pairs", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder for train.jsonl, validation.jsonl and sft.jsonl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=2000, help="training pairs")
-    parser.add_argument("--validation", type=int, default=200, help="validation pairs")
-    parser.add_argument("--sft", type=int, default=4000, help="examples for supervised fine-tuning")
-    parser.add_argument("--noise", type=float, default=0.45, help="share of wrong answers among these examples")
-    parsed = parser.parse_args()
     with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.marked_pairs", description=__doc__)
+        parser.add_argument("folder", type=Path, help="folder for train.jsonl, validation.jsonl and sft.jsonl")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--train", type=int, default=2000, help="training pairs")
+        parser.add_argument("--validation", type=int, default=200, help="validation pairs")
+        parser.add_argument("--sft", type=int, default=4000, help="examples for supervised fine-tuning")
+        parser.add_argument("--noise", type=float, default=0.45, help="share of wrong answers among these examples")
+        parsed = parser.parse_args()
         splits = make_splits(
             seed=parsed.seed,
             num_train=parsed.train,

@@ -59,7 +59,7 @@ def test_scores_are_huggingfaces_log_probs(
         "train": {**train, "global_batch_size": 4},
     }
     run_ranks("tests.distributed.jobs", "score_all", ranks, recipe="tgdpo_tiny", jobs=[job])
-    data = load_prepared(tmp_path / "scores" / "data" / "train")
+    data = load_prepared(next((tmp_path / "scores" / "data").glob("train-*")))
     scores = load_scores(tmp_path / "scores" / "train", data)
     for name, place in models.items():
         model = AutoModelForCausalLM.from_pretrained(place)

@@ -287,7 +287,7 @@ def test_an_output_folder_in_use_is_left_as_it_was(train: Callable[..., Said], t
     (run / "config.yaml").write_text("a run of yesterday")
     before = contents(run)
     said = train()
-    assert_refused(said, f"{run}: holds another run", "train.resume=true")
+    assert_refused(said, f"{run}: already there and not empty", "train.resume=true")
     assert said.err == said.errors[0] + "\n"  # no warnings of libraries around the sentence
     assert contents(run) == before
 

@@ -61,8 +61,8 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
     description = read_description(source)
     tensors = llama_tensors(description)
     weights = HfWeights(source)
-    _check_shapes(tensors, weights, source)
-    stored = weights.read(tensors[0].names[0]).dtype if dtype is None else _DTYPES[dtype]
+    _check_tensors(tensors, weights, source)
+    dtypes = {tensor.key: _DTYPES[dtype] if dtype else _common_dtype(tensor, weights) for tensor in tensors}
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     if tokenizer is not None and len(tokenizer) > description.vocab_size:
         raise UserError(
@@ -71,12 +71,12 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
         )
     work = _begin(target)
     try:
-        sums = _save_weights(tensors, weights, stored, work / WEIGHTS, source)
+        sums = _save_weights(tensors, weights, dtypes, work / WEIGHTS, source)
         copy_companions(source, work / HF)
         manifest = CheckpointManifest(
-            weights=combine(sums[torch.float32]),
-            weights_bf16=combine(sums[torch.bfloat16]),
-            dtype=str(stored).removeprefix("torch."),
+            weights=combine(sums[torch.float32], description),
+            weights_bf16=combine(sums[torch.bfloat16], description),
+            dtype=str(dtypes[tensors[0].key]).removeprefix("torch."),
             tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
             template=template_hash(tokenizer) if tokenizer else None,
         )
@@ -99,29 +99,45 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> N
     """
     manifest = read_manifest(source)
     tensors = llama_tensors(describe(source))
-    wanted = _DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    wanted = _DTYPES[dtype] if dtype else None
     stored = read_metadata(source / WEIGHTS).state_dict_metadata
+    if lacking := next((tensor.key for tensor in tensors if tensor.key not in stored), None):
+        raise UserError(f"{source}: the checkpoint lacks {lacking}.")
     work = _begin(target)
     try:
         work.mkdir()
         sizes = [
-            (name, int(torch.Size(shape).numel()) * wanted.itemsize)
+            (name, int(torch.Size(shape).numel()) * (wanted or stored[tensor.key].properties.dtype).itemsize)
             for tensor in tensors
             for name, shape in zip(tensor.names, tensor.shapes, strict=True)
         ]
         write_shards(work, sizes, _hf_tensors(tensors, stored, source, wanted))
         copy_companions(source / HF, work)
-        _set_dtype(work / "config.json", wanted)
+        _set_dtype(work / "config.json", wanted or getattr(torch, manifest.dtype))
         _finish(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_shapes(tensors: list[TensorMap], weights: HfWeights, source: Path) -> None:
+def _check_tensors(tensors: list[TensorMap], weights: HfWeights, source: Path) -> None:
+    """Refuse weights that are not exactly the model config.json describes."""
     for tensor in tensors:
         for name, shape in zip(tensor.names, tensor.shapes, strict=True):
             if (found := weights.shape(name)) != shape:
                 raise UserError(f"{source}: {name} has shape {found}, config.json asks for {shape}.")
+            weights.dtype(name)
+    known = {name for tensor in tensors for name in tensor.names} | {"lm_head.weight"}  # a tied one may be stored too
+    extra = [name for name in weights.shard_of if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise UserError(f"{source}: {extra[0]} has no place in the model config.json describes ({len(extra)} such).")
+
+
+def _common_dtype(tensor: TensorMap, weights: HfWeights) -> torch.dtype:
+    """The dtype that holds all parts of a tensor exactly."""
+    common = weights.dtype(tensor.names[0])
+    for name in tensor.names[1:]:
+        common = torch.promote_types(common, weights.dtype(name))
+    return common
 
 
 class _OnDemand(DefaultSavePlanner):
@@ -137,7 +153,7 @@ class _OnDemand(DefaultSavePlanner):
 
 
 def _save_weights(
-    tensors: list[TensorMap], weights: HfWeights, dtype: torch.dtype, folder: Path, source: Path
+    tensors: list[TensorMap], weights: HfWeights, dtypes: dict[str, torch.dtype], folder: Path, source: Path
 ) -> dict[torch.dtype, dict[str, int]]:
     """Write all tensors and return their fingerprint sums, as stored and rounded to bf16."""
     by_key = {tensor.key: tensor for tensor in tensors}
@@ -146,7 +162,7 @@ def _save_weights(
 
     def read(key: str) -> Tensor:
         tensor = by_key[key]
-        whole = tensor.join([weights.read(name) for name in tensor.names]).to(dtype).contiguous()
+        whole = tensor.join([weights.read(name) for name in tensor.names]).to(dtypes[key]).contiguous()
         if not torch.isfinite(whole).all():
             raise UserError(f"{source}: {' or '.join(tensor.names)} holds numbers that are not finite.")
         for rounded_to, of_tensor in sums.items():
@@ -155,7 +171,9 @@ def _save_weights(
         progress.update()
         return whole
 
-    placeholders = {tensor.key: torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor in tensors}
+    placeholders = {
+        tensor.key: torch.empty(tensor.shape, dtype=dtypes[tensor.key], device="meta") for tensor in tensors
+    }
     folder.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks that there is no process group; none is needed
@@ -170,13 +188,11 @@ def _save_weights(
 
 
 def _hf_tensors(
-    tensors: list[TensorMap], stored: dict[str, Any], source: Path, dtype: torch.dtype
+    tensors: list[TensorMap], stored: dict[str, Any], source: Path, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     reader = dcp.FileSystemReader(source / WEIGHTS)
     for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=len(tensors) < 50):
-        found = stored.get(tensor.key)
-        if found is None:
-            raise UserError(f"{source}: the checkpoint lacks {tensor.key}.")
+        found = stored[tensor.key]
         # A checkpoint of a run holds the padded vocabulary: more rows than the model has.
         whole = {tensor.key: torch.empty(found.size, dtype=found.properties.dtype)}
         try:
@@ -189,7 +205,7 @@ def _hf_tensors(
         if not torch.isfinite(value).all():
             raise UserError(f"{source}: {tensor.key} holds numbers that are not finite; it is not exported.")
         for name, part in zip(tensor.names, tensor.part(value), strict=True):
-            yield name, part.to(dtype).contiguous().clone()
+            yield name, part.to(dtype or part.dtype).contiguous().clone()
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

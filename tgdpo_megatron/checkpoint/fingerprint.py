@@ -8,7 +8,9 @@ The sums of all tensors are hashed with SHA-256. It guards against mix-ups, not 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription
 
 _BLOCK = 1 << 20  # elements hashed at once: bounds the temporaries
 _MASK = (1 << 64) - 1
@@ -53,20 +56,21 @@ def _odd_number(place: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 31)) | 1
 
 
-def combine(sums: Mapping[str, int]) -> str:
-    """Fingerprint of a model from its tensors' sums."""
-    lines = "\n".join(f"{key} {value & _MASK:016x}" for key, value in sorted(sums.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+def combine(sums: Mapping[str, int], description: ModelDescription) -> str:
+    """Fingerprint of a model from its tensors' sums and what is computed with them (RoPE, norms, heads)."""
+    shape = {name: value for name, value in asdict(description).items() if name != "max_position_embeddings"}
+    lines = [f"{key} {value & _MASK:016x}" for key, value in sorted(sums.items())]
+    return hashlib.sha256("\n".join([json.dumps(shape, sort_keys=True), *lines]).encode()).hexdigest()
 
 
 def model_fingerprint(
-    sharded_state_dict: Mapping[str, Any], vocab_size: int, rounded_to: torch.dtype = torch.float32
+    sharded_state_dict: Mapping[str, Any], description: ModelDescription, rounded_to: torch.dtype = torch.float32
 ) -> str:
     """Fingerprint of a model spread over all ranks of the default process group.
 
     Args:
         sharded_state_dict: This rank's part (all chunks together).
-        vocab_size: Real vocabulary size; padding rows do not count.
+        description: The model's; rows beyond its vocabulary are padding and do not count.
         rounded_to: As in tensor_sum.
 
     Raises:
@@ -79,7 +83,7 @@ def model_fingerprint(
             continue
         data = sharded.data
         if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
-            data = data[: max(0, vocab_size - sharded.global_offset[0])]
+            data = data[: max(0, description.vocab_size - sharded.global_offset[0])]
         if not torch.isfinite(data).all():
             broken = sharded.key
         if data.numel():
@@ -93,7 +97,7 @@ def model_fingerprint(
             raise UserError(f"the weight {not_finite} holds numbers that are not finite")
         for key, value in part.items():
             sums[key] = sums.get(key, 0) + value
-    return combine(sums)
+    return combine(sums, description)
 
 
 def sharded_tensors(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:

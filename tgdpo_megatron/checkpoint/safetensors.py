@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from tgdpo_megatron.errors import UserError
 
 SHARD_BYTES = 5 * 1000**3
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class HfWeights:
@@ -64,6 +66,17 @@ class HfWeights:
         if name not in self.shard_of:
             raise UserError(f"{self.folder}: the weights lack the tensor {name}.")
         return tuple(self._open(self.shard_of[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it.
+
+        Raises:
+            UserError: Not a floating-point number of 16 or 32 bits.
+        """
+        stored = self._open(self.shard_of[name]).get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; only {', '.join(_DTYPES)} are converted.")
+        return _DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""

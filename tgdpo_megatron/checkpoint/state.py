@@ -39,6 +39,10 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
     manifest = read_manifest(folder)
     state = sharded_model_state(chunks)
     _put(chunks, _read({"model": state}, folder)["model"])
+    _check_fingerprint(chunks, manifest, folder)
+
+
+def _check_fingerprint(chunks: Sequence[PreferenceGPT], manifest: CheckpointManifest, folder: Path) -> None:
     try:
         found = fingerprint(chunks)
     except UserError as error:
@@ -49,7 +53,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
 
 def fingerprint(chunks: Sequence[PreferenceGPT], rounded_to: torch.dtype = torch.float32) -> str:
     """Fingerprint of a model in memory; the same at every layout. Collective over all ranks."""
-    return model_fingerprint(sharded_model_state(chunks), chunks[0].real_vocab_size, rounded_to)
+    return model_fingerprint(sharded_model_state(chunks), chunks[0].description, rounded_to)
 
 
 def save_checkpoint(
@@ -108,6 +112,7 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
     _put(chunks, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
+    _check_fingerprint(chunks, read_manifest(folder), folder)
 
 
 def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:

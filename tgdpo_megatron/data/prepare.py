@@ -114,6 +114,18 @@ def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path
     return load_prepared(folder)
 
 
+def source_hash(config: DataConfig, source: Path, tokenizer: Any) -> str:
+    """SHA-256 of everything that shapes the tokenised pairs of a file.
+
+    Raises:
+        UserError: No such file.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: no such data file.")
+    parts = [tokenizer_hash(tokenizer), template_hash(tokenizer), str(config.max_length), str(FORMAT)]
+    return hashlib.sha256(source.read_bytes() + "".join(parts).encode()).hexdigest()
+
+
 def load_prepared(folder: Path) -> PreparedPairs:
     """Load a folder written by prepare_pairs.
 

@@ -115,7 +115,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         # The head takes the weight and multiplies by itself. It gets it by calling the layer, so that Megatron's
         # hook waits for weights that are still being gathered.
         model.output_layer.forward = lambda: model.output_layer.weight
-    model.real_vocab_size = description.vocab_size
+    model.description = description
     model.uses_transformer_engine = HAVE_TRANSFORMER_ENGINE
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())

@@ -48,11 +48,19 @@ def read_description(folder: Path) -> ModelDescription:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    if config.get("model_type") != "llama":
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, found {type(config).__name__}.")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantised; use a bf16 or fp32 copy of the model.")
+    architecture = (config.get("architectures") or ["LlamaForCausalLM"])[0]
+    if config.get("model_type") != "llama" or architecture != "LlamaForCausalLM":
+        if config.get("model_type") != "llama":
+            architecture = (config.get("architectures") or [config.get("model_type")])[0]
         raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: LlamaForCausalLM.")
     for name, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
         if config.get(name, supported) != supported:
@@ -61,6 +69,8 @@ def read_description(folder: Path) -> ModelDescription:
         return _llama(config, path)
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing.") from None
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: a field has a value of the wrong kind; it is not a Llama configuration.") from None
 
 
 def _llama(config: dict[str, Any], path: Path) -> ModelDescription:

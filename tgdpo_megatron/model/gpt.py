@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from tgdpo_megatron.data.batch import Batch
+from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.head import labelled_logprobs
 from tgdpo_megatron.model.local_layers import Segments
 
@@ -59,7 +60,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             [(state, model.output_weight()) for state, model in zip(states, models, strict=True)],
             batch.rows,
             batch.labels,
-            vocab_size=self.real_vocab_size,
+            vocab_size=self.description.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
         )
@@ -104,6 +105,6 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         return table, boundaries
 
     # Set by build_model.
-    real_vocab_size: int
+    description: ModelDescription
     uses_transformer_engine: bool = False
     received: Any = None

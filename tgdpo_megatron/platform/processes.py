@@ -60,6 +60,7 @@ def job(module: str, *, processes: int, timeout_minutes: int) -> Iterator[Ranks]
 
 
 def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -84,8 +85,10 @@ def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
             elastic_launch(settings, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
             code, sentence = _explain(error.failures)
-        except KeyboardInterrupt:
-            code, sentence = 130, "interrupted; all ranks were stopped."
+        except (SignalException, KeyboardInterrupt) as signalled:
+            number = getattr(signalled, "sigval", signal.SIGINT)
+            name = signal.Signals(number).name
+            code, sentence = 128 + number, f"stopped by {name}; all ranks were stopped, the newest checkpoint is kept."
         else:
             return 0
     print(f"error: {sentence}", file=sys.stderr, flush=True)

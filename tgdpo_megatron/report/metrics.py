@@ -123,7 +123,7 @@ class Logger:
         """Record the metrics of an optimizer step (1-based)."""
         if not self.active:
             return
-        self.lines.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        self.lines.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
         self.lines.flush()
         if self.tensorboard is not None:
             for name, value in metrics.items():
