@@ -42,12 +42,6 @@ class Engine:
     optimizer: Any
     scheduler: OptimizerParamScheduler
 
-    @property
-    def fewest_micro_batches(self) -> int:
-        """The fewest micro-batches a pass can have: an interleaved pipeline takes one for every stage at a time."""
-        parallel = self.config.parallel
-        return parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
-
     def over(self, forward_step: Callable[..., Any], batches: Sequence[Batch], **settings: Any) -> Pass:
         """A pass of the policy over some micro-batches; see pipeline_pass."""
         stacked = 1 + len(self.chunks[0].frozen)

@@ -129,7 +129,7 @@ def train(config: Config, ranks: Ranks) -> None:
         if due(done, config.train.save_interval):
             # Finite weights can still be useless: one forward pass tells before they are kept as a result.
             with torch.no_grad():
-                after = total(engine.over(step, made[: engine.fewest_micro_batches], forward_only=True)())
+                after = total(engine.over(step, made, forward_only=True)())
             _check_finite(after, f"the loss after {where}", output)
             engine.gather_weights()
             save_checkpoint(
@@ -194,7 +194,7 @@ def _evaluate(
 
 
 def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
-    if totals["not_finite"] or not math.isfinite(totals["loss"]):
+    if totals["not_finite"] or not all(map(math.isfinite, totals.values())):
         raise NonFiniteError(f"{what} is not finite; {run_folder.what_is_kept(output)}.")
 
 

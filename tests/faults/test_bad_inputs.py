@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -258,12 +259,12 @@ def test_scores_of_other_weights_are_refused_by_name(
     from tgdpo_megatron.config import DataConfig
     from tgdpo_megatron.data.prepare import prepare_pairs
     from tgdpo_megatron.data.tokenizer import load_tokenizer
-    from tgdpo_megatron.scores.store import Manifest, write_manifest
+    from tgdpo_megatron.scores.store import ScoresManifest, write_scores_manifest
 
     tokenizer = load_tokenizer(checkpoint / HF)
     summary = prepare_pairs(DataConfig(max_length=64), pairs_file, tokenizer, tmp_path / "pairs").summary
     (tmp_path / "scores" / "train").mkdir(parents=True)
-    manifest = Manifest(
+    manifest = ScoresManifest(
         reference="0123456789ab" + 52 * "0",
         guidance=None,
         tokenizer=summary.tokenizer,
@@ -272,7 +273,7 @@ def test_scores_of_other_weights_are_refused_by_name(
         pairs_hash=summary.pairs_hash,
         precision="fp32",
     )
-    write_manifest(tmp_path / "scores" / "train", manifest)
+    write_scores_manifest(tmp_path / "scores" / "train", manifest)
     said = train("scores.source=cached", f"scores.path={tmp_path / 'scores'}")
     assert_refused(said, "made from another reference weights (0123456789ab, this run has")
     assert not (tmp_path / "run").exists()
@@ -303,20 +304,64 @@ def test_an_output_folder_that_cannot_be_made_is_refused(train: Callable[..., Sa
 # ---------------------------------------------------------------- while training
 
 
-def test_a_training_that_explodes_stops_and_keeps_the_last_good_checkpoint(
-    train: Callable[..., Said], tmp_path: Path
+def test_a_training_that_explodes_saves_nothing_as_a_result(
+    train: Callable[..., Said], pairs_file: Path, tmp_path: Path
 ) -> None:
-    """At learning rate 1e30 step 1 throws the weights away; step 2 has no finite loss or gradient."""
+    """At learning rate 1e30 the only step leaves finite weights under which not all losses are."""
+    said = train("optimizer.lr=1e30", "train.train_iters=1", f"data.validation={pairs_file}")
+    assert_refused(said, "loss after step 1 (rows ", "of pairs.jsonl) is not finite; no checkpoint was saved")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_last_good_checkpoint(
+    checkpoint: Path, pairs_file: Path, train: Callable[..., Said], tmp_path: Path
+) -> None:
+    """Scores of the third pair so low that its sums overflow."""
     from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 
-    said = train("optimizer.lr=1e30", "train.train_iters=5", "train.save_interval=1")
+    scores = tmp_path / "scores"
+    write_scores(scores, checkpoint, pairs_file, overflowing_row=3)
+    settings = ["data.shuffle=false", "train.global_batch_size=1", "train.micro_batch_size=1"]
+    length = ["train.train_iters=5", "train.save_interval=1"]
+    said = train("scores.source=cached", f"scores.path={scores}", *settings, *length)
+    assert_refused(said, "the loss of step 3 (rows 3 of pairs.jsonl) is not finite", "iter-0000002")
     run = tmp_path / "run"
-    assert_refused(said, "of step 2 (rows ", "of pairs.jsonl) is not finite", "the last good checkpoint is")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["iter-0000001"]
-    megatron_to_hf(run / "checkpoints" / "iter-0000001", tmp_path / "exported")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter-0000001", "iter-0000002"]
+    megatron_to_hf(run / "checkpoints" / "iter-0000002", tmp_path / "exported")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1]
-    assert all(math.isfinite(value) for value in lines[0].values())
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def write_scores(folder: Path, checkpoint: Path, pairs_file: Path, *, overflowing_row: int) -> None:
+    """Reference scores of -1 nat a token, but for the rejected response of one row."""
+    from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
+    from tgdpo_megatron.config import DataConfig
+    from tgdpo_megatron.data.prepare import prepare_pairs
+    from tgdpo_megatron.data.tokenizer import load_tokenizer
+    from tgdpo_megatron.scores.store import ScoresManifest, write_scores_manifest, write_shard
+
+    data = prepare_pairs(
+        DataConfig(max_length=64), pairs_file, load_tokenizer(checkpoint / HF), folder.with_name("tokenised")
+    )
+    parts = []
+    for pair, row in enumerate(data.rows):
+        parts.append(np.full(data.response_length(pair, 0), -1.0))
+        parts.append(np.full(data.response_length(pair, 1), -3e38 if row == overflowing_row else -1.0))
+    lengths = np.array([len(chosen) + len(rejected) for chosen, rejected in zip(parts[::2], parts[1::2], strict=True)])
+    (folder / "train").mkdir(parents=True)
+    write_shard(folder / "train", 0, data.hashes, lengths, {"reference": np.concatenate(parts).astype(np.float32)})
+    manifest = ScoresManifest(
+        reference=read_manifest(checkpoint).weights,
+        guidance=None,
+        tokenizer=data.summary.tokenizer,
+        template=data.summary.template,
+        max_length=64,
+        pairs_hash=data.summary.pairs_hash,
+        precision="fp32",
+    )
+    write_scores_manifest(folder / "train", manifest)
 
 
 def test_a_rank_that_dies_ends_the_job_and_keeps_the_newest_checkpoint(
@@ -324,7 +369,7 @@ def test_a_rank_that_dies_ends_the_job_and_keeps_the_newest_checkpoint(
 ) -> None:
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
     from tgdpo_megatron.checkpoint.manifest import read_manifest
-    from tgdpo_megatron.checkpoint.state import newest_checkpoint
+    from tgdpo_megatron.run_folder import newest_checkpoint
 
     run = tmp_path / "run"
     changes = ["parallel.tensor_model_parallel_size=2", "train.train_iters=100000", "train.save_interval=5"]

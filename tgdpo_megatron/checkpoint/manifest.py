@@ -79,6 +79,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         manifest = CheckpointManifest(**json.loads(path.read_text()))
     except (TypeError, ValueError):
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
+    if manifest.format != FORMAT:
+        raise UserError(f"{path}: format {manifest.format} is not this version's {FORMAT}; convert the model again.")
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise UserError(f"{folder}: the checkpoint has no weights.")
     read_metadata(folder / WEIGHTS)
