@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +58,10 @@ class Row:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        return self.tp, self.pp, self.vp or 0
 
     @property
     def name(self) -> str:
@@ -272,16 +275,19 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
     results = []
     with job("tests.parity", processes=world_size, timeout_minutes=2) as ranks:
         torch.set_num_threads(1)
-        for row in ROWS:
-            if row.world_size != world_size or only not in row.name:
-                continue
+        layout = None
+        rows = [row for row in ROWS if row.world_size == world_size and only in row.name]
+        for row in sorted(rows, key=lambda row: row.layout):
+            if row.layout != layout:  # once for each: gloo's groups keep their threads until the process ends
+                if layout is not None:
+                    parallel_state.destroy_model_parallel()
+                initialize_model_parallel(row.config(folder).parallel, seed=1)
+                layout = row.layout
             tied_folder = folder / ("tied" if row.tied else "untied")
             expected = torch.load(tied_folder / "oracle.pt", weights_only=False)
             for scores in ("live", "cached"):
                 started = time.monotonic()
-                initialize_model_parallel(row.config(tied_folder).parallel, seed=1)
                 errors = _compare(row, scores, tied_folder, expected)
-                parallel_state.destroy_model_parallel()
                 results.append(Result(row.name, scores, errors, time.monotonic() - started))
                 if ranks.is_first:
                     print(f"  {row.name}, {scores}: {'pass' if results[-1].passed else 'FAIL'}", flush=True)
@@ -437,13 +443,14 @@ class _nothing:
 # The matrix.
 
 
-def run_matrix(folder: Path, only: str = "") -> Iterator[Result]:
-    """Run every row whose name contains `only`; yields results as world sizes finish."""
+def run_matrix(folder: Path, only: str = "") -> list[Result]:
+    """Run every row whose name contains `only`; results in the order of ROWS."""
     import subprocess
 
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 
     data = make_pairs()
+    results: list[Result] = []
     for tied in (False, True):
         place = folder / ("tied" if tied else "untied")
         for seed, role in enumerate(("policy", "reference", "guidance")):
@@ -457,7 +464,9 @@ def run_matrix(folder: Path, only: str = "") -> Iterator[Result]:
         done = subprocess.run([*command, "--only", only], env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"the ranks of world size {world_size} failed with exit code {done.returncode}")
-        yield from (Result(**result) for result in json.loads(output.read_text()))
+        results += [Result(**result) for result in json.loads(output.read_text())]
+    order = {row.name: place for place, row in enumerate(ROWS)}
+    return sorted(results, key=lambda result: order[result.row])
 
 
 def table(results: list[Result]) -> str:
@@ -486,7 +495,7 @@ def main() -> None:
         folder, world_size, output = parsed.worker
         return run_rows(Path(folder), int(world_size), parsed.only, Path(output))
     with tempfile.TemporaryDirectory() as folder:
-        results = list(run_matrix(Path(folder), parsed.only))
+        results = run_matrix(Path(folder), parsed.only)
     print(table(results))
     if parsed.json:
         parsed.json.parent.mkdir(parents=True, exist_ok=True)
