@@ -31,7 +31,7 @@ parity: $(STAMP)  ## every layout against one process
 	$(RUN) -m tests.parity --json results/parity.json
 
 bench: $(STAMP)  ## the distributed head against Megatron's cross-entropy
-	$(RUN) -m bench.head --json results/head.json
+	$(RUN) -m bench.run --only head --json results/bench-head.json --picture runs/bench-head.svg
 
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real

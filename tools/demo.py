@@ -542,11 +542,12 @@ def _data_notes(output: Path) -> list[str]:
     from tgdpo_megatron.data.prepare import load_prepared
 
     folders = {
-        "Examples for SFT": output / "sft" / "data" / "train",
-        "Preference pairs": output / "tgdpo" / "data" / "train",
-        "Held-out pairs": output / "tgdpo" / "data" / "validation",
+        "Examples for SFT": (output / "sft", "train"),
+        "Preference pairs": (output / "tgdpo", "train"),
+        "Held-out pairs": (output / "tgdpo", "validation"),
     }
-    return [f"{words}: {load_prepared(folder).summary.sentences()}" for words, folder in folders.items()]
+    prepared = {words: next((run / "data").glob(f"{part}-*")) for words, (run, part) in folders.items()}
+    return [f"{words}: {load_prepared(folder).summary.sentences()}" for words, folder in prepared.items()]
 
 
 def _settings(journal: Journal, effort: Effort) -> list[tuple[str, str]]:

@@ -1,0 +1,164 @@
+"""Our side of the timed comparisons: a whole optimizer step of the product's engine in one process.
+
+What is timed is what recipes.train does in a step: cutting micro-batches, Megatron's schedule over them, adding up
+what is reported, clipping and AdamW.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.pairs import VOCABULARY
+from tgdpo_megatron.checkpoint.convert import hf_to_megatron
+from tgdpo_megatron.checkpoint.manifest import describe
+from tgdpo_megatron.config import Config, LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from tgdpo_megatron.data.batch import Batch, rank_batches
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
+from tgdpo_megatron.scores.store import TokenScores
+
+BODY = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 4096,
+    "vocab_size": VOCABULARY,
+}
+"""A small model whose head is 7 % of its matrix products, as in Llama-3-8B."""
+ROLES = ("policy", "reference", "guidance")
+PAIRS_PER_STEP, BUDGET, LEARNING_RATE = 4, 4096, 7e-7
+LOSS = LossConfig(type="tgdpo", beta=0.1, alpha=0.5, beta_r=1.0)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The same weights for both sides. Policy and reference start equal, as in training."""
+
+    hf: dict[str, Path]
+    megatron: dict[str, Path]
+
+
+def make_checkpoints(folder: Path) -> Checkpoints:
+    """Three random models in HuggingFace's format and in Megatron's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    hf, megatron = {}, {}
+    for role, seed in zip(ROLES, (0, 0, 1), strict=True):
+        hf[role], megatron[role] = folder / "hf" / role, folder / "megatron" / role
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**BODY)).float().save_pretrained(hf[role])
+        hf_to_megatron(hf[role], megatron[role])
+    return Checkpoints(hf, megatron)
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """This process as a job of one, at one thread."""
+    from tgdpo_megatron.platform.processes import initialize_model_parallel, job
+
+    torch.set_num_threads(1)
+    with job("bench", processes=1, timeout_minutes=10):
+        initialize_model_parallel(ParallelConfig(), seed=1)
+        yield
+
+
+class Ours:
+    """The engine, training with cached or live scores."""
+
+    def __init__(self, data: PreparedPairs, checkpoints: Checkpoints, *, cached: bool, loss: LossConfig = LOSS) -> None:
+        from tgdpo_megatron.engine import build_engine
+
+        self.data, self.places = data, checkpoints.megatron
+        self.config = Config(
+            loss=loss,
+            optimizer=OptimizerConfig(lr=LEARNING_RATE, min_lr=LEARNING_RATE),
+            train=TrainConfig(precision="fp32", global_batch_size=PAIRS_PER_STEP, micro_batch_tokens=BUDGET),
+        )
+        riders = [self.places[role] for role in ROLES[1:]] if loss.needs_guidance else [self.places["reference"]]
+        self.engine = build_engine(
+            self.config,
+            describe(self.places["policy"]),
+            start=self.places["policy"],
+            frozen=[] if cached else riders,
+        )
+        self.scores: TokenScores | None = None
+
+    def batches(self, pairs: Sequence[int]) -> list[Batch]:
+        """The micro-batches of a step."""
+        return rank_batches(
+            self.data,
+            np.asarray(pairs),
+            self.config,
+            sides=(CHOSEN, REJECTED),
+            rank=0,
+            ranks=1,
+            device=torch.device("cpu"),
+            scores=self.scores,
+        )
+
+    def step(self, pairs: Sequence[int]) -> float:
+        """One optimizer step over some pairs. Returns the mean loss."""
+        from tgdpo_megatron.report.metrics import add_up, names_for
+        from tgdpo_megatron.train import forward_step
+
+        self.engine.zero_grad()
+        run_micro_batch = partial(forward_step, config=self.config, formula=formula(self.config.loss))
+        sums = self.engine.over(run_micro_batch, self.batches(pairs))()
+        names = names_for(self.config.loss)
+        totals = add_up(sums, names=names, counts_here=True, device=torch.device("cpu"))
+        self.engine.update(self.config.optimizer.clip_grad)
+        return totals["loss"] / totals["pairs"]
+
+    def score(self, model: Any, pairs: Sequence[int]) -> list[torch.Tensor]:
+        """Token log-probs of some pairs under one frozen model, as recipes.score computes them."""
+        from tgdpo_megatron.engine import pipeline_pass
+        from tgdpo_megatron.score import forward_step
+
+        run = pipeline_pass(
+            model,
+            forward_step,
+            self.batches(pairs),
+            self.config,
+            stacked=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        with torch.no_grad():
+            return [logps[0] for logps in run()]
+
+    def frozen_model(self, role: str) -> Any:
+        """A model without optimizer, as scoring holds it."""
+        from tgdpo_megatron.checkpoint.state import load_weights
+        from tgdpo_megatron.model.build import build_model, transformer_config
+
+        description = describe(self.places[role])
+        chunks = build_model(description, transformer_config(description, self.config))
+        load_weights(chunks, self.places[role])
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+        return chunks
+
+    def cache_scores(self, pairs: Sequence[int]) -> None:
+        """Score the reference and the guidance once and keep the result for training."""
+        cut = self.batches(pairs)
+        values = {
+            role: torch.cat(self.score(self.frozen_model(role), pairs)).numpy()
+            for role in ROLES[1 : 3 if self.config.loss.needs_guidance else 2]
+        }
+        starts, offset = {}, 0
+        for pair in (pair for batch in cut for pair in batch.samples):
+            starts[self.data.hashes[pair].tobytes()] = offset
+            offset += sum(self.data.response_length(pair, side) for side in (CHOSEN, REJECTED))
+        self.scores = TokenScores(manifest=None, values=values, starts=starts)  # type: ignore[arg-type]

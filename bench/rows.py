@@ -1,0 +1,96 @@
+"""A row of the benchmark: what was measured, what is asked of it, and the limit it is compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        measured: A ratio or share; None where it could not be measured, and `note` says why.
+        target: What `measured` must reach; None for a number that is only reported.
+        at_most: Whether the target is an upper bound; otherwise a lower one.
+        limit: What theory allows, or how the target follows, in words.
+        note: Spread, absolute numbers, or why the row was skipped.
+        details: Everything behind the number.
+    """
+
+    name: str
+    measured: float | None
+    target: float | None = None
+    at_most: bool = True
+    limit: str = ""
+    note: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, `FAIL`, `skipped`, or `–` where nothing is asked."""
+        if self.measured is None:
+            return "skipped"
+        if self.target is None:
+            return "–"
+        reached = self.measured <= self.target if self.at_most else self.measured >= self.target
+        return "pass" if reached else "FAIL"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types, the verdict included."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def skipped(name: str, reason: str) -> Row:
+    """A row that could not be measured here."""
+    return Row(name, None, note=reason)
+
+
+def paired(name: str, over: Sequence[float], under: Sequence[float], **settings: Any) -> Row:
+    """The median of over[i] / under[i], numbers measured one after the other."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    spread = f"{min(ratios):.2f}–{max(ratios):.2f} in {len(ratios)} pairs"
+    words = settings.pop("note", "")
+    details = {"over": list(over), "under": list(under), **settings.pop("details", {})}
+    return Row(name, median(ratios), note=f"{words}; {spread}" if words else spread, details=details, **settings)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per row."""
+    width = max((len(row.name) for row in rows), default=0)
+    lines = [f"{'':{width}}  measured   target  {'':7}  limit"]
+    for row in rows:
+        measured = f"{row.measured:8.4g}" if row.measured is not None else f"{'–':>8}"
+        target = f"{'≤' if row.at_most else '≥'}{row.target:g}" if row.target is not None else "–"
+        words = "; ".join(part for part in (row.limit, row.note) if part)
+        lines.append(f"{row.name:{width}}  {measured}  {target:>7}  {row.verdict:7}  {words}")
+    return "\n".join(lines)
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """For the program that started this one."""
+    path.write_text(json.dumps([asdict(row) for row in rows]))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What write_rows wrote."""
+    return [Row(**row) for row in json.loads(path.read_text())]
+
+
+def program(description: str | None, measure: Callable[[], Sequence[Row]]) -> None:
+    """The command line that every file of rows has: print the table, or write the rows for bench.run."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    rows = measure()
+    if parsed.rows:
+        write_rows(rows, parsed.rows)
+    else:
+        print(table(rows))

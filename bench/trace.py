@@ -1,0 +1,315 @@
+"""What ranks wait for and what they send: Megatron's schedules and collectives, recorded while they run.
+
+    python -m bench.trace
+
+Real gloo ranks run real optimizer steps of a small model; nothing is timed.
+
+*Idle slots.* Each rank records the order in which its chunks go forward and backward over the micro-batches. The
+recorded orders are then placed in slots of one length, a backward taking two, each no earlier than what it needs
+from the neighbouring stage. The idle share of all slots must be (p − 1) / (v m + p − 1) for p stages, m
+micro-batches, v chunks to a stage.
+
+*Bytes.* Every call of a torch.distributed collective during one step is counted, with the bytes a ring sends per
+rank: 2 (g − 1)/g of an all-reduced tensor over g ranks, (g − 1)/g of a gathered, scattered or broadcast one, all of
+one sent to a neighbour. Compared, summed over ranks, with what the layout must send in fp32 for T tokens, R of them
+labelled, n weights, hidden size H, L layers:
+
+- tensor parallel with sequence parallelism, each of t ranks: 4 T H (t − 1)/t · (10 L + 4) — per layer four
+  gathers or scatters forward, four backward, two gathers of inputs again for weight gradients; two each for the
+  embedding and the head — and all-reduces of three numbers per label and of the (2 L + 1) H norm gradients;
+- pipeline, together: 2 · 4 T H (p − 1), hidden states forward and their gradients back;
+- data parallel with the distributed optimizer, each of d ranks: (4 + 4) n (d − 1)/d, gradients scattered and
+  weights gathered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bench.pairs import VOCABULARY, ultrafeedback_like
+from bench.rows import Row, program
+from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, TrainConfig
+from tgdpo_megatron.data.batch import Batch, rank_batches
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.scores.store import TokenScores
+
+MODEL = ModelDescription(
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=192,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=16,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=2048,
+    layernorm_epsilon=1e-5,
+    tie_word_embeddings=False,
+    rotary_base=10000.0,
+    rope_scaling_factor=None,
+)
+STAGES, CHUNKS, MICRO_BATCHES = (2, 4), (None, 2), (4, 8, 16)
+LAYOUTS = {
+    "TP2, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
+    "DP2": ParallelConfig(),
+}
+LIMITS = {
+    "TP2, sequence parallel": "4 T H (t − 1)/t · (10 L + 4) per rank, and the head's and norms' all-reduces",
+    "PP2": "2 · 4 T H (p − 1)",
+    "DP2": "(4 + 4) n (d − 1)/d per rank",
+}
+
+Event = tuple[str, int, int]
+"""`F` or `B`, chunk of this rank, micro-batch."""
+
+
+def measure() -> list[Row]:
+    """Rows of idle slots and of bytes."""
+    found = {ranks: _run(ranks) for ranks in STAGES}
+    return [
+        *(_idle_row(stages, chunks, found[stages]["orders"]) for stages in STAGES for chunks in CHUNKS),
+        *(_bytes_row(name, **counted) for name, counted in found[2]["bytes"].items()),
+    ]
+
+
+def _run(ranks: int) -> Any:
+    """What _record writes, from so many ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        command = [sys.executable, "-W", "ignore", "-m", "bench.trace", "--record", str(ranks), str(output)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        subprocess.run(command, env=environment, check=True)
+        return json.loads(output.read_text())
+
+
+def _idle_row(stages: int, chunks: int | None, orders: dict[str, list[list[Event]]]) -> Row:
+    worst, words = 0.0, []
+    for number in MICRO_BATCHES:
+        expected = (stages - 1) / ((chunks or 1) * number + stages - 1)
+        found = idle_share(orders[f"{chunks} {number}"])
+        worst = max(worst, abs(found / expected - 1))
+        words.append(f"m={number}: {found:.3f} ({expected:.3f})")
+    return Row(
+        f"idle slots off the formula, PP{stages}{f' VP{chunks}' if chunks else ''}",
+        worst,
+        target=0.01,
+        limit="(p − 1)/(v m + p − 1)",
+        note=", ".join(words),
+    )
+
+
+def idle_share(orders: list[list[Event]]) -> float:
+    """Share of idle slots when every rank does its work in the recorded order, as early as it can.
+
+    Args:
+        orders: For each pipeline rank, what it did. Stage s of the model is chunk s // p of rank s % p.
+    """
+    stages = len(orders)
+    last = stages * (1 + max(chunk for order in orders for _, chunk, _ in order)) - 1
+    done: dict[Event, int] = {}
+    free, next_event, busy = [0] * stages, [0] * stages, 0
+    while any(place < len(order) for place, order in zip(next_event, orders, strict=True)):
+        before = len(done)
+        for rank, order in enumerate(orders):
+            while next_event[rank] < len(order):
+                kind, chunk, micro_batch = order[next_event[rank]]
+                stage = chunk * stages + rank
+                needs = stage - 1 if kind == "F" else stage + 1
+                ready = 0 if needs in (-1, last + 1) else done.get((kind, needs, micro_batch))
+                if ready is None:
+                    break
+                slots = 1 if kind == "F" else 2
+                free[rank] = done[kind, stage, micro_batch] = max(free[rank], ready) + slots
+                busy += slots
+                next_event[rank] += 1
+        assert len(done) > before, "the recorded orders wait for each other"
+    return 1 - busy / (stages * max(free))
+
+
+def _bytes_row(name: str, sent: float, expected: float, calls: dict[str, int]) -> Row:
+    return Row(
+        f"bytes sent per step off the formula, {name}",
+        abs(sent / expected - 1),
+        target=0.05,
+        limit=LIMITS[name],
+        note=f"{sent / 1e6:.2f} MB counted, {expected / 1e6:.2f} MB by the formula",
+        details={"calls of the first rank": calls},
+    )
+
+
+# One rank.
+
+
+class Counted:
+    """Counts what this rank gives to torch.distributed while `on`. Made before Megatron takes the functions' names."""
+
+    def __init__(self) -> None:
+        assert "megatron.core" not in sys.modules
+        self.on = False
+        self.bytes = 0.0
+        self.calls: Counter[str] = Counter()
+        for name, place, share in (
+            ("all_reduce", 0, lambda size: 2 * (size - 1) / size),
+            ("all_gather_into_tensor", 0, lambda size: (size - 1) / size),
+            ("reduce_scatter_tensor", 1, lambda size: (size - 1) / size),
+            ("broadcast", 0, lambda size: (size - 1) / size),
+            ("isend", 0, lambda size: 1.0),
+        ):
+            self._wrap(name, place, share)
+
+    def _wrap(self, name: str, place: int, share: Callable[[int], float]) -> None:
+        """Replace torch.distributed.NAME; its argument at `place` is the tensor whose size counts."""
+        real = getattr(dist, name)
+        keyword = {"all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "input"}.get(name, "tensor")
+
+        def counting(*arguments: Any, **named: Any) -> Any:
+            if self.on:
+                tensor = arguments[place] if len(arguments) > place else named[keyword]
+                size = dist.get_world_size(named.get("group"))
+                self.bytes += tensor.numel() * tensor.element_size() * share(size)
+                self.calls[name] += 1
+            return real(*arguments, **named)
+
+        setattr(dist, name, counting)
+        if name == "isend":  # batched sends name the function and compare it with this module's
+            dist.distributed_c10d.isend = counting
+
+
+def _record(world_size: int, output: Path) -> None:
+    """Record all schedules that take so many pipeline ranks and, with two, the bytes of all layouts."""
+    from tgdpo_megatron.platform.processes import job
+
+    counted = Counted()
+    with job("bench.trace", processes=world_size, timeout_minutes=2) as ranks:
+        torch.set_num_threads(1)
+        orders = {
+            f"{chunks} {number}": _order(world_size, chunks, number) for chunks in CHUNKS for number in MICRO_BATCHES
+        }
+        sent = {name: _sent(parallel, counted, world_size) for name, parallel in LAYOUTS.items()}
+        if ranks.is_first:
+            output.write_text(json.dumps({"orders": orders, "bytes": sent}))
+
+
+def _order(stages: int, chunks: int | None, number: int) -> list[list[Event]]:
+    """What every pipeline rank did in one step of `number` micro-batches."""
+    parallel = ParallelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
+    events: list[Event] = []
+
+    def traced(step: Callable[..., Any], engine: Any, batches: list[Batch], iterator: Any, model: Any) -> Any:
+        chunk = next(place for place, wrapped in enumerate(engine.policy) if wrapped is model)
+        batch = next(iterator)
+        micro_batch = next(place for place, one in enumerate(batches) if one is batch)
+        events.append(("F", chunk, micro_batch))
+        result, loss = step(iter([batch]), model)
+        result.register_hook(lambda _: events.append(("B", chunk, micro_batch)))
+        return result, loss
+
+    with _engine(parallel, pairs=number) as (engine, step, batches, _):
+        engine.zero_grad()
+        engine.over(partial(traced, step, engine, batches), batches)()
+    gathered: list[Any] = [None] * stages
+    dist.all_gather_object(gathered, events)
+    return gathered
+
+
+def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[str, Any]:
+    """Bytes that all ranks sent in the second optimizer step, and what they must send."""
+    if world_size != 2:
+        return {}
+    data_parallel_size = world_size // parallel.model_parallel_size
+    with _engine(parallel, pairs=8, data_parallel_size=data_parallel_size) as (engine, step, batches, weights):
+        for counts in (False, True):
+            engine.zero_grad()
+            counted.bytes, counted.on = 0.0, counts
+            counted.calls.clear()
+            engine.over(step, batches)()
+            engine.update(1.0)
+            counted.on = False
+    everywhere: list[Any] = [None] * world_size
+    tokens, labels = sum(len(batch.tokens) for batch in batches), sum(len(batch.rows) for batch in batches)
+    dist.all_gather_object(everywhere, counted.bytes)
+    expected = _expected(parallel, data_parallel_size, tokens, labels, weights)
+    return {"sent": sum(everywhere), "expected": expected, "calls": dict(counted.calls)}
+
+
+def _expected(parallel: ParallelConfig, data_parallel_size: int, tokens: int, labels: int, weights: int) -> float:
+    """The formula of the module's first lines, over all ranks. Only one of the three sizes is more than 1."""
+    hidden, layers = MODEL.hidden_size, MODEL.num_layers
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sequence = 4 * tokens * hidden * (tensor - 1) / tensor * (10 * layers + 4)
+    reduced = 4 * (3 * labels + (2 * layers + 1) * hidden) * 2 * (tensor - 1) / tensor
+    pipeline = 2 * 4 * tokens * hidden * (stages - 1)
+    data = 8 * weights * (data_parallel_size - 1) / data_parallel_size
+    return tensor * (sequence + reduced) + pipeline + data_parallel_size * data
+
+
+class _engine:
+    """The engine at a layout, a step function for it, this rank's micro-batches, and its number of weights."""
+
+    def __init__(self, parallel: ParallelConfig, *, pairs: int, data_parallel_size: int = 1) -> None:
+        self.parallel, self.data_parallel_size = parallel, data_parallel_size
+        self.data = ultrafeedback_like(pairs, longest=64)
+        self.config = Config(
+            parallel=parallel,
+            loss=LossConfig(type="tgdpo"),
+            train=TrainConfig(precision="fp32", global_batch_size=pairs, micro_batch_size=1),
+        )
+
+    def __enter__(self) -> tuple[Any, Callable[..., Any], list[Batch], int]:
+        from megatron.core import parallel_state
+
+        from tgdpo_megatron.engine import build_engine
+        from tgdpo_megatron.platform.processes import initialize_model_parallel
+        from tgdpo_megatron.train import forward_step
+
+        initialize_model_parallel(self.parallel, seed=1)
+        engine = build_engine(self.config, MODEL, start=None, frozen=[])
+        batches = rank_batches(
+            self.data,
+            np.arange(len(self.data)),
+            self.config,
+            sides=(CHOSEN, REJECTED),
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=self.data_parallel_size,
+            device=torch.device("cpu"),
+            scores=_no_scores(self.data),
+        )
+        step = partial(forward_step, config=self.config, formula=formula(self.config.loss))
+        weights = sum(weight.numel() for chunk in engine.chunks for weight in chunk.parameters())
+        return engine, step, batches, weights
+
+    def __exit__(self, *_: Any) -> None:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+
+def _no_scores(data: PreparedPairs) -> TokenScores:
+    """Cached scores of 0 for every token."""
+    lengths = [sum(data.response_length(pair, side) for side in (CHOSEN, REJECTED)) for pair in range(len(data))]
+    starts = np.cumsum([0, *lengths])
+    values = {name: np.zeros(starts[-1], np.float32) for name in ("reference", "guidance")}
+    keys: Iterator[bytes] = (row.tobytes() for row in data.hashes)
+    return TokenScores(None, values, dict(zip(keys, map(int, starts), strict=False)))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        _record(int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        program(__doc__, measure)
