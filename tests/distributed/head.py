@@ -26,7 +26,7 @@ def _compare(ranks: Ranks, *, vocab_size: int, sequence_parallel: bool, models: 
     head.TILE_ELEMENTS["cpu"] = tile
     group = parallel_state.get_tensor_model_parallel_group()
     generator = torch.Generator().manual_seed(vocab_size)
-    columns = 128  # of each rank, padding included
+    columns = 320  # of each rank, padding included; a tile is never narrower than 128
     hidden = [torch.randn(TOKENS, 1, HIDDEN, generator=generator) for _ in range(models)]
     weights = [0.3 * torch.randn(columns * ranks.world_size, HIDDEN, generator=generator) for _ in range(models)]
     rows = torch.randperm(TOKENS, generator=generator)[:LABELLED]

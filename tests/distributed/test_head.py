@@ -10,8 +10,8 @@ from tests.distributed.program import run_ranks
 
 CASES = [
     {"vocab_size": 100, "sequence_parallel": False, "models": 1, "tile": 1 << 22},  # later ranks hold padding alone
-    {"vocab_size": 100, "sequence_parallel": False, "models": 3, "tile": 1},  # tiles of 128 columns
-    {"vocab_size": 128, "sequence_parallel": True, "models": 3, "tile": 1 << 22},  # no padding on the first rank
+    {"vocab_size": 310, "sequence_parallel": False, "models": 3, "tile": 1},  # tiles of 128, 128 and 54 columns
+    {"vocab_size": 320, "sequence_parallel": True, "models": 3, "tile": 1 << 22},  # one tile, no padding
 ]
 
 
@@ -19,7 +19,7 @@ CASES = [
 def errors(request: Any) -> list[dict[str, float]]:
     size = request.param
     # The vocabulary grows with the ranks, but for the first case.
-    cases = [CASES[0], *({**case, "vocab_size": case["vocab_size"] + 128 * (size - 1)} for case in CASES[1:])]
+    cases = [CASES[0], *({**case, "vocab_size": case["vocab_size"] + 320 * (size - 1)} for case in CASES[1:])]
     cases = [case if size > 1 else {**case, "sequence_parallel": False} for case in cases]
     found: list[dict[str, float]] = run_ranks("tests.distributed.head", "compare", size, cases=cases)
     for case in found:

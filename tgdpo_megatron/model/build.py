@@ -77,6 +77,7 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        use_te_activation_func=not HAVE_TRANSFORMER_ENGINE,  # takes the activation from the layer spec: our SwiGlu
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,

@@ -3,7 +3,7 @@
 The vocabulary is split over tensor-parallel ranks. Each rank walks over its columns tile by tile and keeps
 three numbers per labelled token: the largest logit, the sum of exponentials below it, and the label's own
 logit. One MAX and one SUM all-reduce, for all models of the micro-batch together, turn them into log-probs.
-Backward computes the logits again, tile by tile, from the saved log-sum-exp.
+Backward computes the logits again, tile by tile, from the saved log-sum-exp; columns that fit one tile are kept.
 
 Columns that only pad the vocabulary are never computed, which is the same as a logit of −inf.
 
@@ -124,15 +124,16 @@ class _LabelledLogProbs(torch.autograd.Function):
         labels: Tensor,
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
-        local = [_scan(states, matrix, labels, shard) for states, matrix in [(hidden, weight), *frozen]]
-        largest, total, label_logit = (torch.stack(parts) for parts in zip(*local, strict=True))  # each [k, R]
+        scan, exponentials = _scan(hidden, weight, labels, shard)
+        scans = [scan, *(_scan(states, matrix, labels, shard)[0] for states, matrix in frozen)]
+        largest, total, label_logit = torch.stack(scans, dim=1)  # each [k, R]
         maximum = largest.clone()
         shard.all_reduce(maximum, dist.ReduceOp.MAX)
         sums = torch.stack([total * torch.exp(largest - maximum), label_logit])
         shard.all_reduce(sums, dist.ReduceOp.SUM)
         log_normaliser = maximum + sums[0].log()
         logps = sums[1] - log_normaliser
-        ctx.save_for_backward(hidden, weight, labels, log_normaliser[0])
+        ctx.save_for_backward(hidden, weight, labels, log_normaliser[0], exponentials, largest[0])
         ctx.shard = shard
         others = logps[1:]
         ctx.mark_non_differentiable(others)
@@ -140,13 +141,16 @@ class _LabelledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_normaliser = ctx.saved_tensors
+        hidden, weight, labels, log_normaliser, exponentials, largest = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = _WeightGradient(weight)
         for tile in shard.tiles(len(labels), hidden.device):
-            logits = torch.mm(hidden, weight[tile].t()).float()  # [R, tile]
-            grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])  # −p · g
+            if exponentials is None:
+                logits = torch.mm(hidden, weight[tile].t()).float()  # [R, tile]
+                grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])  # −p · g
+            else:
+                grad_logits = exponentials.mul_((-grad * torch.exp(largest - log_normaliser))[:, None])  # the same
             inside, column = shard.owned(labels, tile)
             grad_logits.scatter_add_(1, column[:, None], (grad * inside)[:, None])  # + onehot · g
             narrow = grad_logits.to(hidden.dtype)
@@ -155,19 +159,25 @@ class _LabelledLogProbs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), sink.result(), None, None, None
 
 
-def _scan(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exponentials below it, and label's logit over this rank's columns. Each [R] fp32."""
+def _scan(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor | None]:
+    """Largest logit, sum of exponentials below it, and label's logit over this rank's columns. [3, R] fp32.
+
+    And, where those columns fit one tile, the exponentials themselves, [R, V] fp32: backward need not repeat them.
+    """
     largest = torch.full(labels.shape, float("-inf"), device=labels.device)
     total = torch.zeros(labels.shape, device=labels.device)
     label_logit = torch.zeros(labels.shape, device=labels.device)
+    exponentials = None
     for tile in shard.tiles(len(labels), hidden.device):
         logits = torch.mm(hidden, weight[tile].t()).float()  # [R, tile]
         inside, column = shard.owned(labels, tile)
         label_logit += logits.gather(1, column[:, None]).squeeze(1) * inside
         higher = torch.maximum(largest, logits.amax(dim=1))
-        total = total * torch.exp(largest - higher) + logits.sub_(higher[:, None]).exp_().sum(dim=1)
+        exponentials = logits.sub_(higher[:, None]).exp_()
+        total = total * torch.exp(largest - higher) + exponentials.sum(dim=1)
         largest = higher
-    return largest, total, label_logit
+    only_tile = exponentials is not None and exponentials.size(1) == shard.columns
+    return torch.stack([largest, total, label_logit]), exponentials if only_tile else None
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:

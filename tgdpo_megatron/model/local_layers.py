@@ -66,16 +66,36 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         """[T, 1, heads, channels] each (fewer heads in key and value) -> [T, 1, heads · channels]."""
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
         tokens, batch = query.shape[:2]
-        heads_first = (x.squeeze(1).transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, T, d]
-        segments = zip(*(x.split(packed_seq_params.lengths, dim=2) for x in heads_first), strict=True)
+        # Cut and joined along the tokens, which lie one after another in memory: heads first would be copied twice.
+        segments = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
         attended = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            F.scaled_dot_product_attention(
+                q.permute(1, 2, 0, 3),  # [t, 1, heads, channels] -> [1, heads, t, channels], and back
+                k.permute(1, 2, 0, 3),
+                v.permute(1, 2, 0, 3),
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=True,
+            ).permute(2, 0, 1, 3)
             for q, k, v in segments
         ]
-        return torch.cat(attended, dim=2).permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+        return torch.cat(attended).reshape(tokens, batch, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         return {}
+
+
+class SwiGlu:
+    """silu(gate) · up of [T, 1, 2 F] -> [T, 1, F]. Megatron's unfused form reads `up` once more, to add a zero.
+
+    Not a Module: it has no weights, and checkpoints shall not ask it for any.
+    """
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, gate_and_up: Tensor) -> Tensor:
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 def local_block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -83,5 +103,6 @@ def local_block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmo
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    layer.submodules.mlp.submodules.activation_func = SwiGlu
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
