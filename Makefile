@@ -30,8 +30,8 @@ check: $(STAMP)  ## format, lint, types, unit tests: under a minute
 parity: $(STAMP)  ## every layout against one process
 	$(RUN) -m tests.parity --json results/parity.json
 
-bench: $(STAMP)  ## the distributed head against Megatron's cross-entropy
-	$(RUN) -m bench.run --only head --json results/bench-head.json --picture runs/bench-head.svg
+bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; minutes
+	$(RUN) -m bench.run --json results/bench.json --picture docs/images/bench.svg
 
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real

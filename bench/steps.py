@@ -4,8 +4,9 @@ against HuggingFace's.
     python -m bench.steps
 
 Process CPU seconds at one thread, because wall-clock time on a shared machine measures the others. Both sides of a
-ratio run one after the other on the same batch with the same weights; the row is the median of the ratios. Losses
-are asserted equal. fp32, a body-heavy model (bench.ours.BODY), 4 real pairs to a step, sequences up to 512 tokens.
+ratio run one after the other on the same batch with the same weights; the row is the median of the ratios, and its
+limit the same ratio of the operations that both sides execute, counted. Losses are asserted equal. fp32, a body-heavy
+model (bench.ours.BODY), 4 real pairs to a step, sequences up to 512 tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any
 
 import torch
 
-from bench.ours import LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpoints, Ours, make_checkpoints, one_rank
+from bench.flops import counted_flops
+from bench.ours import BODY, LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpoints, Ours, make_checkpoints, one_rank
 from bench.pairs import NO_DATA, VOCABULARY, real_file, real_pairs, real_tokenizer
 from bench.rows import Row, paired, program, skipped
-from bench.theirs import Theirs, padded
+from bench.theirs import Theirs
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
 BATCHES, LOSS_LIMIT = 5, 2e-5
+COUNTED = "operations counted"
 SEQUENCES, LENGTH, MODEL_REPEATS = 8, 256, 7
 
 
@@ -80,8 +83,9 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
 
     seconds = {name: values[1:] for name, values in seconds.items()}
     counted = batches[1:]
-    waste = {size: sum(_waste(data, batch, size) for batch in counted) / len(counted) for size in (4, 1)}
-    tokens = sum(int(data.lengths((CHOSEN, REJECTED))[batch].sum()) for batch in counted) / len(counted)
+    flops = {name: sum(counted_flops(step, batch) for batch in counted) for name, step in programs.items()}
+    flops["score"] = sum(counted_flops(cached.score, frozen, batch) for batch in counted)
+    least = sum(_least_flops(data, batch) for batch in counted)
     rows = [
         paired(
             f"TGDPO step, authors' at micro-batch {size} / ours cached and packed",
@@ -89,22 +93,34 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
             seconds["cached"],
             target=target,
             at_most=False,
-            limit=f"(10/6) / (1 − {waste[size]:.0%} padding) = {10 / 6 / (1 - waste[size]):.2f}",
+            limit=f"{COUNTED}: {flops[f'theirs {size}'] / flops['cached']:.2f}",
             note=f"losses equal to {difference:.0e}",
-            details={"tokens per step": tokens},
         )
         for size, target in ((4, 2.8), (1, 1.8))
     ]
     return [
         *rows,
-        paired("our step, cached / live", seconds["cached"], seconds["live"], target=0.63, limit="6/10 = 0.60"),
+        paired(
+            "our step, cached / live",
+            seconds["cached"],
+            seconds["live"],
+            target=0.63,
+            limit=f"{COUNTED}: {flops['cached'] / flops['live']:.3f}",
+        ),
         paired(
             "scoring / training, tokens per second",
             seconds["cached"],
             seconds["score"],
             target=2.6,
             at_most=False,
-            limit="(2+4)/2 = 3.0",
+            limit=f"{COUNTED}: {flops['cached'] / flops['score']:.2f}",
+        ),
+        Row(
+            "operations of our cached step / what its tokens need",
+            flops["cached"] / least,
+            target=1.01,
+            limit="1: 3 products a weight and token, 7 an attended pair of tokens",
+            note=f"{flops['cached'] / len(counted) / 1e9:.0f} GFLOP a step",
         ),
     ]
 
@@ -146,12 +162,13 @@ def _model(checkpoints: Checkpoints) -> Row:
         if repeat:
             seconds["ours"].append(spent)
             seconds["hf"].append(spent_hf)
+    flops = counted_flops(run_ours) / counted_flops(run_hf)
     return paired(
         f"model forward and backward, Megatron / HuggingFace, {SEQUENCES} × {LENGTH} tokens",
         seconds["ours"],
         seconds["hf"],
         target=1.05,
-        limit="the same products: 1",
+        limit=f"{COUNTED}: {flops:.3f}",
     )
 
 
@@ -162,10 +179,18 @@ def cpu_seconds(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
-def _waste(data: PreparedPairs, pairs: Sequence[int], micro_batch: int) -> float:
-    """Share of padding in what the authors' computation runs over."""
-    parts = [padded(data, pairs[first : first + micro_batch])[1] for first in range(0, len(pairs), micro_batch)]
-    return 1 - sum(int(mask.sum()) for mask in parts) / sum(mask.numel() for mask in parts)
+def _least_flops(data: PreparedPairs, pairs: Sequence[int]) -> int:
+    """What a step needs: every token that predicts another through the body, labelled ones through the head.
+
+    A product goes forward, and back to inputs and to weights. Causal attention is two products forward and, since
+    its weights are not kept, five backward, over half of the square.
+    """
+    hidden, layers = BODY["hidden_size"], BODY["num_hidden_layers"]
+    lengths = [len(data.sequence(pair, side)) - 1 for pair in pairs for side in (CHOSEN, REJECTED)]
+    labels = sum(data.response_length(pair, side) for pair in pairs for side in (CHOSEN, REJECTED))
+    body = layers * (4 * hidden**2 + 3 * hidden * BODY["intermediate_size"])
+    attention = layers * hidden * sum(length**2 for length in lengths)
+    return 3 * 2 * (body * sum(lengths) + hidden * VOCABULARY * labels) + 7 * attention
 
 
 def _sequences(tokens: torch.Tensor) -> PreparedPairs:

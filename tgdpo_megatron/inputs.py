@@ -142,7 +142,7 @@ def load_data(
             if budget is not None and longest > budget:
                 raise UserError(
                     f"{source}: the longest pair has {longest} tokens and does not fit "
-                    f"train.micro_batch_tokens={budget}; raise it, or lower data.max_length."
+                    f"train.micro_batch_tokens={budget}; raise it to {longest} or more, or lower data.max_length."
                 )
             places[name] = place
         return places

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,16 @@ def test_a_malformed_line_is_named_once_for_all_ranks(train: Callable[..., Said]
     said = train(f"data.train={bad}", "parallel.tensor_model_parallel_size=2", options=["--nproc-per-node=2"])
     assert_refused(said, f"{bad} line 2: not valid JSON")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_budget_smaller_than_a_pair_is_refused_and_the_needed_one_named(
+    train: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = train("train.micro_batch_tokens=16")
+    assert_refused(said, "the longest pair has ", "does not fit train.micro_batch_tokens=16; raise it to ")
+    match = re.search(r"raise it to (\d+) or more", said.errors[0])
+    assert match
+    assert train(f"train.micro_batch_tokens={match[1]}").code == 0, "the size it named is enough"
 
 
 # ---------------------------------------------------------------- checkpoints

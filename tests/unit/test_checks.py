@@ -12,7 +12,12 @@ import pytest
 
 from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.platform.checks import CHECKED_MEGATRON_VERSIONS, check_packages, refuse_silent_traps
+from tgdpo_megatron.platform.checks import (
+    CHECKED_MEGATRON_VERSIONS,
+    check_packages,
+    check_packed_attention,
+    refuse_silent_traps,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
@@ -125,6 +130,20 @@ def test_unmarked_tensor_parallel_weights_are_refused(interleaved: Any) -> None:
     interleaved.perform_initialization = False
     with pytest.raises(UserError, match="perform_initialization=False .* set it to True"):
         refuse_silent_traps(interleaved)
+
+
+def test_packing_is_refused_where_no_attention_kernel_separates_segments(
+    describe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tgdpo_megatron.model import build
+
+    monkeypatch.setattr(build, "HAVE_TRANSFORMER_ENGINE", True)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(UserError, match="cannot keep packed sequences apart; unset one of them"):
+        build.transformer_config(describe, Config())
+    monkeypatch.delenv("NVTE_FUSED_ATTN")
+    check_packed_attention()
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

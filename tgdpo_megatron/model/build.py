@@ -13,7 +13,7 @@ from tgdpo_megatron.config import Config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
-from tgdpo_megatron.platform.checks import refuse_silent_traps
+from tgdpo_megatron.platform.checks import check_packed_attention, refuse_silent_traps
 
 # Each rank's share of the vocabulary is padded to a multiple of this, Megatron's default.
 VOCAB_MULTIPLE = 128
@@ -32,8 +32,10 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
     """Megatron's configuration of this model at this layout.
 
     Raises:
-        UserError: A setting known to give wrong numbers without an error.
+        UserError: A setting known to give wrong numbers without an error, or no kernel for packed sequences.
     """
+    if HAVE_TRANSFORMER_ENGINE:
+        check_packed_attention()
     parallel = settings.parallel
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     cuda = torch.cuda.is_available()

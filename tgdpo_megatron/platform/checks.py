@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def check_apex() -> None:
         place = found.origin or next(iter(folders), "?")
         raise UserError(
             f"the package 'apex' at {place} is not NVIDIA's apex and would change Megatron's layers; uninstall it."
+        )
+
+
+def check_packed_attention() -> None:
+    """Refuse Transformer Engine without a kernel that keeps packed sequences apart.
+
+    Its unfused attention knows one mask for a whole batch, not the borders of a pack.
+
+    Raises:
+        UserError: Where the environment switches both other kernels off.
+    """
+    switched_off = [name for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN") if os.environ.get(name) == "0"]
+    if len(switched_off) == 2:
+        raise UserError(
+            "NVTE_FLASH_ATTN=0 and NVTE_FUSED_ATTN=0 leave Transformer Engine only an attention that cannot keep "
+            "packed sequences apart; unset one of them."
         )
 
 

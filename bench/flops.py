@@ -1,0 +1,54 @@
+"""How many floating-point operations some work takes, counted by torch while it runs.
+
+Matrix products and attention alone, a multiply-add counting 2. Causal attention counts the half that it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+aten: Any = torch.ops.aten
+Shape = tuple[int, ...]
+
+
+def counted_flops(work: Callable[..., Any], *arguments: Any) -> int:
+    """Operations of some work, with those of backward if it goes backward."""
+    with FlopCounterMode(display=False) as counter:
+        work(*arguments)
+    return counter.get_total_flops()
+
+
+# What torch does not count by itself: adding a product in place, and its attention for CPUs.
+
+
+@register_flop_formula(aten.addmm_)
+def _add_product(total: Shape, left: Shape, right: Shape, **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention(query: Shape, key: Shape, value: Shape, dropout: float = 0, causal: bool = False, **_: Any) -> int:
+    """Two products: queries by keys, weights by values."""
+    batch, heads, length, channels = query
+    return (2 if causal else 4) * batch * heads * length * key[2] * channels
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward(
+    grad: Shape,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    out: Shape,
+    logsumexp: Shape,
+    dropout: float,
+    causal: bool,
+    **_: Any,
+) -> int:
+    """Five products: the weights again, and the gradients of the four factors."""
+    forward: int = _attention(query, key, value, dropout, causal)
+    return forward * 5 // 2
