@@ -15,6 +15,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.methods import GIVEN_BY, METHODS, SCORE_NAMES, SOURCES, Method, SequenceWeight, reward_options
+
+LayoutName = Literal[
+    "trl",
+    "trl_messages",
+    "trl_implicit_prompt",
+    "trl_implicit_prompt_messages",
+    "llama_factory",
+    "llama_factory_sharegpt",
+    "llama_factory_openai",
+    "ultrafeedback_binarized",
+    "nemo_rl",
+    "nemo_rl_binary",
+    "hh_rlhf",
+]
+"""Ways to write preference pairs down; what each looks like is in tgdpo_megatron/data/layouts.py."""
 
 
 class _Group(BaseModel):
@@ -53,50 +69,144 @@ class ParallelConfig(_Group):
 
 
 class LossConfig(_Group):
-    """Which loss, and its strength. The formulas are in tgdpo_megatron/losses."""
+    """Which loss, and its strength. The formulas are in tgdpo_megatron/losses, the defaults in methods.py.
 
-    type: Literal["sft", "dpo", "tgdpo"] = "tgdpo"
-    """`sft`: likelihood of the chosen response. `dpo`. `tgdpo`: DPO with every token weighted by guidance."""
-    beta: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """DPO's inverse temperature on log-ratios, unitless."""
-    alpha: float = Field(0.5, ge=0, allow_inf_nan=False)
-    """TGDPO: strength of the token reward inside a token's weight, unitless; 0 is DPO."""
+    A setting left unset takes the method's default; one that the method does not read is refused.
+    """
+
+    type: Literal[
+        "sft",
+        "dpo",
+        "dpo_norm",
+        "robust",
+        "hinge",
+        "ipo",
+        "ipo_sum",
+        "simpo",
+        "tgdpo",
+        "tdpo1",
+        "tdpo2",
+        "sepo",
+        "dpo_reg",
+        "simpo_reg",
+    ] = "tgdpo"
+    """`sft`: likelihood of the chosen response. `dpo`; `dpo_norm`: per token; `robust`, `hinge`, `ipo` (per token),
+    `ipo_sum`: other losses on DPO's margin. `simpo`: per token, no reference. `tgdpo`: DPO with every token weighted by
+    its reward. `tdpo1`, `tdpo2`: with the divergence from the reference. `sepo`: on the tokens of highest and lowest
+    reward. `dpo_reg`, `simpo_reg`: T-REG."""
+    beta: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Inverse temperature, unitless."""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """dpo, dpo_norm, simpo, robust: probability that a pair's label is wrong."""
+    gamma_beta_ratio: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """simpo, simpo_reg: margin that is asked for, over beta."""
+    alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """tgdpo: strength of r̂ in a token's weight; 0 is DPO. tdpo2: of the divergence. dpo_reg, simpo_reg: of the
+    regulariser. Unitless."""
+    sequence_weight: SequenceWeight | None = None
+    """dpo_reg, simpo_reg: weight of a pair's regulariser: σ(−margin), `detached` from the gradient or `attached`, or
+    `static`."""
+    static_weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The weight where sequence_weight=static. Default: 1."""
+    gamma: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """sepo: scale of the mean log-prob of selected tokens."""
+    selected_share: float | None = Field(None, gt=0, le=1)
+    """sepo: share of a response's tokens that is selected."""
+    sft_loss_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Adds this much of the chosen response's negative mean log-prob to the loss."""
+    token_rewards: Literal["guidance", "contrastive", "file", "chosen"] | None = None
+    """tgdpo, sepo, dpo_reg, simpo_reg: where the token rewards r̂ come from. `guidance`: log-ratio of model.guidance to
+    the reference. `contrastive`: log-ratio of the reference under a prompt that asks for better and one that asks for
+    worse. `file`: scores.reward_file. `chosen`: 1 on the chosen response, 0 on the rejected one."""
     beta_r: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """TGDPO: scale of the token reward, unitless. Default: `beta`, as in the authors' code."""
+    """Scale of r̂. Default: `beta` for guidance, as in TGDPO's code, else 1."""
+    reward_squash: bool | None = None
+    """Turn r̂ into σ(r̂) − 0.5. Default: for contrastive rewards only."""
+    reward_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Limit of |r̂|, after scaling and squashing. Default: none."""
+    reward_end_of_turn: bool | None = None
+    """Whether the token that closes a response has a reward; false gives it 0. Default: true."""
 
     @property
-    def token_reward_scale(self) -> float:
-        """`beta_r`, or its default."""
-        return self.beta if self.beta_r is None else self.beta_r
+    def method(self) -> Method:
+        """What `type` reads."""
+        return METHODS[self.type]
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the loss reads reference log-probs."""
-        return self.type in ("dpo", "tgdpo")
+    def source(self) -> str | None:
+        """Where token rewards come from; None for a method without."""
+        return (self.token_rewards or self.method.rewards) if self.method.rewards else None
 
     @property
-    def needs_guidance(self) -> bool:
-        """Whether the loss reads guidance log-probs."""
-        return self.type == "tgdpo"
+    def options(self) -> dict[str, Any]:
+        """The method's own settings, defaults filled in: what its formula takes."""
+        return {name: _value(self, name, default) for name, default in self.method.options.items()}
+
+    @property
+    def reward_options(self) -> dict[str, Any]:
+        """The settings of its token rewards, defaults filled in."""
+        if self.source is None:
+            return {}
+        defaults = reward_options(self.method, self.source)
+        options = {name: _value(self, name, default) for name, default in defaults.items()}
+        if "beta_r" in options and options["beta_r"] is None:
+            options["beta_r"] = self.options.get("beta", 1.0)
+        return options
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The per-token scores it needs beside the policy, in the order of the store."""
+        needed = {"reference"} if "reference" in self.method.reads else set()
+        needed |= set(SOURCES[self.source].scores) if self.source else set()
+        return tuple(name for name in SCORE_NAMES if name in needed)
+
+    @property
+    def log_prob_scores(self) -> tuple[str, ...]:
+        """Those that are log-probs of frozen models: what recipes.score computes."""
+        return tuple(name for name in self.scores if name != "reward")
+
+    @property
+    def frozen_models(self) -> tuple[str, ...]:
+        """The frozen models those come from."""
+        return tuple(model for model, gives in GIVEN_BY.items() if set(gives).intersection(self.scores))
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The frozen models that ride with the policy where scores are live."""
+        return tuple(name for name in ("reference", "guidance") if name in self.scores)
+
+
+def _value(loss: LossConfig, name: str, default: Any) -> Any:
+    value = getattr(loss, name)
+    return default if value is None else value
 
 
 class ScoresConfig(_Group):
-    """Where the reference's and guidance's token log-probs come from."""
+    """Where the reference's and guidance's token log-probs, and other token rewards, come from."""
 
     source: Literal["live", "cached"] = "live"
     """`live`: the frozen models run beside the policy. `cached`: files written once by recipes.score."""
     path: Path | None = None
     """Folder of cached scores; recipes.score writes it, recipes.train reads it."""
+    reward_file: Path | None = None
+    """For loss.token_rewards=file: .jsonl with a line for each pair of data.train (format: scores/reward_file.py)."""
+    validation_reward_file: Path | None = None
+    """The same for data.validation."""
+    contrastive_prompts: Path | None = None
+    """For loss.token_rewards=contrastive: YAML with the templates `better` and `worse`. Default:
+    tgdpo_megatron/scores/prompts/refine.yaml."""
 
 
 class DataConfig(_Group):
     """Preference pairs and how they become tokens."""
 
     train: Path | None = None
-    """Pairs to train on, or to score: .json, .jsonl or .parquet with `prompt` (or `instruction`), `chosen`, `rejected`;
+    """Pairs to train on, or to score: .json, .jsonl, .parquet or a saved `datasets` folder, in any known layout;
     or a folder written by tools.prepare_pairs."""
     validation: Path | None = None
     """Held-out pairs in the same formats, evaluated every `train.eval_interval` iterations."""
+    layout: LayoutName | None = None
+    """How the pairs are written down. Default: recognised by the columns, and printed."""
     max_length: int = Field(2048, ge=8)
     """Longest sequence (prompt and one response), in tokens. Longer prompts lose their start."""
     shuffle: bool = True
@@ -181,6 +291,55 @@ class Config(_Group):
         return self.model.reference or self.model.checkpoint
 
 
+def complete(config: Config, *, where: str) -> Config:
+    """Write the method's defaults out, and refuse what it does not read.
+
+    Raises:
+        UserError: A setting that nothing would read, or that another one needs.
+    """
+    loss = config.loss
+    reads = {"type", "sft_loss_weight", *loss.method.options}
+    reads |= {"token_rewards", *loss.reward_options} if loss.source else set()
+    if loss.type == "sft":
+        reads.remove("sft_loss_weight")
+    for name, field in LossConfig.model_fields.items():
+        value = getattr(loss, name)
+        if name not in reads and value != field.default:
+            method = f"loss.type={loss.type}"
+            method += f" with loss.token_rewards={loss.source}" if loss.source else ""
+            default = "null" if field.default is None else field.default
+            raise UserError(
+                f"{where}: {method} does not read loss.{name}={value}; leave it out (loss.{name}={default})."
+            )
+    if loss.source == "chosen" and loss.method.order_alone:
+        raise UserError(
+            f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, and "
+            f"loss.type={loss.type} nothing to select; choose another source."
+        )
+    for name, source in {
+        "reward_file": "file",
+        "validation_reward_file": "file",
+        "contrastive_prompts": "contrastive",
+    }.items():
+        if getattr(config.scores, name) is not None and loss.source != source:
+            raise UserError(
+                f"{where}: scores.{name} is not read by loss.type={loss.type}"
+                + (f" with loss.token_rewards={loss.source}; set that to {source}, or" if loss.source else ";")
+                + f" leave scores.{name} out."
+            )
+    for role in GIVEN_BY:
+        if getattr(config.model, role) is not None and role not in loss.frozen_models:
+            raise UserError(
+                f"{where}: model.{role} is not read by loss.type={loss.type}"
+                + (f" with loss.token_rewards={loss.source}" if loss.source else "")
+                + "; leave it out."
+            )
+    if loss.static_weight is not None and loss.sequence_weight != "static":
+        raise UserError(f"{where}: loss.static_weight={loss.static_weight} needs loss.sequence_weight=static.")
+    filled = loss.options | loss.reward_options | ({"token_rewards": loss.source} if loss.source else {})
+    return config.model_copy(update={"loss": loss.model_copy(update=filled)})
+
+
 def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
     """Return `base` with `changes` laid over it, checked.
 
@@ -219,7 +378,7 @@ def _overlay(
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}: '{key}' is a group of settings, not {value!r}; write {key}.NAME=VALUE.")
             _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
-        elif isinstance(value, bool) and inner is not bool:
+        elif isinstance(value, bool) and inner not in (bool, bool | None):
             raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")
         else:
             target[name] = value
@@ -245,19 +404,20 @@ def _fields(annotation: Any) -> Iterable[str]:
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
 
 
-def check_batch_layout(config: Config, *, world_size: int) -> int:
-    """Check that processes, layout, batch and schedule fit each other; return the data-parallel size.
+def check_layout(config: Config, *, world_size: int) -> int:
+    """Check that processes and layout fit each other; return the data-parallel size.
 
     Raises:
         UserError: One sentence naming the numbers that do not divide.
     """
     parallel, train = config.parallel, config.train
+    tensor = parallel.tensor_model_parallel_size
     if parallel.context_parallel_size > 1:
         raise UserError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
             "a pair's sum over tokens would be split before the loss; set it to 1."
         )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+    if parallel.sequence_parallel and tensor == 1:
         raise UserError(
             "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false."
         )
@@ -268,9 +428,26 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
     if world_size % parallel.model_parallel_size:
         raise UserError(
             f"{world_size} processes cannot be split into model copies of {parallel.model_parallel_size} "
-            f"(tensor {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size}); "
+            f"(tensor {tensor} × pipeline {parallel.pipeline_model_parallel_size}); "
             "change --nproc-per-node or the parallel sizes."
         )
+    if parallel.sequence_parallel and train.micro_batch_tokens is not None and train.micro_batch_tokens % tensor:
+        raise UserError(
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
+            f"parallel.tensor_model_parallel_size={tensor}, over which parallel.sequence_parallel splits them; "
+            "round it up."
+        )
+    return world_size // parallel.model_parallel_size
+
+
+def check_batch_layout(config: Config, *, world_size: int) -> int:
+    """Check that processes, layout, batch and schedule of a training fit each other; return the data-parallel size.
+
+    Raises:
+        UserError: One sentence naming the numbers that do not divide.
+    """
+    data_parallel_size = check_layout(config, world_size=world_size)
+    parallel, train = config.parallel, config.train
     if config.optimizer.overlap_param_gather and not (
         config.optimizer.use_distributed_optimizer and config.optimizer.overlap_grad_reduce
     ):
@@ -287,17 +464,11 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
             f"optimizer.lr_warmup_iters={config.optimizer.lr_warmup_iters} leaves nothing of "
             f"train.train_iters={train.train_iters}; lower it."
         )
-    data_parallel_size = world_size // parallel.model_parallel_size
     if train.eval_interval and config.data.validation is None:
         raise UserError(
             f"train.eval_interval={train.eval_interval} needs data.validation; set it, or the interval to 0."
         )
     if train.micro_batch_tokens is not None:
-        if train.micro_batch_tokens % parallel.tensor_model_parallel_size:
-            raise UserError(
-                f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
-                f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}; round it up."
-            )
         return data_parallel_size
     if train.fixed_micro_batches:
         raise UserError("train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set it.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.data.read import read_pairs
+from tgdpo_megatron.data.layouts import read_pairs
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 CHAT_TEMPLATE = (
@@ -89,7 +89,7 @@ def main() -> None:
         parser.add_argument("--vocab-size", type=int, default=1000)
         parser.add_argument("--seed", type=int, default=0, help="of the random weights")
         parsed = parser.parse_args()
-        texts = [text for pair in read_pairs(parsed.pairs) for text in (pair.prompt, pair.chosen, pair.rejected)]
+        texts = [text for pair in read_pairs(parsed.pairs).pairs for text in pair.texts]
         make_llama(parsed.hf_folder, train_tokenizer(texts, vocab_size=parsed.vocab_size), seed=parsed.seed)
         print(parsed.hf_folder)
 

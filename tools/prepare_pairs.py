@@ -1,23 +1,62 @@
-"""Tokenise a pairs file once, beforehand: recipes.train and recipes.score take the folder as data.train.
+"""Tokenise pairs once, beforehand: recipes.train and recipes.score take the folder as data.train.
 
-Worth it for large files, which several runs then share.
+Worth it for large files, which several runs then share. Prints how the data was read, what was dropped, and how long
+prompts and responses are.
 """
 
 from pathlib import Path
+from typing import get_args
 
-from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.config import DataConfig, LayoutName
+from tgdpo_megatron.data.prepare import Summary, few
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
+
+BAR = 16
+"""Characters of a histogram's longest bar."""
+
+
+def report(summary: Summary) -> str:
+    """Counts, drops with their rows, and the three histograms of token lengths, for the console."""
+    dropped = sum(map(len, summary.dropped.values()))
+    lines = [
+        f"{summary.source}: {summary.read_as()}",
+        f"rows         {summary.rows:>8}",
+        f"pairs kept   {summary.pairs:>8}",
+        f"prompts cut  {summary.prompts_cut:>8}   from the left, to data.max_length={summary.max_length}",
+        f"dropped      {dropped:>8}",
+    ]
+    lines += [f"{len(rows):>10}  {reason}: row {few(rows, 10)}" for reason, rows in summary.dropped.items()]
+    return "\n".join([*lines, "", *_histograms(summary.lengths)])
+
+
+def _histograms(lengths: dict[str, dict[str, int]]) -> list[str]:
+    """Side by side, one line per bin, from the first to the last bin that is used."""
+    bins = list(next(iter(lengths.values())))
+    used = [place for place, name in enumerate(bins) if any(counts[name] for counts in lengths.values())]
+    lines = ["tokens      " + "".join(f"  {name:<{BAR + 8}}" for name in lengths).rstrip()]
+    for name in bins[used[0] : used[-1] + 1]:
+        cells = [
+            f"  {counts[name]:>7} {_bar(counts[name], max(counts.values())):<{BAR}}" for counts in lengths.values()
+        ]
+        lines.append(f"{name:<12}{''.join(cells)}".rstrip())
+    return lines
+
+
+def _bar(count: int, most: int) -> str:
+    """Never empty where something was counted."""
+    return "#" * -(-BAR * count // most)
 
 
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.prepare_pairs", description=__doc__)
-        parser.add_argument("pairs", type=Path, help=".json, .jsonl or .parquet with prompt, chosen, rejected")
+        parser.add_argument("pairs", type=Path, help=".json, .jsonl, .parquet or a saved datasets folder")
         parser.add_argument("checkpoint", type=Path, help="Megatron checkpoint whose tokenizer is used")
         parser.add_argument("folder", type=Path, help="folder to make")
         parser.add_argument(
             "--max-length", type=int, default=DataConfig().max_length, help="tokens, as data.max_length"
         )
+        parser.add_argument("--layout", choices=get_args(LayoutName), help="as data.layout; default: recognised")
         parsed = parser.parse_args()
         from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
         from tgdpo_megatron.data.prepare import prepare_pairs
@@ -26,9 +65,9 @@ def main() -> None:
 
         read_manifest(parsed.checkpoint)
         check_writable(parsed.folder)
-        settings = DataConfig(max_length=parsed.max_length)
+        settings = DataConfig(max_length=parsed.max_length, layout=parsed.layout)
         pairs = prepare_pairs(settings, parsed.pairs, load_tokenizer(parsed.checkpoint / HF), parsed.folder)
-        print(pairs.summary.sentences())
+        print(report(pairs.summary))
 
 
 if __name__ == "__main__":

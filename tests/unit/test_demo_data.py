@@ -61,13 +61,11 @@ def test_rows_are_written_one_to_a_line_with_the_trainers_columns(splits: Splits
 
 
 def test_the_trainer_reads_the_rows_and_ignores_what_it_does_not_know(splits: Splits, tmp_path) -> None:
-    from tgdpo_megatron.data.read import read_pairs
+    from tgdpo_megatron.data.layouts import read_pairs
 
     write_rows(splits.sft, tmp_path / "sft.jsonl")
     read = read_pairs(tmp_path / "sft.jsonl")
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in read] == [
-        (row.prompt, row.chosen, row.rejected) for row in splits.sft
-    ]
+    assert [tuple(pair.texts) for pair in read.pairs] == [(row.prompt, row.chosen, row.rejected) for row in splits.sft]
 
 
 def _cut(row: Row) -> tuple[list[str], list[str]]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tgdpo_megatron.config import DataConfig
-from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs
+from tgdpo_megatron.config import DataConfig, LayoutName
+from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared, prepare_pairs, source_hash
 from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
 
@@ -40,11 +40,17 @@ def templated(tokenizer: Any, template: str, *, adds_bos: bool = False) -> Any:
 def prepare(tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path) -> Callable[..., PreparedPairs]:
     """A function that prepares rows with a tokenizer and a length limit."""
 
-    def run(rows: Sequence[Any], *, using: Any = tokenizer, max_length: int = 512) -> PreparedPairs:
+    def run(
+        rows: Sequence[Any], *, using: Any = tokenizer, max_length: int = 512, layout: LayoutName | None = None
+    ) -> PreparedPairs:
         source = write_pairs(tmp_path / "pairs.jsonl", rows)
-        return prepare_pairs(DataConfig(max_length=max_length), source, using, tmp_path / "prepared")
+        return prepare_pairs(DataConfig(max_length=max_length, layout=layout), source, using, tmp_path / "prepared")
 
     return run
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def row(prompt: str = "Say hello.", chosen: str = "Hello there!", rejected: str = "No.") -> dict[str, str]:
@@ -101,8 +107,8 @@ def test_a_template_that_closes_no_turn_gets_the_end_of_sequence(
 
 
 def test_a_response_that_mentions_the_end_of_turn_keeps_all_its_tokens(tokenizer: Any) -> None:
-    prompt_text, _ = encode_prompt(tokenizer, "Say it.")
-    ids = encode_response(tokenizer, "Say it.", prompt_text, "a<|end|>b")
+    prompt_text, _ = encode_prompt(tokenizer, asked("Say it."))
+    ids = encode_response(tokenizer, asked("Say it."), prompt_text, "a<|end|>b")
     assert tokenizer.decode(ids) == "a<|end|>b<|end|>"
 
 
@@ -115,8 +121,8 @@ def test_prompt_and_response_are_tokenised_apart() -> None:
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}Answer{% endif %}"
         "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}Answer{% endif %}"
     )
-    prompt_text, prompt = encode_prompt(tokenizer, "x")
-    response = encode_response(tokenizer, "x", prompt_text, "ing")
+    prompt_text, prompt = encode_prompt(tokenizer, asked("x"))
+    response = encode_response(tokenizer, asked("x"), prompt_text, "ing")
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "Answer"
     assert tokenizer.convert_ids_to_tokens(response) == ["ing", "<|end|>"]
     joined = tokenizer(prompt_text + "ing<|end|>", add_special_tokens=False)["input_ids"]
@@ -127,22 +133,81 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     rewriting = templated(
         tokenizer, "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}" + HEADER
     )
-    prompt_text, _ = encode_prompt(rewriting, "Hello")
+    prompt_text, _ = encode_prompt(rewriting, asked("Hello"))
     with pytest.raises(UserError, match="does not render the prompt the same way"):
-        encode_response(rewriting, "Hello", prompt_text, "Hi")
+        encode_response(rewriting, asked("Hello"), prompt_text, "Hi")
 
 
-def test_a_template_without_a_header_for_the_answer_is_refused(tokenizer: Any) -> None:
+def test_a_template_without_a_header_for_the_answer_is_refused(
+    tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
     headless = templated(tokenizer, "{% for message in messages %}" + TURN + "{% endfor %}")
-    prompt_text, _ = encode_prompt(headless, "Hello")
     with pytest.raises(UserError, match="ignores add_generation_prompt"):
-        encode_response(headless, "Hello", prompt_text, "Hi")
+        prepare([row()], using=headless)
+
+
+def test_a_response_that_begins_with_a_special_tokens_text_is_no_reason_to_refuse_the_file(
+    prepare: Callable[..., PreparedPairs],
+) -> None:
+    data = prepare([row(), row(chosen="<|end|> is how a turn ends.")])
+    assert len(data) == 2
 
 
 def test_a_template_that_writes_the_date_gives_the_same_ids_every_day(tokenizer: Any) -> None:
     dated = "{{ date_string | default(strftime_now('%d %b %Y')) }}{% for message in messages %}"
-    text, _ = encode_prompt(templated(tokenizer, dated + TURN + "{% endfor %}" + HEADER), "Hello")
+    text, _ = encode_prompt(templated(tokenizer, dated + TURN + "{% endfor %}" + HEADER), asked("Hello"))
     assert text.startswith("26 Jul 2024")
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Say hello."},
+    {"role": "assistant", "content": "Hello there!"},
+    {"role": "user", "content": "Name a colour."},
+]
+
+
+def spoken(chosen: str = "Blue.", rejected: str = "A stone.") -> dict[str, Any]:
+    return {
+        "prompt": CONVERSATION,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_what_transformers_renders_of_it(
+    name: str, tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    """The oracle joins all turns into one text; ours tokenises the answer apart, and ends with the end of turn."""
+    using = templated(tokenizer, TEMPLATES[name])
+    data = prepare([spoken()], using=using)
+    for side, text in enumerate(("Blue.", "A stone.")):
+        ids = data.sequence(0, side).tolist()
+        whole = [*CONVERSATION, {"role": "assistant", "content": text}]
+        assert using.decode(ids) == using.apply_chat_template(whole, tokenize=False).rstrip("\n")
+        assert using.decode(ids[data.prompt_lengths[0] :]) == f"{text}<|end|>"
+        prompt = using.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False)
+        assert ids[: data.prompt_lengths[0]] == prompt
+
+
+def test_a_long_conversation_keeps_its_bos_and_its_end(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
+    whole, cut = prepare([spoken()]), prepare([spoken()], max_length=30)
+    kept = cut.sequence(0, 0)[: cut.prompt_lengths[0]].tolist()
+    assert kept[0] == tokenizer.bos_token_id and len(kept) > 2
+    assert kept[1:] == whole.sequence(0, 0)[: whole.prompt_lengths[0]].tolist()[1 - len(kept) :]
+    assert cut.summary.prompts_cut == 1
+
+
+def test_a_conversation_the_template_refuses_is_left_out_and_counted(
+    tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    """As Gemma's template refuses a system turn."""
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    using = templated(tokenizer, refuse + TEMPLATES["with BOS"])
+    plain = spoken() | {"prompt": CONVERSATION[1:]}
+    data = prepare([plain, spoken()], using=using)
+    assert data.summary.dropped == {"the chat template refuses the conversation (System role not supported)": [2]}
 
 
 def test_both_responses_share_the_prompt(prepare: Callable[..., PreparedPairs]) -> None:
@@ -214,6 +279,51 @@ def test_the_summary_counts_tokens(prepare: Callable[..., PreparedPairs]) -> Non
     assert data.summary.longest_sequence == max(map(len, sequences))
 
 
+def test_rows_the_layout_leaves_out_are_counted_beside_the_others(prepare: Callable[..., PreparedPairs]) -> None:
+    data = prepare([spoken(), spoken() | {"chosen": []}, spoken(chosen="")])
+    assert data.summary.dropped == {
+        "an answer is not one assistant turn after the shared prompt": [2],
+        "the chosen response is empty": [3],
+    }
+    assert (data.summary.rows, data.summary.pairs, data.rows.tolist()) == (3, 1, [1])
+
+
+def test_the_summary_says_how_the_rows_were_read(prepare: Callable[..., PreparedPairs]) -> None:
+    assert prepare([spoken()]).summary.read_as() == "read as trl_messages (columns prompt, chosen, rejected)"
+
+
+def test_the_histograms_count_every_kept_pair_once(prepare: Callable[..., PreparedPairs]) -> None:
+    rows = [row(chosen="Hello there! " * times) for times in (1, 2, 4, 8, 16, 32)] + [row(chosen="")]
+    data = prepare(rows)
+    lengths = {"prompt": data.prompt_lengths.tolist()} | {
+        name: [data.response_length(pair, side) for pair in range(len(data))]
+        for side, name in enumerate(("chosen", "rejected"))
+    }
+    assert data.summary.lengths.keys() == lengths.keys()
+    for name, tokens in lengths.items():
+        counts = data.summary.lengths[name]
+        assert list(counts)[:3] == ["1-16", "17-32", "33-64"] and list(counts)[-1] == "over 32768"
+        for bin_name, count in counts.items():
+            if "-" in bin_name:
+                first, last = map(int, bin_name.split("-"))
+                assert count == sum(first <= length <= last for length in tokens), (name, bin_name)
+        assert sum(counts.values()) == len(data) == 6
+
+
+def test_a_length_on_a_bins_border_is_in_the_bin_it_ends() -> None:
+    import numpy as np
+
+    from tgdpo_megatron.data.prepare import _histogram
+
+    counts = _histogram(np.array([16, 17, 32768, 32769, 90000]))
+    assert {name: count for name, count in counts.items() if count} == {
+        "1-16": 1,
+        "17-32": 1,
+        "16385-32768": 1,
+        "over 32768": 2,
+    }
+
+
 # ---------------------------------------------------------------- identity
 
 
@@ -232,10 +342,10 @@ def test_the_hash_tells_where_the_prompt_ends() -> None:
     """Equal ids, another boundary: other tokens are labelled."""
     import numpy as np
 
-    from tgdpo_megatron.data.prepare import _pair_hash
+    from tgdpo_megatron.data.prepare import pair_hash
 
     sequences = [np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 3, 5], np.int32)]
-    assert _pair_hash(2, sequences) != _pair_hash(3, sequences)
+    assert pair_hash(2, sequences) != pair_hash(3, sequences)
 
 
 def test_a_hash_changes_with_template_and_cut(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
@@ -261,14 +371,15 @@ def test_identity_of_a_tokenizer_is_what_it_does(tokenizer: Any, tmp_path: Path)
     assert tokenizer_hash(train_tokenizer(["other texts"], vocab_size=300)) != tokenizer_hash(tokenizer)
 
 
-@pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length"])
+@pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length", "layout"])
 def test_prepared_pairs_of_another_identity_are_refused_by_name(
     differs: str, tokenizer: Any, prepare: Callable[..., PreparedPairs], tmp_path: Path
 ) -> None:
     from tools.make_tiny_model import train_tokenizer
 
     prepare([row()])
-    config = DataConfig(max_length=100 if differs == "max_length" else 512)
+    layout: LayoutName | None = "llama_factory" if differs == "layout" else None
+    config = DataConfig(max_length=100 if differs == "max_length" else 512, layout=layout)
     using = tokenizer
     if differs == "tokenizer":
         using = train_tokenizer(["other texts"], vocab_size=300)
@@ -288,9 +399,82 @@ def test_prepared_pairs_are_read_back_as_they_were(
     assert again.summary == data.summary and not (tmp_path / "unused").exists()
 
 
+def test_the_hash_of_a_source_changes_with_content_settings_and_layout(
+    tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = write_pairs(tmp_path / "a.jsonl", [row()])
+    copied = write_pairs(tmp_path / "b.jsonl", [row()])
+    other = write_pairs(tmp_path / "c.jsonl", [row(chosen="Other.")])
+    usual = source_hash(DataConfig(), first, tokenizer)
+    assert source_hash(DataConfig(), copied, tokenizer) == usual, "a file's name is not part of it"
+    changed = [
+        source_hash(DataConfig(), other, tokenizer),
+        source_hash(DataConfig(max_length=100), first, tokenizer),
+        source_hash(DataConfig(layout="trl"), first, tokenizer),
+        source_hash(DataConfig(layout="llama_factory"), first, tokenizer),
+        source_hash(DataConfig(), first, templated(tokenizer, TEMPLATES["without BOS"])),
+    ]
+    assert len({usual, *changed}) == 6
+
+
+def test_a_saved_folder_is_hashed_by_its_rows(tokenizer: Any, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    for name, chosen in (("a", "One."), ("b", "One."), ("c", "Two.")):
+        Dataset.from_list([row(chosen=chosen)]).save_to_disk(str(tmp_path / name))
+    (tmp_path / "b" / "cache-0123456789abcdef.arrow").write_bytes(b"left there by the library")
+    hashes = {name: source_hash(DataConfig(), tmp_path / name, tokenizer) for name in "abc"}
+    assert hashes["a"] == hashes["b"] != hashes["c"]
+
+
+def test_a_saved_folder_is_no_prepared_one(prepare: Callable[..., PreparedPairs], tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    prepare([row()])
+    Dataset.from_list([row()]).save_to_disk(str(tmp_path / "saved"))
+    assert is_prepared(tmp_path / "prepared") and not is_prepared(tmp_path / "saved")
+    assert not is_prepared(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("lost", ["summary.json", "pairs.safetensors"])
+def test_a_prepared_folder_that_lost_a_file_is_refused_as_such(
+    lost: str, tokenizer: Any, prepare: Callable[..., PreparedPairs], tmp_path: Path
+) -> None:
+    prepare([row()])
+    (tmp_path / "prepared" / lost).unlink()
+    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+        prepare_pairs(DataConfig(), tmp_path / "prepared", tokenizer, tmp_path / "unused")
+
+
+def test_pairs_are_the_same_whatever_layout_they_came_in(prepare: Callable[..., PreparedPairs]) -> None:
+    implicit = {
+        name: [*CONVERSATION, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "Blue."), ("rejected", "A stone."))
+    }
+    assert prepare([spoken()]).summary.pairs_hash == prepare([implicit]).summary.pairs_hash
+
+
 def test_a_folder_that_holds_no_prepared_pairs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder of prepared pairs"):
         load_prepared(tmp_path)
+
+
+def test_a_token_id_that_was_changed_in_a_prepared_file_is_noticed(
+    prepare: Callable[..., PreparedPairs], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Scores are found by the hash that was made of the ids: it must be the hash of these ids."""
+    from safetensors.numpy import load_file, save_file
+
+    prepare([row(), row("Say goodbye.")])
+    file = tmp_path / "prepared" / "pairs.safetensors"
+    for name, place in (("tokens", -1), ("prompt_lengths", 1)):
+        arrays = load_file(file)
+        arrays[name][place] -= 1
+        save_file(arrays, file)
+        with pytest.raises(UserError, match="the token ids of row 2 of pairs.jsonl were altered; prepare the pairs"):
+            prepare_pairs(DataConfig(max_length=512), tmp_path / "prepared", tokenizer, tmp_path / "unused")
+        arrays[name][place] += 1
+        save_file(arrays, file)
 
 
 def test_a_truncated_prepared_file_is_refused(prepare: Callable[..., PreparedPairs], tmp_path: Path) -> None:

@@ -1,24 +1,20 @@
-"""Reading pairs: three formats, one result; every malformed row is named."""
+"""Bytes to rows: four formats, one result; every unreadable source is named."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tgdpo_megatron.data.read import TextPair, read_pairs
+from tgdpo_megatron.data.read import read_rows, source_files
 from tgdpo_megatron.errors import UserError
 
 ROWS = [
     {"instruction": "Say hello.", "chosen": "Hello!", "rejected": "No."},
     {"instruction": "Zwei + zwei? ✓", "chosen": "Vier.\nJa.", "rejected": ""},
-]
-EXPECTED = [
-    TextPair("Say hello.", "Hello!", "No.", row=1),
-    TextPair("Zwei + zwei? ✓", "Vier.\nJa.", "", row=2),
 ]
 
 
@@ -40,40 +36,49 @@ def write_parquet(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
+def save_dataset(path: Path, rows: Sequence[Any]) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_list(list(rows)).save_to_disk(str(path))
+    return path
+
+
 WRITERS = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as refused:
-        read_pairs(path)
+        read_rows(path)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_every_format_gives_the_same_pairs(suffix: str, tmp_path: Path) -> None:
-    assert read_pairs(WRITERS[suffix](tmp_path / f"pairs{suffix}", ROWS)) == EXPECTED
+@pytest.mark.parametrize("suffix", [*WRITERS, "saved"])
+def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    write = WRITERS.get(suffix, save_dataset)
+    assert read_rows(write(tmp_path / f"pairs{suffix}", ROWS)) == [(1, ROWS[0]), (2, ROWS[1])]
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_prompt_is_another_name_for_instruction(suffix: str, tmp_path: Path) -> None:
-    rows = [{"prompt": row["instruction"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS]
-    assert read_pairs(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows)) == EXPECTED
+NESTED = [
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello"}, "scores": [1]},
+    {"conversations": [], "chosen": {"from": "gpt", "value": "2024-01-02"}, "scores": []},
+]
 
 
-def test_other_columns_are_ignored(tmp_path: Path) -> None:
-    rows = [{"id": number, "score": {"a": [1, 2]}, **row} for number, row in enumerate(ROWS)]
-    assert read_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows)) == EXPECTED
+@pytest.mark.parametrize("suffix", [*WRITERS, "saved"])
+def test_lists_and_objects_stay_what_they_are(suffix: str, tmp_path: Path) -> None:
+    write = WRITERS.get(suffix, save_dataset)
+    assert [row for _, row in read_rows(write(tmp_path / f"pairs{suffix}", NESTED))] == NESTED
 
 
 def test_blank_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n\n")
-    assert [pair.chosen for pair in read_pairs(path)] == ["Hello!", "Vier.\nJa."]
+    assert read_rows(path) == [(1, ROWS[0]), (3, ROWS[1])], "numbers are those of the lines"
 
 
 def test_reading_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
-    read_pairs(write_jsonl(tmp_path / "pairs.jsonl", ROWS))
+    read_rows(write_jsonl(tmp_path / "pairs.jsonl", ROWS))
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
@@ -147,56 +152,66 @@ def test_a_json_object_is_not_a_list_of_pairs(tmp_path: Path) -> None:
     assert refusal(path).startswith(str(path))
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-@pytest.mark.parametrize("column", ["instruction", "chosen", "rejected"])
-def test_a_missing_column_is_named(suffix: str, column: str, tmp_path: Path) -> None:
-    rows = [{name: text for name, text in row.items() if name != column} for row in ROWS]
-    sentence = refusal(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
-    named = "prompt (or instruction)" if column == "instruction" else column
-    assert f"{'line' if suffix == '.jsonl' else 'row'} 1: {named} missing; the row has" in sentence
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_a_row_without_an_answer_is_named(suffix: str, tmp_path: Path) -> None:
-    rows = [*ROWS, ROWS[0] | {"chosen": None}]
-    where = "line 3" if suffix == ".jsonl" else "row 3"
-    assert f"{where}: chosen missing" in refusal(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"), [(7, "int"), ({"from": "gpt", "value": "Hello"}, "dict"), (["Hello"], "list")]
-)
-def test_an_answer_that_is_no_text_is_named_with_its_type(value: Any, kind: str, tmp_path: Path) -> None:
-    rows = [ROWS[0] | {"chosen": value}]
-    assert f"line 1: 'chosen' must be a string, found {kind}" in refusal(write_jsonl(tmp_path / "pairs.jsonl", rows))
-
-
-def test_one_answer_of_another_type_among_many_is_named(tmp_path: Path) -> None:
-    rows = [ROWS[0], ROWS[1], ROWS[0] | {"rejected": 12}]
-    sentence = refusal(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    assert "line 3: 'rejected' must be a string, found int" in sentence
-
-
-def test_rows_that_are_no_objects_are_named(tmp_path: Path) -> None:
-    sentence = refusal(write_json(tmp_path / "pairs.json", ["a", "b"]))
-    assert "row 1: " in sentence and "chosen" in sentence
-
-
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", ROWS)
     path.write_bytes(path.read_bytes()[:-20])
     assert refusal(path).startswith(f"{path}: cannot be read (")
 
 
-def test_the_shared_instruction_data_reads(shared_data: Callable[[str], Path]) -> None:
-    path = shared_data("preferences_instruction.json")
-    rows = json.loads(path.read_text())
-    pairs = read_pairs(path)
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
-        (row["instruction"], row["chosen"], row["rejected"]) for row in rows
-    ]
+@pytest.mark.parametrize("bad", ["[" * 100_000, '{"rank": ' + "1" * 5000 + "}"], ids=["depth", "digits"])
+def test_json_beyond_what_python_reads_is_refused(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + bad + "\n")
+    assert refusal(path).startswith(f"{path} line 2: ")
 
 
 def test_answers_that_look_like_dates_stay_text(tmp_path: Path) -> None:
     rows = [{"prompt": "When?", "chosen": "2024-01-02", "rejected": "2024-01-03"}] * 2
-    assert read_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows))[1].chosen == "2024-01-02"
+    assert read_rows(write_jsonl(tmp_path / "pairs.jsonl", rows))[1] == (2, rows[1])
+
+
+# ---------------------------------------------------------------- saved folders
+
+
+def test_several_splits_are_refused_and_named(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    part = Dataset.from_list(ROWS)
+    DatasetDict({"train_prefs": part, "test_prefs": part}).save_to_disk(str(tmp_path / "saved"))
+    sentence = refusal(tmp_path / "saved")
+    assert "holds the splits train_prefs, test_prefs; give one of them" in sentence
+    assert sentence.endswith(f"such as {tmp_path / 'saved' / 'train_prefs'}.")
+    assert [row for _, row in read_rows(tmp_path / "saved" / "train_prefs")] == ROWS
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "neither a folder of prepared pairs" in refusal(tmp_path)
+
+
+def test_a_saved_folder_without_its_data_is_refused(tmp_path: Path) -> None:
+    folder = save_dataset(tmp_path / "saved", ROWS)
+    (arrow,) = folder.glob("*.arrow")
+    arrow.unlink()
+    assert refusal(folder) == f"{arrow}: this part of the saved dataset is missing."
+
+
+def test_a_truncated_saved_folder_is_refused(tmp_path: Path) -> None:
+    folder = save_dataset(tmp_path / "saved", ROWS)
+    (arrow,) = folder.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:300])
+    assert refusal(folder).startswith(f"{folder}: cannot be read (")
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", '{"_data_files": [7]}', "[]"])
+def test_a_damaged_description_of_a_saved_folder_is_refused(content: str, tmp_path: Path) -> None:
+    folder = save_dataset(tmp_path / "saved", ROWS)
+    (folder / "state.json").write_text(content)
+    assert refusal(folder) == f"{folder / 'state.json'}: this description of a saved dataset is damaged."
+
+
+def test_caches_beside_a_saved_folder_are_no_part_of_it(tmp_path: Path) -> None:
+    folder = save_dataset(tmp_path / "saved", ROWS)
+    before = source_files(folder)
+    (folder / "cache-0123456789abcdef.arrow").write_bytes(b"leftover")
+    assert source_files(folder) == before and len(before) == 1

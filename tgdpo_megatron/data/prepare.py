@@ -18,11 +18,21 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tgdpo_megatron.config import DataConfig
-from tgdpo_megatron.data.read import TextPair, read_pairs
-from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, template_hash, tokenizer_hash
+from tgdpo_megatron.data.layouts import TextPair, TextPairs, read_pairs
+from tgdpo_megatron.data.read import source_files
+from tgdpo_megatron.data.tokenizer import (
+    TemplateRefusal,
+    check_template,
+    encode_prompt,
+    encode_response,
+    template_hash,
+    tokenizer_hash,
+)
 from tgdpo_megatron.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+LENGTH_BINS = tuple(2**power for power in range(4, 16))
+"""Largest length of each bin of the histograms, in tokens; one more bin holds what is longer."""
 
 
 @dataclass
@@ -32,23 +42,30 @@ class Summary:
     source: str
     rows: int = 0
     pairs: int = 0
+    layout: str = ""
+    columns: list[str] = field(default_factory=list)
+    """Those that were read."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> row numbers."""
     prompts_cut: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest_sequence: int = 0
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Histograms of the kept pairs' `prompt`, `chosen` and `rejected`: bin in tokens (`17-32`) -> pairs."""
     tokenizer: str = ""
     template: str = ""
     max_length: int = 0
     pairs_hash: str = ""
     format: int = FORMAT
 
+    def read_as(self) -> str:
+        """How the rows were understood, in one line."""
+        return f"read as {self.layout} (columns {', '.join(self.columns)})"
+
     def sentences(self) -> str:
-        """One line for the console."""
-        dropped = "; ".join(
-            f"{len(rows)} dropped: {reason} (row {_few(rows)})" for reason, rows in self.dropped.items()
-        )
+        """What became of the rows, in one line."""
+        dropped = "; ".join(f"{len(rows)} dropped: {reason} (row {few(rows)})" for reason, rows in self.dropped.items())
         mean = self.response_tokens / max(1, 2 * self.pairs)
         text = f"{self.source}: {self.pairs} of {self.rows} pairs kept, {mean:.0f} tokens per response on average"
         text += f", {self.prompts_cut} prompts cut from the left" if self.prompts_cut else ""
@@ -102,28 +119,42 @@ def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path
 
     Raises:
         UserError: What read_pairs refuses; no pair left; a prepared folder made by another tokenizer,
-            template or length limit.
+            template, layout or length limit.
     """
-    if source.is_dir():
+    if is_prepared(source):
         prepared = load_prepared(source)
         _check_identity(prepared.summary, source, tokenizer, config)
+        _check_hashes(prepared, source)
         return prepared
-    text_pairs = read_pairs(source)
-    prepared = _tokenise(text_pairs, source, tokenizer, config.max_length)
+    prepared = _tokenise(read_pairs(source, config.layout), source, tokenizer, config.max_length)
     _save(prepared, folder)
     return load_prepared(folder)
 
 
+def is_prepared(source: Path) -> bool:
+    """Whether this is a folder of prepared pairs, maybe a damaged one, and not a source of text."""
+    return any((source / name).is_file() for name in ("summary.json", "pairs.safetensors"))
+
+
 def source_hash(config: DataConfig, source: Path, tokenizer: Any) -> str:
-    """SHA-256 of everything that shapes the tokenised pairs of a file.
+    """SHA-256 of everything that shapes the tokenised pairs of a file or of a saved `datasets` folder.
+
+    The layout is hashed as the configuration gives it: where it is recognised, the content decides it.
 
     Raises:
-        UserError: No such file.
+        UserError: No such source.
     """
-    if not source.is_file():
-        raise UserError(f"{source}: no such data file.")
-    parts = [tokenizer_hash(tokenizer), template_hash(tokenizer), str(config.max_length), str(FORMAT)]
-    return hashlib.sha256(source.read_bytes() + "".join(parts).encode()).hexdigest()
+    parts = [tokenizer_hash(tokenizer), template_hash(tokenizer), config.layout, config.max_length, FORMAT]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for path in source_files(source):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def few(rows: list[int], most: int = 5) -> str:
+    """The first row numbers of a list."""
+    return ", ".join(map(str, rows[:most])) + (", …" if len(rows) > most else "")
 
 
 def load_prepared(folder: Path) -> PreparedPairs:
@@ -147,22 +178,36 @@ def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: Data
         "template": template_hash(tokenizer),
         "max_length": config.max_length,
     }
+    if config.layout is not None:
+        expected["layout"] = config.layout
     for name, value in expected.items():
         if getattr(summary, name) != value:
             raise UserError(f"{source}: the prepared pairs were made with another {name}; prepare them again.")
 
 
-def _tokenise(text_pairs: list[TextPair], source: Path, tokenizer: Any, max_length: int) -> PreparedPairs:
+def _check_hashes(prepared: PreparedPairs, source: Path) -> None:
+    """Scores are found by these hashes: ids that were changed must not be taken for what was scored."""
+    for pair in range(len(prepared)):
+        both = [prepared.sequence(pair, side) for side in (0, 1)]
+        if pair_hash(int(prepared.prompt_lengths[pair]), both) != prepared.hashes[pair].tobytes():
+            raise UserError(f"{source}: the token ids of {prepared.name(pair)} were altered; prepare the pairs again.")
+
+
+def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, max_length: int) -> PreparedPairs:
+    check_template(tokenizer)
     summary = Summary(
         source=str(source),
-        rows=len(text_pairs),
+        rows=texts.rows,
+        layout=texts.layout,
+        columns=list(texts.columns),
+        dropped={reason: list(rows) for reason, rows in texts.dropped.items()},
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
         max_length=max_length,
     )
     sequences: list[np.ndarray] = []
     prompt_lengths, hashes, rows = [], [], []
-    for text in _with_progress(text_pairs):
+    for text in _with_progress(texts.pairs):
         encoded = _encode(text, tokenizer, max_length, summary)
         if encoded is None:
             continue
@@ -170,15 +215,18 @@ def _tokenise(text_pairs: list[TextPair], source: Path, tokenizer: Any, max_leng
         both = [np.asarray([*prompt, *response], dtype=np.int32) for response in (chosen, rejected)]
         sequences += both
         prompt_lengths.append(len(prompt))
-        hashes.append(_pair_hash(len(prompt), both))
+        hashes.append(pair_hash(len(prompt), both))
         rows.append(text.row)
         summary.prompt_tokens += 2 * len(prompt)
         summary.response_tokens += len(chosen) + len(rejected)
     if not sequences:
         reasons = ", ".join(f"{len(dropped)} {reason}" for reason, dropped in summary.dropped.items())
-        raise UserError(f"{source}: no pair is left to train on ({reasons}).")
-    lengths = [len(sequence) for sequence in sequences]
-    summary.pairs, summary.longest_sequence = len(rows), max(lengths)
+        raise UserError(f"{source}: no pair is left to train on ({reasons}; the data is read as {texts.layout}).")
+    lengths = np.asarray([len(sequence) for sequence in sequences])
+    summary.pairs, summary.longest_sequence = len(rows), int(lengths.max())
+    prompts = np.asarray(prompt_lengths)
+    parts = {"prompt": prompts, "chosen": lengths[0::2] - prompts, "rejected": lengths[1::2] - prompts}
+    summary.lengths = {name: _histogram(tokens) for name, tokens in parts.items()}
     summary.pairs_hash = hashlib.sha256(b"".join(hashes)).hexdigest()
     return PreparedPairs(
         tokens=np.concatenate(sequences),
@@ -198,9 +246,13 @@ def _encode(
     if not text.chosen.strip() or not text.rejected.strip():
         reason = f"the {'rejected' if text.chosen.strip() else 'chosen'} response is empty"
     else:
-        prompt_text, prompt = encode_prompt(tokenizer, text.prompt)
-        chosen = encode_response(tokenizer, text.prompt, prompt_text, text.chosen)
-        rejected = encode_response(tokenizer, text.prompt, prompt_text, text.rejected)
+        try:
+            prompt_text, prompt = encode_prompt(tokenizer, text.messages)
+            chosen = encode_response(tokenizer, text.messages, prompt_text, text.chosen)
+            rejected = encode_response(tokenizer, text.messages, prompt_text, text.rejected)
+        except TemplateRefusal as refusal:
+            summary.dropped.setdefault(str(refusal), []).append(text.row)
+            return None
         room = max_length - max(len(chosen), len(rejected))
         keeps_bos = int(bool(prompt) and prompt[0] == tokenizer.bos_token_id)
         if chosen == rejected:
@@ -216,7 +268,16 @@ def _encode(
     return prompt, chosen, rejected
 
 
-def _pair_hash(prompt_length: int, sequences: list[np.ndarray]) -> bytes:
+def _histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Bin -> how many lengths are in it, empty bins included."""
+    firsts = [1, *(last + 1 for last in LENGTH_BINS)]
+    names = [f"{first}-{last}" for first, last in zip(firsts, LENGTH_BINS, strict=False)] + [f"over {LENGTH_BINS[-1]}"]
+    counts = np.bincount(np.searchsorted(LENGTH_BINS, lengths), minlength=len(names))
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def pair_hash(prompt_length: int, sequences: Sequence[np.ndarray]) -> bytes:
+    """SHA-256 of a pair's ids and of where its responses begin."""
     digest = hashlib.sha256(np.asarray([prompt_length, *map(len, sequences)], dtype=np.int64).tobytes())
     for sequence in sequences:
         digest.update(sequence.tobytes())
@@ -229,10 +290,6 @@ def _save(prepared: PreparedPairs, folder: Path) -> None:
     save_file(arrays, folder / "pairs.safetensors.tmp")
     os.replace(folder / "pairs.safetensors.tmp", folder / "pairs.safetensors")
     (folder / "summary.json").write_text(json.dumps(asdict(prepared.summary), indent=2))
-
-
-def _few(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
 
 
 def _with_progress(text_pairs: list[TextPair]) -> Any:

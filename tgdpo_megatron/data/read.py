@@ -1,71 +1,111 @@
-"""Read preference pairs from a file and check every row before anything slow begins."""
+"""Read rows from files: JSON, JSON lines, Parquet, or a folder saved by the `datasets` library."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.errors import UserError
 
-PROMPT_COLUMNS = ("prompt", "instruction")
-RESPONSE_COLUMNS = ("chosen", "rejected")
+NumberedRows = list[tuple[int, Any]]
+"""Rows and their 1-based numbers: the line of a .jsonl file, else the number of the row."""
 
 
-@dataclass(frozen=True)
-class TextPair:
-    """One prompt with a chosen and a rejected response, and where it was read."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    row: int
-    """1-based: the line of a .jsonl file, else the number of the row."""
-
-
-def read_pairs(path: Path) -> list[TextPair]:
-    """Read all pairs of a .json (a list), .jsonl or .parquet file.
+def read_rows(path: Path) -> NumberedRows:
+    """Read all rows of a .json (a list), .jsonl or .parquet file, or of a saved `datasets` folder.
 
     Raises:
-        UserError: Missing, empty or unreadable file, a malformed row, missing columns; says which row.
+        UserError: Missing, empty or unreadable source, or one without rows; says which line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file.")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty.")
-    if path.suffix not in (".json", ".jsonl", ".parquet"):
-        raise UserError(f"{path}: pairs are read from .json, .jsonl or .parquet files, not '{path.suffix}'.")
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
-    pairs = [_text_pair(path, number, row) for number, row in rows]
-    if not pairs:
+    for file in source_files(path):
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: the file is empty.")
+    if path.is_dir():
+        rows = _through_datasets(path, lambda library, _: library.Dataset.load_from_disk(str(path)))
+    elif path.suffix == ".parquet":
+        rows = _through_datasets(path, lambda library, cache: _parquet(library, path, cache))
+    elif path.suffix in (".json", ".jsonl"):
+        rows = _read_json(path)
+    else:
+        raise UserError(
+            f"{path}: pairs are read from .json, .jsonl or .parquet files or a saved datasets folder, "
+            f"not '{path.suffix}'."
+        )
+    if not rows:
         raise UserError(f"{path}: the file holds no pairs.")
-    return pairs
+    return rows
 
 
-def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
+def place(path: Path, number: int) -> str:
+    """How an error message names a row."""
+    return f"{path} {'line' if path.suffix == '.jsonl' else 'row'} {number}"
+
+
+def source_files(path: Path) -> list[Path]:
+    """The files that hold a source's rows: itself, or the Arrow files of a saved `datasets` folder, in order.
+
+    Files that the library keeps beside them, such as its caches, are not among them.
+
+    Raises:
+        UserError: Nothing there, several splits, or another kind of folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such data file.")
+    if (path / "dataset_dict.json").is_file():
+        splits = _description(path / "dataset_dict.json", lambda described: [str(name) for name in described["splits"]])
+        raise UserError(f"{path}: holds the splits {', '.join(splits)}; give one of them, such as {path / splits[0]}.")
+    if not (path / "state.json").is_file():
+        raise UserError(
+            f"{path}: neither a folder of prepared pairs (summary.json, pairs.safetensors) nor a saved datasets "
+            "folder (state.json); give one of these, or a .json, .jsonl or .parquet file."
+        )
+    names = _description(path / "state.json", lambda described: [file["filename"] for file in described["_data_files"]])
+    files = [path / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: this part of the saved dataset is missing.")
+    return files
+
+
+def _description(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
+    """Names that a JSON file of a saved dataset lists, at least one."""
+    try:
+        found = names(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        found = []
+    if not found:
+        raise UserError(f"{file}: this description of a saved dataset is damaged.")
+    return found
+
+
+def _through_datasets(path: Path, load: Callable[[Any, str], Any]) -> NumberedRows:
+    """Rows of what `load` returns when given the library and a folder for its cache."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    from datasets import Dataset, disable_progress_bars
+    import datasets
     from datasets.utils.logging import CRITICAL, set_verbosity
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     set_verbosity(CRITICAL)
     with tempfile.TemporaryDirectory() as cache:
         try:
-            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+            rows = load(datasets, cache).to_list()
         except Exception as error:
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
-    return enumerate(rows, start=1)
+    return list(enumerate(rows, start=1))
 
 
-def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
-    """Rows and their numbers; for .jsonl the number is the line's.
+def _parquet(library: Any, path: Path, cache: str) -> Any:
+    return library.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
 
-    Not through `datasets`, which guesses column types: answers that are all dates would not stay strings.
-    """
+
+def _read_json(path: Path) -> NumberedRows:
+    """Not through `datasets`, which guesses column types: answers that are all dates would not stay strings."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,7 +116,7 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     rows = _parse(path, text, first_line=1)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of pairs, found {type(rows).__name__}.")
-    return enumerate(rows, start=1)
+    return list(enumerate(rows, start=1))
 
 
 def _parse(path: Path, text: str, first_line: int) -> Any:
@@ -84,21 +124,5 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {first_line + error.lineno - 1}: not valid JSON ({error.msg}).") from None
-
-
-def _text_pair(path: Path, number: int, row: Any) -> TextPair:
-    where = f"{path} {'line' if path.suffix == '.jsonl' else 'row'} {number}"
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with prompt, chosen and rejected, found {type(row).__name__}.")
-    prompt_column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
-    missing = [name for name in RESPONSE_COLUMNS if row.get(name) is None]
-    if prompt_column is None:
-        missing.insert(0, "prompt (or instruction)")
-    if missing or prompt_column is None:
-        raise UserError(
-            f"{where}: {' and '.join(missing)} missing; the row has {', '.join(map(str, row)) or 'no columns'}."
-        )
-    for name in (prompt_column, *RESPONSE_COLUMNS):
-        if not isinstance(row[name], str):
-            raise UserError(f"{where}: '{name}' must be a string, found {type(row[name]).__name__}.")
-    return TextPair(row[prompt_column], row["chosen"], row["rejected"], number)
+    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
+        raise UserError(f"{path} line {first_line}: JSON that cannot be read ({error}).") from None

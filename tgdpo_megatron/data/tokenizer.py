@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,23 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([tokenizer.chat_template, DATE], sort_keys=True).encode()).hexdigest()
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
-    """Render one user turn with the assistant header. Return its text and ids, with exactly one BOS if the
-    tokenizer uses one."""
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, date_string=DATE
-    )
+class TemplateRefusal(UserError):
+    """The chat template has no form for a conversation, such as one with a system turn."""
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+    """Render the turns before an answer, with the answer's header.
+
+    Args:
+        messages: Turns of `role` and `content`, the last from the user.
+
+    Returns:
+        The text, and its ids with exactly one BOS if the tokenizer uses one.
+
+    Raises:
+        TemplateRefusal: The template does not take these turns.
+    """
+    text = _render(tokenizer, messages, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -63,33 +75,61 @@ def encode_prompt(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
     return text, [bos, *body] if in_template or added_by_tokenizer else body
 
 
-def encode_response(tokenizer: Any, prompt: str, prompt_text: str, response: str) -> list[int]:
+def encode_response(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt_text: str, response: str
+) -> list[int]:
     """Ids of the assistant's turn, from its first token to the token that closes it.
 
     Tokenised apart from the prompt, so that no token spans the boundary. What a template writes after the
     end-of-turn token (often a newline) is left out: generation stops before it.
 
+    Args:
+        messages, prompt_text: The turns before, and what encode_prompt rendered of them.
+
     Raises:
-        UserError: The template renders the conversation's start differently once there is an answer, or leaves
-            the answer's header out of the prompt.
+        UserError: The template renders the conversation's start differently once there is an answer.
+        TemplateRefusal: The template does not take these turns.
     """
-    conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    text: str = tokenizer.apply_chat_template(conversation, tokenize=False, date_string=DATE)
+    text = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
     if not text.startswith(prompt_text):
         raise UserError(
             "the chat template does not render the prompt the same way with and without an answer; "
             "give the tokenizer a template that does."
         )
     ids: list[int] = tokenizer(text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    if ids and ids[0] in special:
-        raise UserError(
-            "the chat template ignores add_generation_prompt, so the answer's header would be learned as its start; "
-            "give the tokenizer a template that heeds it."
-        )
+    special = _special(tokenizer)
     last_special = max((place for place, token in enumerate(ids) if token in special), default=-1)
     if last_special >= 0 and not tokenizer.decode(ids[last_special + 1 :]).strip():
         return ids[: last_special + 1]
     if tokenizer.eos_token_id is None:
         raise UserError("the chat template closes no turn and the tokenizer has no end-of-sequence token.")
     return [*ids, tokenizer.eos_token_id]
+
+
+def check_template(tokenizer: Any) -> None:
+    """Check that a prompt ends with the answer's header.
+
+    Raises:
+        UserError: The template leaves it out; it would be learned as the start of every answer.
+    """
+    turn = {"role": "user", "content": "a"}
+    prompt_text, _ = encode_prompt(tokenizer, [turn])
+    if encode_response(tokenizer, [turn], prompt_text, "b")[0] in _special(tokenizer):
+        raise UserError(
+            "the chat template ignores add_generation_prompt, so the answer's header would be learned as its start; "
+            "give the tokenizer a template that heeds it."
+        )
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=DATE, **options)
+    except TemplateError as error:
+        raise TemplateRefusal(f"the chat template refuses the conversation ({error})") from None
+    return text

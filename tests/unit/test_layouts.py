@@ -1,0 +1,388 @@
+"""Rows to pairs: each layout is recognised, read as its own users mean it, and refused by name where it is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from tgdpo_megatron.config import LayoutName
+from tgdpo_megatron.data.layouts import LAYOUTS, TextPairs, read_pairs
+from tgdpo_megatron.errors import UserError
+
+Write = Callable[..., Path]
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def said(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
+QUESTION, BLUE, GREEN = turn("user", "Colour of the sky?"), turn("assistant", "Blue."), turn("assistant", "Green.")
+EARLIER = [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello")]
+SHAREGPT = [said("system", "Be brief."), said("human", "Hi"), said("gpt", "Hello"), said("human", "Colour of the sky?")]
+
+SAME_PAIR: dict[LayoutName, dict[str, Any]] = {
+    "trl": {"prompt": QUESTION["content"], "chosen": "Blue.", "rejected": "Green."},
+    "trl_messages": {"prompt": [*EARLIER, QUESTION], "chosen": [BLUE], "rejected": [GREEN]},
+    "trl_implicit_prompt_messages": {"chosen": [*EARLIER, QUESTION, BLUE], "rejected": [*EARLIER, QUESTION, GREEN]},
+    "ultrafeedback_binarized": {
+        "prompt": QUESTION["content"],
+        "prompt_id": "f0e1",
+        "chosen": [QUESTION, BLUE],
+        "rejected": [QUESTION, GREEN],
+        "messages": [QUESTION, BLUE],
+        "score_chosen": 8.5,
+        "score_rejected": 3.0,
+    },
+    "llama_factory": {
+        "instruction": "Colour",
+        "input": "of the sky?",
+        "system": "Be brief.",
+        "history": [["Hi", "Hello"]],
+        "chosen": "Blue.",
+        "rejected": "Green.",
+    },
+    "llama_factory_sharegpt": {
+        "conversations": SHAREGPT,
+        "chosen": said("gpt", "Blue."),
+        "rejected": said("gpt", "Green."),
+    },
+    "llama_factory_openai": {"messages": [*EARLIER, QUESTION], "chosen": BLUE, "rejected": GREEN},
+    "nemo_rl": {
+        "context": [*EARLIER, QUESTION],
+        "completions": [
+            {"rank": 1, "completion": [turn("assistant", "Blue-ish.")]},
+            {"rank": 2, "completion": [GREEN]},
+            {"rank": 0, "completion": [BLUE]},
+        ],
+    },
+    "nemo_rl_binary": {"prompt": [*EARLIER, QUESTION], "chosen": "Blue.", "rejected": "Green."},
+    "hh_rlhf": {
+        "chosen": "\n\nHuman: Colour of the sky?\n\nAssistant: Blue.",
+        "rejected": "\n\nHuman: Colour of the sky?\n\nAssistant: Green.",
+    },
+}
+"""One question in every layout that can hold it; with a system turn and an earlier exchange where the layout can."""
+SINGLE_TURN = ("trl", "ultrafeedback_binarized", "hh_rlhf")
+
+
+@pytest.fixture
+def read(write_pairs: Write, tmp_path: Path) -> Callable[..., TextPairs]:
+    """A function that writes rows and reads them as pairs."""
+
+    def run(rows: Sequence[Any], layout: LayoutName | None = None) -> TextPairs:
+        return read_pairs(write_pairs(tmp_path / "pairs.jsonl", rows), layout)
+
+    return run
+
+
+@pytest.fixture
+def refusal(read: Callable[..., TextPairs]) -> Callable[..., str]:
+    """A function that returns the one sentence with which rows are refused."""
+
+    def run(rows: Sequence[Any], layout: LayoutName | None = None) -> str:
+        with pytest.raises(UserError) as refused:
+            read(rows, layout)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    return run
+
+
+def test_the_settings_know_every_layout_and_no_other() -> None:
+    assert set(get_args(LayoutName)) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", SAME_PAIR)
+def test_a_layout_is_recognised_and_gives_the_same_pair_as_the_others(
+    layout: LayoutName, read: Callable[..., TextPairs]
+) -> None:
+    found = read([SAME_PAIR[layout]])
+    (pair,) = found.pairs
+    expected = [QUESTION] if layout in SINGLE_TURN else [*EARLIER, QUESTION]
+    if layout == "llama_factory":  # instruction and input are joined by a newline
+        expected = [*EARLIER, turn("user", "Colour\nof the sky?")]
+    assert found.layout == layout
+    assert list(pair.messages) == expected
+    assert (pair.chosen, pair.rejected, pair.row) == ("Blue.", "Green.", 1)
+
+
+@pytest.mark.parametrize("layout", SAME_PAIR)
+def test_a_layout_reads_the_same_from_a_saved_folder(
+    layout: LayoutName, read: Callable[..., TextPairs], tmp_path: Path
+) -> None:
+    """Arrow fills what a row does not have with nulls, which must change nothing."""
+    from datasets import Dataset
+
+    rows = [SAME_PAIR[layout]]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert read_pairs(tmp_path / "saved") == read(rows)
+
+
+def test_the_columns_that_were_read_are_told(read: Callable[..., TextPairs]) -> None:
+    assert read([SAME_PAIR["ultrafeedback_binarized"]]).columns == ("prompt", "chosen", "rejected")
+    assert read([SAME_PAIR["llama_factory"]]).columns == (
+        *("instruction", "chosen", "rejected"),
+        *("input", "history", "system"),
+    )
+
+
+# ---------------------------------------------------------------- implicit prompts
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        # TRL's documented example: the space belongs to the answers.
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("Is it? Yes", "Is it? No", ("Is it?", " Yes", " No")),
+        ("The sky is\nblue.", "The sky is\ngreen.", ("The sky is\n", "blue.", "green.")),
+        # Where one text is the start of the other, its last character is its answer.
+        ("It is", "It is no", ("It i", "s", "s no")),
+        ("I s", "I so", ("I ", "s", "so")),
+    ],
+)
+def test_an_implicit_string_prompt_is_the_common_start(
+    chosen: str, rejected: str, expected: tuple[str, ...], read: Callable[..., TextPairs]
+) -> None:
+    found = read([{"chosen": chosen, "rejected": rejected}])
+    assert found.layout == "trl_implicit_prompt"
+    assert tuple(found.pairs[0].texts) == expected
+    assert found.pairs[0].messages[0]["role"] == "user"
+
+
+def test_texts_with_no_common_start_have_no_prompt(read: Callable[..., TextPairs]) -> None:
+    rows = [{"chosen": "A b", "rejected": "A c"}, {"chosen": "Yes", "rejected": "No"}, {"chosen": "", "rejected": "c"}]
+    assert read(rows).dropped == {"chosen and rejected share no prompt": [2, 3]}
+
+
+def test_two_texts_beside_a_column_that_may_be_the_prompt_are_not_taken_for_an_implicit_one(
+    refusal: Callable[..., str], read: Callable[..., TextPairs]
+) -> None:
+    for other in ({"question": "Why?"}, {"prompt": None}):
+        rows = [{**other, "chosen": "It is so", "rejected": "It is no"}]
+        assert "not a known layout" in refusal(rows)
+        assert read(rows, "trl_implicit_prompt").pairs[0].texts == ["It is", " so", " no"]
+
+
+def test_an_implicit_prompt_of_messages_is_the_turns_both_share(read: Callable[..., TextPairs]) -> None:
+    """Also where the answers are the same: the last turn is always the answer."""
+    more = [QUESTION, BLUE, turn("user", "And grass?")]
+    rows = [
+        {"chosen": [*more, GREEN], "rejected": [*more, BLUE]},
+        {"chosen": [*more, GREEN], "rejected": [*more, GREEN]},
+    ]
+    for pair in read(rows).pairs:
+        assert list(pair.messages) == more and pair.chosen == "Green."
+
+
+def test_answers_that_part_before_the_last_turn_are_left_out_and_counted(read: Callable[..., TextPairs]) -> None:
+    parted = {"chosen": [QUESTION, BLUE, QUESTION, BLUE], "rejected": [QUESTION, GREEN, QUESTION, GREEN]}
+    longer = {"chosen": [QUESTION, BLUE], "rejected": [QUESTION, BLUE, QUESTION, GREEN]}
+    found = read([{"chosen": [QUESTION, BLUE], "rejected": [QUESTION, GREEN]}, parted, longer])
+    assert found.dropped == {"an answer is not one assistant turn after the shared prompt": [2, 3]}
+    assert (len(found.pairs), found.rows) == (1, 3)
+
+
+def test_a_transcript_keeps_its_earlier_exchanges(read: Callable[..., TextPairs]) -> None:
+    start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Colour of the sky?\n\nAssistant:"
+    (pair,) = read([{"chosen": f"{start} Blue.\n\nOr so.", "rejected": f"{start} Blue?"}]).pairs
+    assert list(pair.messages) == [turn("user", "Hi"), turn("assistant", "Hello"), QUESTION]
+    assert (pair.chosen, pair.rejected) == ("Blue.\n\nOr so.", "Blue?")
+
+
+# ---------------------------------------------------------------- rules of one layout
+
+
+@pytest.mark.parametrize("empty", [{}, {"input": "", "history": [], "system": ""}, {"input": None, "history": None}])
+def test_llama_factorys_optional_columns_may_be_empty(empty: dict[str, Any], read: Callable[..., TextPairs]) -> None:
+    (pair,) = read([{"instruction": "Why?", "chosen": "a", "rejected": "b", **empty}]).pairs
+    assert list(pair.messages) == [turn("user", "Why?")]
+
+
+def test_a_system_turn_of_the_conversation_comes_before_the_system_column(read: Callable[..., TextPairs]) -> None:
+    row = SAME_PAIR["llama_factory_sharegpt"] | {"system": "Be long."}
+    without = row | {"conversations": SHAREGPT[1:]}
+    first, second = read([row, without]).pairs
+    assert first.messages[0] == turn("system", "Be brief.")
+    assert second.messages[0] == turn("system", "Be long.") and first.messages[1:] == second.messages[1:]
+
+
+def test_the_best_completion_is_compared_with_the_worst(read: Callable[..., TextPairs]) -> None:
+    def row(*ranked: tuple[float, str]) -> dict[str, Any]:
+        completions = [{"rank": rank, "completion": [turn("assistant", text)]} for rank, text in ranked]
+        return {"context": [QUESTION], "completions": completions}
+
+    found = read(
+        [
+            row((3, "c"), (1, "a"), (2, "b")),
+            row((1, "a"), (1, "b")),
+            row((1, "a")),
+            row(),
+            row((0.5, "a"), (0.25, "b"), (0.5, "c")),
+        ]
+    )
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("a", "c"), ("b", "a")]
+    assert found.dropped == {"all completions have the same rank": [2], "fewer than two completions": [3, 4]}
+
+
+def test_answers_that_repeat_the_prompt_are_taken_without_it(read: Callable[..., TextPairs]) -> None:
+    row = {"prompt": [QUESTION], "chosen": [QUESTION, BLUE], "rejected": [QUESTION, GREEN]}
+    (pair,) = read([row]).pairs
+    assert pair.texts == [QUESTION["content"], "Blue.", "Green."]
+
+
+def test_ultrafeedbacks_prompt_counts_where_the_answers_stand_alone(read: Callable[..., TextPairs]) -> None:
+    (pair,) = read([{"prompt": "Why?", "chosen": [BLUE], "rejected": [GREEN]}]).pairs
+    assert pair.texts == ["Why?", "Blue.", "Green."]
+
+
+def test_parts_that_are_text_are_joined(read: Callable[..., TextPairs]) -> None:
+    parts = [{"type": "text", "text": "Colour of "}, {"type": "text", "text": "the sky?"}]
+    (pair,) = read([{"prompt": [turn("user", parts)], "chosen": [BLUE], "rejected": [GREEN]}]).pairs
+    assert list(pair.messages) == [QUESTION]
+
+
+# ---------------------------------------------------------------- well formed, but nothing to train on
+
+GOOD = SAME_PAIR["trl_messages"]
+IMAGE = turn("user", [{"type": "image"}, {"type": "text", "text": "What is this?"}])
+CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": [IMAGE]}, "a turn holds more than text"),
+        ({"chosen": [CALL]}, "a turn calls a tool or answers for one"),
+        ({"prompt": [QUESTION, CALL, turn("tool", "blue")]}, "a turn calls a tool or answers for one"),
+        ({"prompt": [QUESTION, BLUE]}, "the turn before the answers is not the user's"),
+        ({"prompt": []}, "the turn before the answers is not the user's"),
+        ({"prompt": [QUESTION, *EARLIER, QUESTION]}, "a system turn is not the first"),
+        ({"chosen": [BLUE, QUESTION, BLUE]}, "an answer is not one assistant turn after the shared prompt"),
+        ({"rejected": [QUESTION]}, "an answer is not one assistant turn after the shared prompt"),
+        ({"rejected": []}, "an answer is not one assistant turn after the shared prompt"),
+        ({"images": ["sky.png"]}, "images, videos or sound belong to the row"),
+        ({"tools": [{"name": "look"}]}, "tools belong to the row"),
+        ({"chosen": [turn("assistant", "\ud83d")]}, "the text holds half a character"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_left_out_and_counted(
+    change: dict[str, Any], reason: str, read: Callable[..., TextPairs]
+) -> None:
+    found = read([GOOD, GOOD | change, GOOD])
+    assert found.dropped == {reason: [2]}
+    assert [pair.row for pair in found.pairs] == [1, 3]
+
+
+def test_empty_columns_for_images_and_tools_change_nothing(read: Callable[..., TextPairs]) -> None:
+    assert not read([GOOD | {"images": [], "tools": "[]"}, GOOD | {"images": None, "tools": None}]).dropped
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_unknown_columns_are_named_with_every_layout(refusal: Callable[..., str]) -> None:
+    sentence = refusal([{"question": "Why?", "answers": ["a", "b"], "score": 0.5, "chosen": None}])
+    assert "question (string), answers (list), score (float), chosen (null)" in sentence
+    for name, layout in LAYOUTS.items():
+        assert f"{name}: " in sentence and all(column in sentence for column in layout.columns)
+    assert "data.layout=NAME" in sentence
+
+
+def test_a_forced_layout_whose_columns_are_not_there_is_refused(refusal: Callable[..., str]) -> None:
+    sentence = refusal([SAME_PAIR["trl"]], "llama_factory_sharegpt")
+    assert "data.layout=llama_factory_sharegpt needs conversations (turns), chosen (turn), rejected (turn);" in sentence
+    assert "the first row has prompt (string), chosen (string), rejected (string)" in sentence
+
+
+def test_a_forced_layout_is_taken_over_the_one_that_would_be_recognised(read: Callable[..., TextPairs]) -> None:
+    row = SAME_PAIR["trl"] | {"instruction": "Which colour?"}
+    assert read([row]).pairs[0].texts[0] == QUESTION["content"]
+    forced = read([row], "llama_factory")
+    assert forced.pairs[0].texts[0] == "Which colour?" and forced.layout == "llama_factory"
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_row_without_a_column_is_named(column: str, null: bool, refusal: Callable[..., str]) -> None:
+    bad: dict[str, Any] = {name: value for name, value in SAME_PAIR["trl"].items() if name != column}
+    if null:
+        bad[column] = None
+    assert f"line 2: {column} missing; the row has " in refusal([SAME_PAIR["trl"], bad])
+
+
+@pytest.mark.parametrize(("value", "kind"), [(7, "int"), (BLUE, "turn"), ([BLUE], "turns"), (["Blue"], "list")])
+def test_an_answer_of_another_kind_among_many_is_named(value: Any, kind: str, refusal: Callable[..., str]) -> None:
+    good = SAME_PAIR["trl"]
+    sentence = refusal([good, good, good | {"rejected": value}])
+    assert f"line 3: 'rejected' must hold string, found {kind}; the data is read as trl." in sentence
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "words"),
+    [
+        ("trl_messages", {"prompt": [turn("wizard", "Hi")]}, "'prompt' has a turn of role 'wizard'; known are system"),
+        ("trl_messages", {"prompt": [turn("user", None)]}, "'prompt' has a turn whose content must be a string"),
+        ("trl_messages", {"prompt": [turn("user", ["Hi"])]}, "'prompt' has a turn whose content must be a string"),
+        ("trl_messages", {"prompt": [turn(["user"], "Hi")]}, "'prompt' has a turn of role ['user']"),
+        ("trl_messages", {"prompt": [{"text": "Hi"}]}, "'prompt' must hold turns, found list"),
+        ("llama_factory", {"history": [["Hi"]]}, "'history' must be a list of [question, answer] strings"),
+        ("llama_factory", {"history": "Hi"}, "'history' must be a list of [question, answer] strings"),
+        ("llama_factory", {"input": 7}, "'input' must be a string, found int"),
+        ("llama_factory", {"system": ["a"]}, "'system' must be a string, found list"),
+        ("llama_factory_sharegpt", {"chosen": "Blue."}, "'chosen' must hold turn, found string"),
+        ("nemo_rl", {"completions": [{"completion": [BLUE]}]}, "'completions' must hold ranked completions"),
+        ("nemo_rl", {"context": 7}, "'context' must hold string or turns, found int"),
+        ("hh_rlhf", {"chosen": "Hello"}, "'chosen' must hold transcript, found string"),
+    ],
+)
+def test_a_malformed_row_is_named_with_what_is_wrong(
+    layout: LayoutName, change: dict[str, Any], words: str, refusal: Callable[..., str]
+) -> None:
+    good = SAME_PAIR[layout]
+    sentence = refusal([good, good | change])
+    assert f"pairs.jsonl line 2: {words}" in sentence
+    assert sentence.endswith(f"; the data is read as {layout}.")
+
+
+@pytest.mark.parametrize("rows", [["a", "b"], [[1, 2]], [None]])
+def test_rows_that_are_no_objects_are_named(rows: list[Any], refusal: Callable[..., str]) -> None:
+    assert "line 1: expected an object with named columns, found " in refusal(rows)
+
+
+def test_a_later_row_that_is_no_object_is_named(refusal: Callable[..., str]) -> None:
+    assert "line 2: expected an object with named columns, found int" in refusal([GOOD, 7])
+
+
+# ---------------------------------------------------------------- real rows
+
+
+def test_real_instruction_pairs_read(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("preferences_instruction.json")
+    rows = json.loads(path.read_text())
+    found = read_pairs(path)
+    assert found.layout == "llama_factory" and not found.dropped
+    assert [pair.texts for pair in found.pairs] == [
+        [row["instruction"], row["chosen"], row["rejected"]] for row in rows
+    ]
+
+
+def test_real_sharegpt_pairs_read_with_their_system_and_earlier_turns(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("preferences_sharegpt.json")
+    rows = json.loads(path.read_text())
+    found = read_pairs(path)
+    assert found.layout == "llama_factory_sharegpt" and not found.dropped
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    assert len(rows) == len(found.pairs) and max(len(pair.messages) for pair in found.pairs) > 3
+    for row, pair in zip(rows, found.pairs, strict=True):
+        expected = [turn(roles[message["from"]], message["value"]) for message in row["conversations"]]
+        assert list(pair.messages) == expected
+        assert (pair.chosen, pair.rejected) == (row["chosen"]["value"], row["rejected"]["value"])
