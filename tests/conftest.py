@@ -90,15 +90,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, hf_model: Path) -> Path
 @pytest.fixture(scope="session")
 def prepared_by_hand() -> Callable[..., Any]:
     """A function that makes PreparedPairs of given ids: (prompt, chosen, rejected) for each pair."""
-    from tgdpo_megatron.data.prepare import PreparedPairs, Summary
+    from tgdpo_megatron.data.prepare import PreparedPairs, Summary, pair_hash
 
     def make(pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> PreparedPairs:
-        sequences = [[*prompt, *side] for prompt, chosen, rejected in pairs for side in (chosen, rejected)]
+        sequences = [
+            np.array([*prompt, *side], dtype=np.int32)
+            for prompt, chosen, rejected in pairs
+            for side in (chosen, rejected)
+        ]
+        hashes = [pair_hash(len(pair[0]), sequences[2 * place : 2 * place + 2]) for place, pair in enumerate(pairs)]
         return PreparedPairs(
-            tokens=np.concatenate(sequences).astype(np.int32),
+            tokens=np.concatenate(sequences),
             starts=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
             prompt_lengths=np.array([len(prompt) for prompt, _, _ in pairs], dtype=np.int32),
-            hashes=np.arange(32 * len(pairs), dtype=np.uint8).reshape(-1, 32),
+            hashes=np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32),
             rows=np.arange(1, len(pairs) + 1, dtype=np.int64),
             summary=Summary(source="by-hand.jsonl", pairs=len(pairs)),
         )

@@ -59,7 +59,7 @@ class Engine:
             for model in self.policy:
                 model.start_param_sync(force_sync=True)
 
-    def update(self, clip_grad: float) -> tuple[float, float]:
+    def update(self) -> tuple[float, float]:
         """Clip and step, unless the gradient is not finite.
 
         Returns:
@@ -70,7 +70,7 @@ class Engine:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(norm):
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, norm)
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
             self.optimizer.step_with_ready_grads()
         return norm, learning_rate
 
@@ -91,7 +91,7 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
     for model, folder in zip(carried, frozen, strict=True):
         load_weights(model, folder)
     for place, chunk in enumerate(chunks):
-        chunk.carry([model[place] for model in carried])
+        chunk.carry([model[place] for model in carried], divergence="divergence" in config.loss.method.reads)
 
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -129,8 +129,9 @@ def pipeline_pass(
         stacked: Models whose hidden states travel together.
 
     Returns:
-        A function that runs forward and (unless forward_only) backward, and returns what the loss function
-        reported for each micro-batch: on the last stage; elsewhere nothing.
+        Uncalled, so that a formula stays five frames from the command line: a function that runs forward and (unless
+        forward_only) backward, and returns what the loss function reported for each micro-batch: on the last stage;
+        elsewhere nothing.
     """
     return partial(
         get_forward_backward_func(),
@@ -158,7 +159,6 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
         bf16=bf16,

@@ -8,14 +8,15 @@ from typing import Any
 
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, prepare_pairs, source_hash
+from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared, prepare_pairs, source_hash
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.description import ModelDescription, check_model_layout
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
+from tgdpo_megatron.scores.contrastive import read_prompts
+from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.scores.store import (
-    NAMES,
     ScoresManifest,
     TokenScores,
     check_belongs,
@@ -52,31 +53,28 @@ def check_models(config: Config) -> Models:
     """Read the manifests of all checkpoints named, and check that they go together and fit the layout.
 
     Raises:
-        UserError: A missing or unusable checkpoint, other tokenizers or templates, other widths.
+        UserError: A missing or unusable checkpoint, other tokenizers or templates.
     """
     policy_folder = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     policy, description = read_manifest(policy_folder), describe(policy_folder)
     check_model_layout(description, config.parallel)
     reference = policy
     if config.model.reference is not None:
-        reference = _companion(config.model.reference, "reference", policy, description)
+        reference = _companion(config.model.reference, "reference", policy)
     guidance = None
     if config.model.guidance is not None:
-        guidance = _companion(config.model.guidance, "guidance", policy, description)
+        guidance = _companion(config.model.guidance, "guidance", policy)
     return Models(description, policy, reference, guidance)
 
 
-def _companion(
-    folder: Path, role: str, policy: CheckpointManifest, description: ModelDescription
-) -> CheckpointManifest:
+def _companion(folder: Path, role: str, policy: CheckpointManifest) -> CheckpointManifest:
+    """A frozen checkpoint. The number of embedding rows may differ: that is padding, the tokenizer is what counts."""
     manifest = read_manifest(folder)
     for field, words in {"tokenizer": "tokenizer", "template": "chat template"}.items():
         if getattr(manifest, field) != getattr(policy, field):
             raise UserError(
                 f"{folder}: the {role} has another {words} than the policy; token log-probs would not match."
             )
-    if describe(folder).vocab_size != description.vocab_size:
-        raise UserError(f"{folder}: the {role} has another vocabulary size than the policy.")
     return manifest
 
 
@@ -84,27 +82,54 @@ def carried_checkpoints(config: Config) -> list[Path]:
     """The frozen checkpoints that ride with the policy: none where scores are cached or the loss needs none.
 
     Raises:
-        UserError: As check_stackable, or a live TGDPO without a guidance model.
+        UserError: A checkpoint of another shape than the policy; a live guidance that is not given; a method that can
+            only be live, or only cached.
     """
-    if config.scores.source == "cached" or not config.loss.needs_reference:
+    loss, live = config.loss, config.scores.source == "live"
+    if not live:
+        check_cacheable(config)
+    if not live and not loss.log_prob_scores:
+        raise UserError(f"loss.type={loss.type} reads no cached scores; set scores.source=live.")
+    if live and config.scores.path is not None:
+        raise UserError(
+            f"scores.path={config.scores.path} is not read with scores.source=live; set scores.source=cached, or leave "
+            "the path out."
+        )
+    if live and "better" in loss.scores:
+        raise UserError(
+            f"loss.type={loss.type} takes its token rewards from contrastive prompts, which are scored before "
+            "training; run python -m recipes.score and set scores.source=cached."
+        )
+    if not live or not loss.carried:
         return []
-    check_stackable(config)
     folders = [required(config.reference_checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")]
-    if config.loss.needs_guidance:
-        purpose = "an aligned checkpoint that guides, or set scores.source=cached"
+    if "guidance" in loss.carried:
+        purpose = f"the aligned checkpoint that gives loss.type={loss.type} its token rewards, or set " + (
+            "scores.source=cached if it was scored, or take them from elsewhere with loss.token_rewards"
+        )
         folders.append(required(config.model.guidance, "model.guidance", purpose))
+    _check_stackable(folders, config)
     return folders
 
 
-def check_stackable(config: Config) -> None:
-    """Check that all models can go through one pipeline, stacked.
+def check_cacheable(config: Config) -> None:
+    """Refuse a method that no cache can serve.
 
     Raises:
-        UserError: Naming the checkpoint that differs.
+        UserError: It needs more than one number for each token.
     """
+    if "divergence" in config.loss.method.reads:
+        raise UserError(
+            f"loss.type={config.loss.type} needs the reference's whole distribution at every token, which no cache "
+            "holds; train with scores.source=live."
+        )
+
+
+def _check_stackable(folders: list[Path], config: Config) -> None:
+    """Check that frozen models can go through the policy's pipeline, stacked."""
     policy = describe(required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from"))
-    for folder in (config.model.reference, config.model.guidance):
-        if folder is not None and (differs := describe(folder).differs_from(policy)):
+    for folder in folders:
+        if differs := describe(folder).differs_from(policy):
             raise UserError(
                 f"{folder}: differs from model.checkpoint in {', '.join(differs)} and cannot run beside it; "
                 "score it into a cache with python -m recipes.score and set scores.source=cached."
@@ -122,7 +147,7 @@ def load_data(
     Raises:
         UserError: What prepare_pairs refuses, or sequences longer than the model's positions.
     """
-    train = required(config.data.train, "data.train", "a .json, .jsonl or .parquet file of preference pairs")
+    train = required(config.data.train, "data.train", "a file, or a saved datasets folder, of preference pairs")
     checkpoint = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     sources = {"train": train} | ({"validation": config.data.validation} if config.data.validation else {})
 
@@ -130,20 +155,18 @@ def load_data(
         tokenizer = load_tokenizer(checkpoint / HF)
         places = {}
         for name, source in sources.items():
-            place = source if source.is_dir() else folder / f"{name}-{source_hash(config.data, source, tokenizer)[:12]}"
+            place = source
+            if not is_prepared(source):
+                place = folder / f"{name}-{source_hash(config.data, source, tokenizer)[:12]}"
             pairs = prepare_pairs(config.data, source, tokenizer, place)
+            print(f"data.{name}: {pairs.summary.read_as()}", flush=True)
             print(f"data.{name}: {pairs.summary.sentences()}", flush=True)
             if pairs.summary.longest_sequence > description.max_position_embeddings:
                 raise UserError(
                     f"{source}: the longest sequence has {pairs.summary.longest_sequence} tokens, the model has "
                     f"{description.max_position_embeddings} positions; lower data.max_length."
                 )
-            longest, budget = int(pairs.lengths((CHOSEN, REJECTED)).max()), config.train.micro_batch_tokens
-            if budget is not None and longest > budget:
-                raise UserError(
-                    f"{source}: the longest pair has {longest} tokens and does not fit "
-                    f"train.micro_batch_tokens={budget}; raise it to {longest} or more, or lower data.max_length."
-                )
+            _check_budget(config, pairs, source)
             places[name] = place
         return places
 
@@ -152,44 +175,62 @@ def load_data(
     return loaded["train"], loaded.get("validation")
 
 
-def load_cached_scores(
+def _check_budget(config: Config, pairs: PreparedPairs, source: Path) -> None:
+    """Refuse a train.micro_batch_tokens that some pair does not fit."""
+    budget = config.train.micro_batch_tokens
+    lengths = pairs.lengths((CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED))
+    longest = int(lengths.max())
+    if budget is None or longest <= budget:
+        return
+    multiple = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    raise UserError(
+        f"{source}: the longest pair ({pairs.name(int(lengths.argmax()))}) has {longest} tokens and does not fit "
+        f"train.micro_batch_tokens={budget}; raise it to {-(-longest // multiple) * multiple} or more, or lower "
+        "data.max_length."
+    )
+
+
+def load_scores_of(
     config: Config, models: Models, data: PreparedPairs, validation: PreparedPairs | None
 ) -> tuple[TokenScores | None, TokenScores | None]:
-    """Read the cached scores of training and validation pairs, where a run asks for them.
+    """Read what a run takes from files: cached scores of training and validation pairs, and a reward file.
 
     Raises:
         UserError: No scores there, scores made from something else, or without what the loss needs.
     """
-    if config.scores.source == "live" or not config.loss.needs_reference:
-        return None, None
-    folder = required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of token scores; write it with python -m recipes.score.")
+    cached = config.loss.log_prob_scores if config.scores.source == "cached" else ()
+    rewards = {"train": config.scores.reward_file, "validation": config.scores.validation_reward_file}
     loaded: list[TokenScores | None] = []
-    for name, pairs in (("train", data), ("validation", validation)):
-        if pairs is None:
+    for part, pairs in (("train", data), ("validation", validation)):
+        if pairs is None or not (cached or "reward" in config.loss.scores):
             loaded.append(None)
             continue
-        found = read_scores_manifest(folder / name)
-        expected = scores_manifest(config, models, pairs)
-        check_belongs(found, expected, folder / name)
-        if config.loss.needs_guidance and found.guidance is None:
-            raise UserError(
-                f"{folder / name}: holds no guidance scores, which loss.type={config.loss.type} needs; "
-                "score again with model.guidance set."
-            )
-        loaded.append(load_scores(folder / name, pairs, NAMES if config.loss.needs_guidance else NAMES[:1]))
+        values: dict[str, Any] = {}
+        found = None
+        if cached:
+            folder = required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote") / part
+            found = read_scores_manifest(folder)
+            check_belongs(found, scores_manifest(config, models, pairs), folder)
+            values |= load_scores(folder, pairs, cached).values
+        if "reward" in config.loss.scores:
+            key = "scores.reward_file" if part == "train" else "scores.validation_reward_file"
+            path = required(rewards[part], key, "a .jsonl file of token rewards")
+            checkpoint = required(config.model.checkpoint, "model.checkpoint", "the checkpoint to start from")
+            values["reward"] = read_reward_file(path, pairs, load_tokenizer(checkpoint / HF))
+        loaded.append(TokenScores.of(pairs, values, found))
     return loaded[0], loaded[1]
 
 
 def scores_manifest(config: Config, models: Models, pairs: PreparedPairs) -> ScoresManifest:
-    """What scores of these pairs depend on."""
+    """What the cached scores that the loss needs depend on."""
+    names = config.loss.scores
     return ScoresManifest(
-        reference=models.reference.weights,
-        guidance=models.guidance.weights if models.guidance else None,
         tokenizer=pairs.summary.tokenizer,
         template=pairs.summary.template,
         max_length=pairs.summary.max_length,
-        pairs_hash=pairs.summary.pairs_hash,
         precision=config.train.precision,
+        reference=models.reference.weights if "reference" in config.loss.frozen_models else None,
+        # A run may use cached guidance scores without having the guidance model.
+        guidance=models.guidance.weights if "guidance" in names and models.guidance else None,
+        prompts=read_prompts(config.scores.contrastive_prompts).hash if "better" in names else None,
     )

@@ -17,16 +17,34 @@ from pathlib import Path
 import yaml
 
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
-from tgdpo_megatron.config import Config
+from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.errors import UserError
 
 _FIXED_IN_A_RUN = {
-    "loss": ("type", "beta", "alpha", "beta_r"),
+    "loss": tuple(LossConfig.model_fields),
     "data": ("max_length", "shuffle"),
     "train": ("global_batch_size", "seed", "precision"),
-    "optimizer": ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps"),
+    "optimizer": (
+        "lr",
+        "min_lr",
+        "lr_warmup_iters",
+        "clip_grad",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+    ),
 }
-"""What continuing must not change. Layout, micro-batches, intervals and train_iters may."""
+"""Settings that continuing must not change. Layout, micro-batches, intervals and train_iters may."""
+
+
+_IDENTITY = {
+    "pairs_hash": "pairs",
+    "reference": "reference",
+    "guidance": "guidance",
+    "rewards": "contrastive prompts or reward file",
+}
+"""And what its inputs must be."""
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -66,7 +84,7 @@ def check_continues(start: Path | None, config: Config, identity: CheckpointMani
     if start is None:
         return
     before = read_manifest(start)
-    for name, words in {"pairs_hash": "pairs", "reference": "reference", "guidance": "guidance"}.items():
+    for name, words in _IDENTITY.items():
         if getattr(before, name) != getattr(identity, name):
             raise UserError(f"{start}: the run had another {words} than now; start a new run.")
     saved = yaml.safe_load((start.parent.parent / "config.yaml").read_text())
@@ -82,9 +100,15 @@ def check_continues(start: Path | None, config: Config, identity: CheckpointMani
 
 def record(output: Path, config: Config, start: Path | None) -> None:
     """Print the resolved configuration and keep it with the run."""
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (output / "config.yaml").write_text(settings)
+    settings = keep_settings(output, config)
     print(settings + (f"continuing from {start}" if start else f"starting in {output}"), flush=True)
+
+
+def keep_settings(output: Path, config: Config) -> str:
+    """Write the resolved configuration to config.yaml, and return it as text."""
+    settings: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (output / "config.yaml").write_text(settings)
+    return settings
 
 
 def what_is_kept(output: Path) -> str:

@@ -1,14 +1,16 @@
 """Score pairs with frozen models: token log-probs written once, read by every run over the same data.
 
-A forward-only pipeline at any layout. The reference and the guidance model run together, in one reading of
-the data, through the same schedule and head as in training.
+A forward-only pipeline at any layout. What a loss needs is computed, no more: the reference and the guidance model
+together in one reading of the data; for contrastive prompts, the reference on every response under both.
+A folder that holds scores already is added to: a build that was stopped goes on, new pairs join old ones.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,60 +23,217 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tgdpo_megatron import inputs, run_folder
-from tgdpo_megatron.checkpoint.manifest import describe
+from tgdpo_megatron.checkpoint.manifest import HF, describe
 from tgdpo_megatron.checkpoint.state import load_weights
-from tgdpo_megatron.config import Config, check_batch_layout
+from tgdpo_megatron.config import Config, check_layout
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.engine import pipeline_pass
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
+from tgdpo_megatron.methods import GIVEN_BY
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
-from tgdpo_megatron.scores.store import write_scores_manifest, write_shard
+from tgdpo_megatron.scores import contrastive
+from tgdpo_megatron.scores.source import read_texts
+from tgdpo_megatron.scores.store import (
+    Key,
+    check_belongs,
+    missing_scores,
+    read_scores_manifest,
+    remove_parts,
+    write_scores_manifest,
+    write_shard,
+)
 
-_PAIRS_AT_ONCE = 128
+_SAMPLES_AT_ONCE = 128
 """On each data-parallel rank between progress updates: enough to fill the pipeline, few enough to see it move."""
+_PROMPTED_AT_ONCE = 1024
+"""Pairs whose contrastive prompts are tokenised, and sent to all ranks, at once."""
+_SHORTER = f"prompts that do not quote the response are shorter ({contrastive.DEFAULT.with_name('direct.yaml')})"
+_WRITES_PENDING = 2
+"""Shards that may wait for the disk."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Pairs, the folder of their scores, and which responses have none there: name -> [2N] bool."""
+
+    data: PreparedPairs
+    folder: Path
+    missing: dict[str, np.ndarray]
+
+    def lacking(self, names: Iterable[str]) -> np.ndarray:
+        """Pairs that lack any of some scores; of equal pairs, one. [n] int64."""
+        lacking = np.zeros(2 * len(self.data), bool)
+        for name in names:
+            lacking |= self.missing[name]
+        different = np.unique(self.data.hashes, axis=0, return_index=True)[1]
+        return np.intersect1d(different, np.flatnonzero(lacking.reshape(-1, 2).any(axis=1)))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Sequences to score, and what their scores are.
+
+    Attributes:
+        data, samples, sides: Which sequences.
+        keys: Sample and side -> for each model in order, what its log-probs are; None where they are there already.
+    """
+
+    data: PreparedPairs
+    samples: np.ndarray
+    sides: tuple[int, ...]
+    keys: Callable[[int, int], list[Key | None]]
 
 
 def score(config: Config, ranks: Ranks) -> None:
-    """Write the scores of data.train (and data.validation) to scores.path, on every rank.
-
-    The reference is model.reference, or model.checkpoint; model.guidance is scored too where given.
+    """Write the scores that the loss needs of data.train (and data.validation) to scores.path, on every rank.
 
     Raises:
-        UserError: An input that cannot be used, or a log-prob that is not finite.
+        UserError: An input that cannot be used, a folder of other scores, a log-prob that is not finite, a full disk.
     """
-    data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
+    config = config.model_copy(deep=True)
+    config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and nothing is kept for backward
+    data_parallel_size = check_layout(config, world_size=ranks.world_size)
+    inputs.check_cacheable(config)
+    wanted = list(config.loss.log_prob_scores)
+    if not wanted:
+        raise UserError(f"loss.type={config.loss.type} needs no scores of frozen models; there is nothing to compute.")
     models = inputs.check_models(config)
+    prompts = contrastive.read_prompts(config.scores.contrastive_prompts) if "better" in wanted else None
+    checkpoints = _checkpoints(config, wanted)
     folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
-    reference = inputs.required(config.reference_checkpoint, "model.checkpoint", "the reference")
-    checkpoints = {"reference": reference} | ({"guidance": config.model.guidance} if config.model.guidance else {})
+    if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+        raise UserError(f"{folder}: is a training run, not a folder of scores; choose another scores.path.")
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
-        on_first_rank(ranks, partial(_claim_folder, folder))
+        on_first_rank(ranks, partial(run_folder.check_writable, folder))
         data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
+        parts = []
+        for name, pairs in {"train": data, "validation": validation}.items():
+            if pairs is not None:
+                opening = partial(_open_store, config, models, pairs, folder / name, wanted)
+                parts.append(_Part(pairs, folder / name, on_first_rank(ranks, opening)))
+        if ranks.is_first:
+            run_folder.keep_settings(folder, config)
+        running = {name: path for name, path in checkpoints.items() if _lack(parts, GIVEN_BY[name], wanted)}
         initialize_model_parallel(config.parallel, config.train.seed)
-        stacks = _load_stacks(checkpoints, config)
+        stacks = _load_stacks(running, config)
 
-    for part, pairs in (("train", data), ("validation", validation)):
-        if pairs is None:
-            continue
-        work = folder / f"{part}.tmp"
+    run = partial(_score, config, ranks, stacks, data_parallel_size)
+    for part in parts:
+        plain = [name for name in running if name in wanted]
+        run(part, [_plain_work(part, plain)], 2 * len(part.lacking(plain)), "scoring")
+        if prompts is not None:
+            longest = describe(checkpoints["reference"]).max_position_embeddings
+            blocks = _prompted_blocks(part, checkpoints["reference"], prompts, longest)
+            run(part, _contrastive_work(ranks, blocks), 4 * len(part.lacking(contrastive.SIDES)), "scoring prompts")
         if ranks.is_first:
-            shutil.rmtree(work, ignore_errors=True)
-        with run_folder.removed_if_refused(work, is_first=ranks.is_first):
-            if ranks.is_first:
-                work.mkdir()
-            dist.barrier()
-            _score_pairs(config, ranks, stacks, pairs, list(checkpoints), work, data_parallel_size)
-        dist.barrier()
-        if ranks.is_first:
-            write_scores_manifest(work, inputs.scores_manifest(config, models, pairs))
-            work.rename(folder / part)
-            print(f"scores of {len(pairs)} pairs ({', '.join(checkpoints)}): {folder / part}", flush=True)
+            print(
+                f"scores of {len(part.data)} pairs ({', '.join(wanted)}): {part.folder}; "
+                f"{len(part.lacking(wanted))} pairs were scored now",
+                flush=True,
+            )
     dist.barrier()
+
+
+def _checkpoints(config: Config, wanted: list[str]) -> dict[str, Path]:
+    """The frozen models that give the scores wanted."""
+    found = {}
+    if "reference" in config.loss.frozen_models:
+        found["reference"] = inputs.required(config.reference_checkpoint, "model.checkpoint", "the reference")
+    if "guidance" in wanted:
+        found["guidance"] = inputs.required(config.model.guidance, "model.guidance", "an aligned checkpoint")
+    return found
+
+
+def _lack(parts: Iterable[_Part], names: Iterable[str], wanted: list[str]) -> bool:
+    return any(len(part.lacking(set(names).intersection(wanted))) for part in parts)
+
+
+def _open_store(
+    config: Config, models: inputs.Models, pairs: PreparedPairs, folder: Path, wanted: list[str]
+) -> dict[str, np.ndarray]:
+    """Begin a store, or go on with one that was made in the same way. Returns the responses it lacks.
+
+    Raises:
+        UserError: It holds other scores, or damaged ones.
+    """
+    expected = inputs.scores_manifest(config, models, pairs)
+    remove_parts(folder)
+    if (folder / "manifest.json").is_file():
+        expected = check_belongs(read_scores_manifest(folder), expected, folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and holds no token scores; choose another scores.path.")
+    folder.mkdir(exist_ok=True)
+    write_scores_manifest(folder, expected)
+    return missing_scores(folder, pairs, wanted)
+
+
+def _plain_work(part: _Part, names: list[str]) -> _Work:
+    """The pairs as they are trained on, those that lack scores of some models."""
+
+    def keys(pair: int, side: int) -> list[Key | None]:
+        lacking = [part.missing[name][2 * pair + side] for name in names]
+        pair_hash = part.data.hashes[pair].tobytes()
+        return [Key(pair_hash, side, name) if lacks else None for name, lacks in zip(names, lacking, strict=True)]
+
+    return _Work(part.data, part.lacking(names), (CHOSEN, REJECTED), keys)
+
+
+def _contrastive_work(ranks: Ranks, blocks: Iterator[tuple[PreparedPairs, list[Key]]]) -> Iterator[_Work]:
+    """What the first rank makes, on every rank. Collective: the other ranks never ask `blocks`."""
+    while (block := on_first_rank(ranks, partial(next, blocks, None))) is not None:
+        yield _prompted_work(*block)
+
+
+def _prompted_work(data: PreparedPairs, keys: list[Key]) -> _Work:
+    return _Work(data, np.arange(len(keys)), (CHOSEN,), lambda sample, side: [keys[sample]])
+
+
+def _prompted_blocks(
+    part: _Part, reference: Path, prompts: contrastive.ContrastivePrompts, longest: int
+) -> Iterator[tuple[PreparedPairs, list[Key]]]:
+    """Responses under both prompts, and what scores they give. Those that would be too long get 0 at once.
+
+    Raises:
+        UserError: The pairs' text is not there any more, is not what was tokenised, or is all too long.
+    """
+    lacking = part.lacking(contrastive.SIDES)
+    if not len(lacking):
+        return
+    tokenizer, texts = load_tokenizer(reference / HF), read_texts(part.data)
+    lengths = {
+        (part.data.hashes[pair].tobytes(), side): part.data.response_length(pair, side)
+        for pair in lacking
+        for side in (CHOSEN, REJECTED)
+    }
+    shut_out = 0
+    for first in range(0, len(lacking), _PROMPTED_AT_ONCE):
+        pairs = lacking[first : first + _PROMPTED_AT_ONCE].tolist()
+        sequences, keys, too_long = contrastive.contrastive_sequences(
+            part.data, pairs, [texts[pair] for pair in pairs], tokenizer, prompts, longest
+        )
+        if first == 0 and not keys and part.missing[contrastive.SIDES[0]].all():
+            # Training would go on without a word, and without any reward.
+            write_scores_manifest(part.folder, replace(read_scores_manifest(part.folder), prompts=None))
+            raise UserError(
+                f"{part.data.summary.source}: under the contrastive prompts no response fits the model's {longest} "
+                f"positions; {_SHORTER}."
+            )
+        if too_long:
+            write_shard(part.folder, {key: np.zeros(lengths[key.pair, key.side], np.float32) for key in too_long})
+        shut_out += len(too_long) // 2
+        yield sequences, keys
+    if shut_out:
+        print(
+            f"{shut_out} of {2 * len(lacking)} responses are too long under the contrastive prompts (more than "
+            f"{longest} tokens): their token rewards are 0; {_SHORTER}.",
+            flush=True,
+        )
 
 
 def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[PreferenceGPT]]:
@@ -90,7 +249,7 @@ def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[Pref
         loaded.append(chunks)
     if any(description.differs_from(descriptions[0]) for description in descriptions):
         return loaded
-    for place, chunk in enumerate(loaded[0]):
+    for place, chunk in enumerate(loaded[0] if loaded else []):
         chunk.carry([model[place] for model in loaded[1:]])
     return loaded[:1]
 
@@ -100,80 +259,105 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     return model(next(batches)), lambda logps, non_loss_data: logps
 
 
-def _score_pairs(
+def _score(
     config: Config,
     ranks: Ranks,
     stacks: list[list[PreferenceGPT]],
-    data: PreparedPairs,
-    names: list[str],
-    folder: Path,
     data_parallel_size: int,
+    part: _Part,
+    works: Iterable[_Work],
+    sequences: int,
+    words: str,
 ) -> None:
     """Score this data-parallel rank's share, writing what is done while the next is computed. Collective.
 
     Raises:
-        UserError: On every rank, if any log-prob is not finite.
+        UserError: On every rank, if any log-prob is not finite, or a shard cannot be written.
     """
-    rank = parallel_state.get_data_parallel_rank()
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
-    progress = tqdm(total=len(data), desc="scoring", unit="pair", disable=not ranks.is_first)
-    written: list[Future[str | None]] = []
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        for number, first in enumerate(range(0, len(data), _PAIRS_AT_ONCE * data_parallel_size)):
-            picked = np.arange(first, min(first + _PAIRS_AT_ONCE * data_parallel_size, len(data)))
-            batches = rank_batches(
-                data,
-                picked,
-                config,
-                sides=(CHOSEN, REJECTED),
-                rank=rank,
-                ranks=data_parallel_size,
-                device=ranks.device,
-            )
-            passes = [
-                pipeline_pass(
-                    chunks,
-                    forward_step,
-                    batches,
+    progress = tqdm(total=sequences, desc=words, unit="response", disable=not (ranks.is_first and sequences))
+    pending: deque[Future[str | None]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as writer, progress:
+        for work in works:
+            for picked in _rounds(work.samples, _SAMPLES_AT_ONCE * data_parallel_size):
+                batches = rank_batches(
+                    work.data,
+                    picked,
                     config,
-                    stacked=1 + len(chunks[0].frozen),
-                    forward_only=True,
-                    collect_non_loss_data=True,
+                    sides=work.sides,
+                    rank=parallel_state.get_data_parallel_rank(),
+                    ranks=data_parallel_size,
+                    device=ranks.device,
                 )
-                for chunks in stacks
-            ]
-            with torch.no_grad():
-                outputs = [torch.cat(logps) for logps in zip(*(run() for run in passes), strict=True)]
-            if writes:
-                shard = number * data_parallel_size + rank
-                written.append(writer.submit(_write, folder, shard, data, batches, outputs, names))
-            progress.update(len(picked))
-    progress.close()
-    bad: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(bad, next(filter(None, (shard.result() for shard in written)), None))
-    if found := next(filter(None, bad), None):
-        raise UserError(f"the scores of {found} are not finite; check the frozen checkpoints.")
+                outputs = _log_probs(stacks, batches, config)
+                if writes:
+                    pending.append(writer.submit(_write, part.folder, work, batches, outputs))
+                _end_together(_finished(pending, most=_WRITES_PENDING))
+                progress.update(len(picked) * len(work.sides))
+        _end_together(_finished(pending, most=0))
 
 
-def _write(
-    folder: Path, shard: int, data: PreparedPairs, batches: list[Batch], outputs: list[Tensor], names: list[str]
-) -> str | None:
-    """Write the scores of some micro-batches. Returns the name of a pair whose scores are not finite, if any."""
-    pairs = [pair for batch in batches for pair in batch.samples]
-    lengths = np.array(
-        [data.response_length(pair, 0) + data.response_length(pair, 1) for pair in pairs], dtype=np.int64
-    )
-    together = torch.cat(outputs, dim=1).cpu().numpy()  # [models, labelled tokens]
-    bad_tokens = np.flatnonzero(~np.isfinite(together).all(axis=0))
-    values = {name: np.ascontiguousarray(row) for name, row in zip(names, together, strict=True)}
-    write_shard(folder, shard, data.hashes[pairs], lengths, values)
-    if not len(bad_tokens):
-        return None
-    return data.name(pairs[int(np.searchsorted(np.cumsum(lengths), bad_tokens[0], side="right"))])
+def _rounds(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for first in range(0, len(samples), size):
+        yield samples[first : first + size]
 
 
-def _claim_folder(folder: Path) -> None:
-    if any((folder / part).exists() for part in ("train", "validation")):
-        raise UserError(f"{folder}: holds token scores already; choose another scores.path.")
-    run_folder.check_writable(folder)
+def _log_probs(stacks: list[list[PreferenceGPT]], batches: list[Batch], config: Config) -> list[Tensor]:
+    """Log-probs of each micro-batch, [models, R]; none but on the last stage. Collective."""
+    passes = [
+        pipeline_pass(
+            chunks,
+            forward_step,
+            batches,
+            config,
+            stacked=1 + len(chunks[0].frozen),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        for chunks in stacks
+    ]
+    with torch.no_grad():
+        return [torch.cat(logps) for logps in zip(*(run() for run in passes), strict=True)]
+
+
+def _finished(pending: deque[Future[str | None]], *, most: int) -> str | None:
+    """Take away what is written, waiting until at most `most` are not. Returns what went wrong, if anything."""
+    said = None
+    while pending and (len(pending) > most or pending[0].done()):
+        said = said or pending.popleft().result()
+    return said
+
+
+def _end_together(said: str | None) -> None:
+    """Raise on every rank what any of them has to say. Collective."""
+    all_said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_said, said)
+    if first := next(filter(None, all_said), None):
+        raise UserError(first)
+
+
+def _write(folder: Path, work: _Work, batches: list[Batch], outputs: list[Tensor]) -> str | None:
+    """Write the scores of some micro-batches. Returns a sentence if that is impossible.
+
+    Args:
+        outputs: Log-probs of each micro-batch. Each [models, R].
+    """
+    scores: dict[Key, np.ndarray] = {}
+    for batch, output in zip(batches, outputs, strict=True):
+        rows, start = output.cpu().numpy(), 0
+        for sample in batch.samples:
+            for side in work.sides:
+                end = start + work.data.response_length(sample, side)
+                for key, row in zip(work.keys(sample, side), rows[:, start:end], strict=True):
+                    if not np.isfinite(row).all():
+                        return f"the scores of {work.data.name(sample)} are not finite; check the frozen checkpoints."
+                    if key is not None:
+                        scores[key] = row
+                start = end
+    try:
+        if scores:
+            write_shard(folder, scores)
+    except OSError as error:
+        return f"{folder}: the scores cannot be written ({error.strerror}); what was written before is kept."
+    return None

@@ -7,9 +7,10 @@ gradients once by the global number of pairs, AdamW moves the weights.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,13 @@ from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, UserError
-from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula
+from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula, inputs_of
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
 from tgdpo_megatron.scores.store import TokenScores
+
+EVALUATED_AT_ONCE = 1024
+"""Validation pairs whose batches are in memory together, over all ranks."""
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -57,7 +61,7 @@ def train(config: Config, ranks: Ranks) -> None:
                 f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
                 f"{config.data.train}; lower it."
             )
-        scores, validation_scores = inputs.load_cached_scores(config, models, data, validation)
+        scores, validation_scores = inputs.load_scores_of(config, models, data, validation)
         identity = _identity(config, models, data, scores)
         run_folder.check_continues(start, config, identity)
         # This rank's part of the models.
@@ -74,16 +78,16 @@ def train(config: Config, ranks: Ranks) -> None:
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     counts_here = last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
     step = partial(forward_step, config=config, formula=formula(config.loss))
-    total = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
-    batches = partial(
+    add = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
+    cut = partial(
         rank_batches,
         config=config,
-        sides=(CHOSEN, REJECTED) if config.loss.needs_reference else (CHOSEN,),
+        sides=(CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED),
         rank=parallel_state.get_data_parallel_rank(),
         ranks=data_parallel_size,
         device=ranks.device,
     )
-    evaluate = partial(_evaluate, engine, step, batches, total, output, data=validation, scores=validation_scores)
+    evaluate = partial(_evaluate, engine, step, cut, add, output, data=validation, scores=validation_scores)
     due = partial(_due, last=config.train.train_iters)
     logger = Logger(output, active=ranks.is_first, first=first)
     progress = tqdm(
@@ -106,11 +110,11 @@ def train(config: Config, ranks: Ranks) -> None:
             shuffle=config.data.shuffle,
         )
         engine.zero_grad()
-        made = batches(data, picked, scores=scores)
-        totals = total(engine.over(step, made)())
+        micro_batches = cut(data, picked, scores=scores)
+        totals = add(engine.over(step, micro_batches)())
         where = f"step {iteration + 1} ({_name_samples(data, picked)})"
         _check_finite(totals, f"the loss of {where}", output)
-        grad_norm, learning_rate = engine.update(config.optimizer.clip_grad)
+        grad_norm, learning_rate = engine.update()
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(output)}.")
 
@@ -121,6 +125,8 @@ def train(config: Config, ranks: Ranks) -> None:
             "perf/seconds_per_step": time.monotonic() - started,
         }
         done = iteration + 1
+        for sentence in logger.new_warnings(config.loss, metrics):
+            progress.write(f"warning: step {done}: {sentence}")
         evaluated = evaluate(where) if due(done, config.train.eval_interval) else {}
         metrics |= evaluated
         if evaluated or due(done, config.train.log_interval):
@@ -129,7 +135,7 @@ def train(config: Config, ranks: Ranks) -> None:
         if due(done, config.train.save_interval):
             # Finite weights can still be useless: one forward pass tells before they are kept as a result.
             with torch.no_grad():
-                after = total(engine.over(step, made, forward_only=True)())
+                after = add(engine.over(step, micro_batches, forward_only=True)())
             _check_finite(after, f"the loss after {where}", output)
             engine.gather_weights()
             save_checkpoint(
@@ -157,14 +163,17 @@ def preference_loss(
     """Sum over pairs, number of pairs, sums to report: Megatron divides once, by the pairs of all ranks.
 
     Args:
-        logps: Token log-probs, nats: the policy's, then those of carried models. [k, R] fp32; row 0 carries
-            gradient.
+        logps: Token log-probs, nats: the policy's, then those of carried models, then the divergence if the method
+            reads it. [k, R] fp32; the policy's and the divergence carry gradient.
     """
-    policy, *frozen = logps
-    frozen = frozen or [cached for cached in (batch.reference, batch.guidance) if cached is not None]
-    losses, margins = formula(policy, batch.pairs, *frozen)
-    sums = micro_batch_sums(config.loss, batch.pairs, policy.detach(), frozen, losses.detach(), margins.detach())
-    pairs = torch.tensor(batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
+    policy, *live = logps
+    riding = config.loss.carried if config.scores.source == "live" else ()
+    names = (*riding, *(name for name in config.loss.method.reads if name == "divergence"))
+    scores = batch.scores | dict(zip(names, live, strict=True))
+    inputs = inputs_of(config.loss, batch.pairs, **scores)
+    losses, margins = formula(policy, batch.pairs, **inputs)
+    sums = micro_batch_sums(config.loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach())
+    pairs = torch.full((), batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
     return losses.sum(), pairs, sums
 
 
@@ -175,9 +184,9 @@ def _due(done: int, interval: int, *, last: int) -> bool:
 
 def _evaluate(
     engine: Engine,
-    step: Any,
-    batches: Any,
-    total: Any,
+    step: Callable[..., Any],
+    cut: Callable[..., list[Batch]],
+    add: Callable[..., dict[str, float]],
     output: Path,
     where: str,
     *,
@@ -187,8 +196,12 @@ def _evaluate(
     """Metrics over all validation pairs, named eval/…; empty without validation pairs. Collective."""
     if data is None:
         return {}
+    totals: dict[str, float] = {}
     with torch.no_grad():
-        totals = total(engine.over(step, batches(data, np.arange(len(data)), scores=scores), forward_only=True)())
+        for first in range(0, len(data), EVALUATED_AT_ONCE):
+            picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(data)))
+            part = add(engine.over(step, cut(data, picked, scores=scores), forward_only=True)())
+            totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
     _check_finite(totals, f"the validation loss after {where}", output)
     return {f"eval/{name}": value for name, value in averages(totals).items()}
 
@@ -202,15 +215,21 @@ def _identity(
     config: Config, models: inputs.Models, data: PreparedPairs, scores: TokenScores | None
 ) -> CheckpointManifest:
     """What the run's checkpoints say of themselves, but for weights and iteration."""
-    guidance = models.guidance.weights if models.guidance else (scores.manifest.guidance if scores else None)
+    guidance = models.guidance.weights if models.guidance else None
+    if guidance is None and scores is not None and scores.manifest is not None:
+        guidance = scores.manifest.guidance
+    rewards = scores.manifest.prompts if scores is not None and scores.manifest is not None else None
+    if "reward" in config.loss.scores and config.scores.reward_file is not None:
+        rewards = hashlib.sha256(config.scores.reward_file.read_bytes()).hexdigest()
     return CheckpointManifest(
         weights="",
         dtype="bfloat16" if config.train.precision == "bf16" else "float32",
         tokenizer=models.policy.tokenizer,
         template=models.policy.template,
-        reference=models.reference.weights if config.loss.needs_reference else None,
-        guidance=guidance if config.loss.needs_guidance else None,
+        reference=models.reference.weights if "reference" in config.loss.frozen_models else None,
+        guidance=guidance if "guidance" in config.loss.frozen_models else None,
         pairs_hash=data.summary.pairs_hash,
+        rewards=rewards,
     )
 
 

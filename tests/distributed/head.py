@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
-from tgdpo_megatron.model import head
+from tgdpo_megatron.model import head, vocabulary
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 
 TOKENS, HIDDEN, LABELLED = 24, 32, 17
@@ -20,52 +20,82 @@ def compare(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[dict[str, floa
     return [_compare(ranks, **case) for case in cases]
 
 
-def _compare(ranks: Ranks, *, vocab_size: int, sequence_parallel: bool, models: int, tile: int) -> dict[str, float]:
+def _compare(
+    ranks: Ranks,
+    *,
+    vocab_size: int,
+    sequence_parallel: bool,
+    models: int,
+    tile: int,
+    dtype: str = "float32",
+    main_grad: bool = False,
+) -> dict[str, float]:
+    """One case. With `main_grad` the weight has Megatron's fp32 buffer, and two backward passes add up in it."""
     from megatron.core import parallel_state
 
-    head.TILE_ELEMENTS["cpu"] = tile
+    vocabulary.TILE_ELEMENTS["cpu"] = tile
     group = parallel_state.get_tensor_model_parallel_group()
     generator = torch.Generator().manual_seed(vocab_size)
     columns = 320  # of each rank, padding included; a tile is never narrower than 128
-    hidden = [torch.randn(TOKENS, 1, HIDDEN, generator=generator) for _ in range(models)]
-    weights = [0.3 * torch.randn(columns * ranks.world_size, HIDDEN, generator=generator) for _ in range(models)]
+    kind = getattr(torch, dtype)
+    hidden = [torch.randn(TOKENS, 1, HIDDEN, generator=generator).to(kind) for _ in range(models)]
+    weights = [
+        (0.3 * torch.randn(columns * ranks.world_size, HIDDEN, generator=generator)).to(kind) for _ in range(models)
+    ]
     rows = torch.randperm(TOKENS, generator=generator)[:LABELLED]
     labels = torch.randint(0, vocab_size, (LABELLED,), generator=generator)
-    upstream = torch.randn(LABELLED, generator=generator)
+    upstream, upstream_of_divergence = torch.randn(2, LABELLED, generator=generator)
+    divergence = models > 1  # of the first model from the second
 
     mine = slice(columns * ranks.rank, columns * (ranks.rank + 1))
     share = slice(TOKENS // ranks.world_size * ranks.rank, TOKENS // ranks.world_size * (ranks.rank + 1))
     local_hidden = [(states[share] if sequence_parallel else states).clone().requires_grad_() for states in hidden]
     local_weights = [weight[mine].clone().requires_grad_() for weight in weights]
-    calls = _count_all_reduces()
-    logps = head.labelled_logprobs(
-        list(zip(local_hidden, local_weights, strict=True)),
-        rows,
-        labels,
-        vocab_size=vocab_size,
-        sequence_parallel=sequence_parallel,
-        group=group,
-    )
-    reduces = calls()
-    (logps[0] * upstream).sum().backward()
+    policy_weight: Any = local_weights[0]
+    if main_grad:
+        policy_weight.main_grad = torch.zeros_like(policy_weight, dtype=torch.float32)
+        policy_weight.grad_added_to_main_grad = False
+    for _ in range(2 if main_grad else 1):
+        local_hidden[0].grad = None
+        calls = _count_all_reduces()
+        logps = head.labelled_logprobs(
+            list(zip(local_hidden, local_weights, strict=True)),
+            rows,
+            labels,
+            vocab_size=vocab_size,
+            sequence_parallel=sequence_parallel,
+            group=group,
+            divergence=divergence,
+        )
+        reduces = calls()
+        total = (logps[0] * upstream).sum()
+        (total + (logps[-1] * upstream_of_divergence).sum() if divergence else total).backward()
+    found_weight_grad = policy_weight.main_grad / 2 if main_grad else policy_weight.grad
+    assert policy_weight.grad_added_to_main_grad if main_grad else True
 
     exact_hidden = [states.double().requires_grad_() for states in hidden]
     exact_weights = [weight.double().requires_grad_() for weight in weights]
-    exact = torch.stack(
-        [
-            torch.log_softmax(states[rows, 0] @ weight[:vocab_size].t(), dim=-1).gather(1, labels[:, None])[:, 0]
-            for states, weight in zip(exact_hidden, exact_weights, strict=True)
-        ]
-    )
-    (exact[0] * upstream).sum().backward()
+    whole = [
+        torch.log_softmax(states[rows, 0] @ weight[:vocab_size].t(), dim=-1)
+        for states, weight in zip(exact_hidden, exact_weights, strict=True)
+    ]
+    exact = torch.stack([every.gather(1, labels[:, None])[:, 0] for every in whole])
+    exact_total = (exact[0] * upstream).sum()
+    if divergence:
+        apart = (whole[1].detach().exp() * (whole[1].detach() - whole[0])).sum(dim=-1)
+        exact = torch.cat([exact, apart[None]])
+        exact_total = exact_total + (apart * upstream_of_divergence).sum()
+    exact_total.backward()
     hidden_grad, weight_grad = exact_hidden[0].grad, exact_weights[0].grad
     assert hidden_grad is not None and weight_grad is not None
     errors = {
         "logps": _error(logps, exact),
         "hidden gradient": _error(local_hidden[0].grad, hidden_grad[share] if sequence_parallel else hidden_grad),
-        "weight gradient": _error(local_weights[0].grad, weight_grad[mine]),
+        "weight gradient": _error(found_weight_grad, weight_grad[mine]),
         "frozen gradients": float(any(x.grad is not None for x in local_hidden[1:] + local_weights[1:])),
-        "against Megatron": _against_megatron(hidden[0], weights[0], rows, labels, mine, vocab_size, logps[0]),
+        "against Megatron": 0.0
+        if dtype != "float32"
+        else _against_megatron(hidden[0], weights[0], rows, labels, mine, vocab_size, logps[0]),
     }
     worst = torch.tensor(list(errors.values()), dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -57,8 +57,7 @@ def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[st
         rows=rows,
         labels=torch.arange(vocab).repeat(len(ids)),
         pairs=Pairs(torch.zeros_like(rows), torch.zeros_like(rows), num_pairs=1),
-        reference=None,
-        guidance=None,
+        scores={},
         samples=(0,),
     )
     with torch.no_grad():
@@ -118,18 +117,21 @@ def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> 
     return found
 
 
-def score_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> None:
-    """Run scoring jobs one after another."""
+def score_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[list[str]]:
+    """Run scoring jobs one after another; return the shards of the training pairs that are there after each."""
     from megatron.core import parallel_state
 
     from tgdpo_megatron.score import score
 
+    shards = []
     for changes in jobs:
         score(load(RECIPES[recipe](), changes, where="test"), ranks)
         parallel_state.destroy_model_parallel()
+        shards.append(sorted(path.name for path in Path(changes["scores"]["path"]).glob("train/scores-*")))
+    return shards
 
 
-def score_and_train(ranks: Ranks, *, recipe: str, scoring: dict[str, Any], jobs: list[dict[str, Any]]) -> Any:
+def score_and_train(ranks: Ranks, *, recipe: str, scoring: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> Any:
     """Score, then train; return the metrics of each training job."""
-    score_all(ranks, recipe=recipe, jobs=[scoring])
+    score_all(ranks, recipe=recipe, jobs=scoring)
     return train_all(ranks, recipe=recipe, jobs=jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,24 +57,22 @@ def test_scores_are_huggingfaces_log_probs(
         "parallel": parallel,
         "data": {"train": str(pairs_file)},
         "scores": {"path": str(tmp_path / "scores")},
-        "train": {**train, "global_batch_size": 4},
+        "train": train,
     }
     run_ranks("tests.distributed.jobs", "score_all", ranks, recipe="tgdpo_tiny", jobs=[job])
     data = load_prepared(next((tmp_path / "scores" / "data").glob("train-*")))
-    scores = load_scores(tmp_path / "scores" / "train", data)
+    scores = load_scores(tmp_path / "scores" / "train", data, list(models))
     for name, place in models.items():
         model = AutoModelForCausalLM.from_pretrained(place)
         for pair in range(len(data)):
-            start = scores.starts[data.hashes[pair].tobytes()]
             for side in (0, 1):
                 ids = torch.from_numpy(data.sequence(pair, side).astype(np.int64))
                 prompt = int(data.prompt_lengths[pair])
                 with torch.no_grad():
                     logps = torch.log_softmax(model(ids[None]).logits[0, prompt - 1 : -1], dim=-1)
                 expected = logps.gather(1, ids[prompt:, None])[:, 0].numpy()
-                found = scores.values[name][start : start + len(expected)]
+                found = scores.join([pair], [side])[name]
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-                start += len(expected)
 
 
 def test_training_on_scores_from_files_equals_training_beside_the_models(
@@ -92,9 +91,52 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
         {**common, "scores": {"source": "cached", **store}, "train": {**train, "output": str(tmp_path / "cached")}},
         {**common, "train": {**train, "output": str(tmp_path / "live")}},
     ]
-    scoring = {**common, "scores": store, "train": train}
+    scoring = [{**common, "scores": store, "train": train}]
     cached, live = run_ranks(
         "tests.distributed.jobs", "score_and_train", 2, recipe="tgdpo_tiny", scoring=scoring, jobs=jobs
     )
     for name in ("loss", "tgdpo/margins", "tgdpo/weight_std", "rewards/margins"):
         assert [line[name] for line in cached] == pytest.approx([line[name] for line in live], abs=1e-6), name
+
+
+def test_adding_pairs_scores_only_these_and_leaves_what_is_there(
+    checkpoint: Path, write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On two ranks: the second has nothing to do when one pair is added, none of them when all are there."""
+    from tests.conftest import PAIRS
+    from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.scores.store import load_scores, read_shards
+
+    files = [write_pairs(tmp_path / f"{count}.jsonl", [*PAIRS[:count], PAIRS[0]]) for count in (4, 5)]
+    shapes = [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": 64, "fixed_micro_batches": True}]
+    jobs = [
+        {
+            "model": {"checkpoint": str(checkpoint), "guidance": str(checkpoint)},
+            "loss": {"type": loss},
+            "data": {"train": str(file)},
+            "scores": {"path": str(tmp_path / "scores")},
+            "train": train,
+        }
+        for file, loss, train in zip(
+            [files[0], files[1], files[1], files[1]], ["dpo", "dpo", "dpo", "tgdpo"], [*shapes, shapes[0]], strict=True
+        )
+    ]
+    first, second, third, fourth = run_ranks("tests.distributed.jobs", "score_all", 2, recipe="dpo_tiny", jobs=jobs)
+    folder = tmp_path / "scores" / "train"
+    contents = {path.name: path for path in folder.glob("scores-*")}
+    assert set(first) < set(second) == set(third) < set(fourth) == set(contents)
+    keys: dict[str, list[Any]] = {}
+    for name, path in contents.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name)
+        keys[name] = [key for key, _ in read_shards(tmp_path / name)]
+    data = next(d for d in map(load_prepared, (tmp_path / "scores" / "data").iterdir()) if len(d) == 6)
+    pairs = [data.hashes[pair].tobytes() for pair in range(6)]
+    assert pairs[5] == pairs[0], "the first pair is there twice"
+    both = ("reference", "guidance")
+    added = [key for name in set(second) - set(first) for key in keys[name]]
+    assert sorted(added) == [(pairs[4], side, "reference") for side in (0, 1)]
+    assert len([key for name in first for key in keys[name]]) == 8, "two equal pairs are scored once"
+    added = [key for name in set(fourth) - set(third) for key in keys[name]]
+    assert sorted(added) == sorted((pair, side, "guidance") for pair in pairs[:5] for side in (0, 1))
+    load_scores(folder, data, both)

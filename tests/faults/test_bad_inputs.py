@@ -172,11 +172,27 @@ def test_a_malformed_line_is_named_once_for_all_ranks(train: Callable[..., Said]
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unknown_layout_is_refused_with_its_columns_and_the_known_ones(
+    train: Callable[..., Said], tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"question": "a", "good": "b", "bad": "c"}\n')
+    said = train(f"data.train={odd}")
+    assert_refused(said, f"{odd}: not a known layout", "question (string), good (string), bad (string)", "nemo_rl: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_layout_is_refused_with_the_known_ones(train: Callable[..., Said]) -> None:
+    assert_refused(train("data.layout=sharegpt"), "data.layout='sharegpt' is refused", "llama_factory_sharegpt")
+
+
 def test_a_token_budget_smaller_than_a_pair_is_refused_and_the_needed_one_named(
     train: Callable[..., Said], tmp_path: Path
 ) -> None:
     said = train("train.micro_batch_tokens=16")
-    assert_refused(said, "the longest pair has ", "does not fit train.micro_batch_tokens=16; raise it to ")
+    assert_refused(
+        said, "the longest pair (row 3 of pairs.jsonl) has ", "does not fit train.micro_batch_tokens=16; raise it to "
+    )
     match = re.search(r"raise it to (\d+) or more", said.errors[0])
     assert match
     assert train(f"train.micro_batch_tokens={match[1]}").code == 0, "the size it named is enough"
@@ -267,33 +283,6 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(train: Callable[.
     assert not (tmp_path / "run").exists()
 
 
-def test_scores_of_other_weights_are_refused_by_name(
-    checkpoint: Path, pairs_file: Path, train: Callable[..., Said], tmp_path: Path
-) -> None:
-    from tgdpo_megatron.checkpoint.manifest import HF
-    from tgdpo_megatron.config import DataConfig
-    from tgdpo_megatron.data.prepare import prepare_pairs
-    from tgdpo_megatron.data.tokenizer import load_tokenizer
-    from tgdpo_megatron.scores.store import ScoresManifest, write_scores_manifest
-
-    tokenizer = load_tokenizer(checkpoint / HF)
-    summary = prepare_pairs(DataConfig(max_length=64), pairs_file, tokenizer, tmp_path / "pairs").summary
-    (tmp_path / "scores" / "train").mkdir(parents=True)
-    manifest = ScoresManifest(
-        reference="0123456789ab" + 52 * "0",
-        guidance=None,
-        tokenizer=summary.tokenizer,
-        template=summary.template,
-        max_length=64,
-        pairs_hash=summary.pairs_hash,
-        precision="fp32",
-    )
-    write_scores_manifest(tmp_path / "scores" / "train", manifest)
-    said = train("scores.source=cached", f"scores.path={tmp_path / 'scores'}")
-    assert_refused(said, "made from another reference weights (0123456789ab, this run has")
-    assert not (tmp_path / "run").exists()
-
-
 # ---------------------------------------------------------------- output
 
 
@@ -349,31 +338,30 @@ def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_last_good_ch
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
-def write_scores(folder: Path, checkpoint: Path, pairs_file: Path, *, overflowing_row: int) -> None:
-    """Reference scores of -1 nat a token, but for the rejected response of one row."""
+def write_scores(folder: Path, checkpoint: Path, pairs_file: Path, *, overflowing_row: int | None = None) -> None:
+    """Reference scores of -1 nat a token, but for the rejected response of one row. A shard for each pair."""
     from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
     from tgdpo_megatron.config import DataConfig
     from tgdpo_megatron.data.prepare import prepare_pairs
     from tgdpo_megatron.data.tokenizer import load_tokenizer
-    from tgdpo_megatron.scores.store import ScoresManifest, write_scores_manifest, write_shard
+    from tgdpo_megatron.scores.store import Key, ScoresManifest, write_scores_manifest, write_shard
 
     data = prepare_pairs(
         DataConfig(max_length=64), pairs_file, load_tokenizer(checkpoint / HF), folder.with_name("tokenised")
     )
-    parts = []
-    for pair, row in enumerate(data.rows):
-        parts.append(np.full(data.response_length(pair, 0), -1.0))
-        parts.append(np.full(data.response_length(pair, 1), -3e38 if row == overflowing_row else -1.0))
-    lengths = np.array([len(chosen) + len(rejected) for chosen, rejected in zip(parts[::2], parts[1::2], strict=True)])
     (folder / "train").mkdir(parents=True)
-    write_shard(folder / "train", 0, data.hashes, lengths, {"reference": np.concatenate(parts).astype(np.float32)})
+    for pair, row in enumerate(data.rows):
+        numbers = {0: -1.0, 1: -3e38 if row == overflowing_row else -1.0}
+        scores = {
+            Key(data.hashes[pair].tobytes(), side, "reference"): np.full(data.response_length(pair, side), number)
+            for side, number in numbers.items()
+        }
+        write_shard(folder / "train", scores)
     manifest = ScoresManifest(
         reference=read_manifest(checkpoint).weights,
-        guidance=None,
         tokenizer=data.summary.tokenizer,
         template=data.summary.template,
         max_length=64,
-        pairs_hash=data.summary.pairs_hash,
         precision="fp32",
     )
     write_scores_manifest(folder / "train", manifest)

@@ -51,6 +51,22 @@ def test_the_labels_of_a_batch_are_all_response_tokens_and_no_other(data: Prepar
     assert make_batch(data, [1, 2]).labels.tolist() == [13, 14, 15, 16, 17, 22, 23, 24, 25]
 
 
+@pytest.mark.parametrize("samples", [[], [0, 1]])
+def test_a_batch_of_a_given_size_has_it_and_its_padding_is_apart(samples: list[int], data: PreparedPairs) -> None:
+    batch, plain = make_batch(data, samples, size=600), make_batch(data, samples)
+    used = len(plain.tokens) if samples else 0
+    assert len(batch.tokens) == sum(batch.segment_lengths) == int(batch.cu_seqlens[-1]) == 600
+    assert batch.tokens[:used].tolist() == plain.tokens[:used].tolist() and not batch.tokens[used:].any()
+    assert batch.segment_lengths[: 2 * len(samples)] == (plain.segment_lengths if samples else ())
+    assert max(batch.segment_lengths[2 * len(samples) :]) <= 256
+    assert batch.labels.tolist() == plain.labels.tolist() and batch.rows.tolist() == plain.rows.tolist()
+
+
+def test_a_batch_smaller_than_its_pairs_is_refused(data: PreparedPairs) -> None:
+    with pytest.raises(ValueError, match="do not fit a batch of 5"):
+        make_batch(data, [0, 1], size=5)
+
+
 def test_pair_and_side_follow_the_labels(data: PreparedPairs) -> None:
     batch = make_batch(data, [1, 2])
     assert batch.pairs.pair.tolist() == [0] * 5 + [1] * 4

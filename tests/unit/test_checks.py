@@ -143,7 +143,9 @@ def test_packing_is_refused_where_no_attention_kernel_separates_segments(
     with pytest.raises(UserError, match="cannot keep packed sequences apart; unset one of them"):
         build.transformer_config(describe, Config())
     monkeypatch.delenv("NVTE_FUSED_ATTN")
-    check_packed_attention()
+    check_packed_attention("bf16")
+    with pytest.raises(UserError, match="set train.precision=bf16"):
+        check_packed_attention("fp32")
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from recipes.settings import RECIPES, read_command_line
-from tgdpo_megatron.config import Config, check_batch_layout, load
+from tgdpo_megatron.config import Config, LossConfig, check_batch_layout, check_layout, complete, load
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.methods import METHODS, SOURCES
 
 
 def settings(*changes: str) -> Config:
@@ -46,7 +47,7 @@ def test_an_unknown_key_names_the_nearest(written: str, meant: str) -> None:
 
 
 def test_a_key_like_no_other_lists_what_is_known() -> None:
-    assert "known here: loss.type, loss.beta, loss.alpha, loss.beta_r" in refusal("loss.zzzzzz=1")
+    assert "known here: loss.type, loss.beta, loss.label_smoothing, " in refusal("loss.zzzzzz=1")
 
 
 def test_an_unknown_key_in_yaml_names_the_file(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_scientific_notation_is_a_number() -> None:
 
 
 def test_null_unsets_a_setting() -> None:
-    assert settings("loss.beta_r=0.7", "loss.beta_r=null").loss.beta_r is None
+    assert settings("loss.reward_clip=0.7", "loss.reward_clip=null").loss.reward_clip is None
 
 
 def test_loading_changes_leaves_the_base_alone() -> None:
@@ -187,12 +188,72 @@ def test_every_recipe_builds_and_fits_its_processes(name: str) -> None:
 def test_a_recipe_gives_a_fresh_configuration_each_time() -> None:
     first = RECIPES["dpo_tiny"]()
     first.loss.beta = 0.9
-    assert RECIPES["dpo_tiny"]().loss.beta == 0.1
+    assert RECIPES["dpo_tiny"]().loss.beta is None
 
 
 def test_beta_r_is_beta_unless_set() -> None:
-    assert settings("loss.beta=0.3").loss.token_reward_scale == 0.3
-    assert settings("loss.beta=0.3", "loss.beta_r=1").loss.token_reward_scale == 1.0
+    assert settings("loss.beta=0.3").loss.beta_r == 0.3
+    assert settings("loss.beta=0.3", "loss.beta_r=1").loss.beta_r == 1.0
+
+
+# ---------------------------------------------------------------- what a method reads
+
+
+def test_the_methods_defaults_are_written_out() -> None:
+    loss = settings("loss.type=dpo_reg").loss
+    assert (loss.beta, loss.alpha, loss.sequence_weight, loss.token_rewards) == (0.1, 0.25, "detached", "contrastive")
+    assert (loss.beta_r, loss.reward_squash, loss.gamma) == (1.0, True, None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_completing_twice_changes_nothing(name: str) -> None:
+    config = complete(Config(loss=LossConfig(type=name)), where="here")
+    assert complete(config, where="here") == config
+    assert Config.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, method in METHODS.items()
+        for option in LossConfig.model_fields
+        if option not in ("type", "sft_loss_weight", "token_rewards", *method.options)
+        and not (method.rewards and option in SOURCES[method.rewards].options and not method.order_alone)
+    ],
+)
+def test_a_setting_that_a_method_does_not_read_is_refused(name: str, option: str) -> None:
+    value = {"sequence_weight": "static", "reward_squash": "false", "reward_end_of_turn": "false"}.get(option, "0.3")
+    sentence = refusal(f"loss.type={name}", f"loss.{option}={value}")
+    assert f"loss.type={name}" in sentence and f"does not read loss.{option}=" in sentence
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.rewards])
+def test_token_rewards_are_refused_for_a_method_without(name: str) -> None:
+    assert f"loss.type={name} does not read loss.token_rewards=file" in refusal(
+        f"loss.type={name}", "loss.token_rewards=file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("simpo", "reference"), ("simpo", "guidance"), ("dpo", "guidance"), ("dpo_reg", "guidance"), ("sft", "reference")],
+)
+def test_a_frozen_model_that_nothing_reads_is_refused(name: str, role: str) -> None:
+    sentence = refusal(f"loss.type={name}", f"model.{role}=somewhere")
+    assert f"model.{role} is not read by loss.type={name}" in sentence
+
+
+def test_options_that_need_another_are_refused() -> None:
+    assert "with loss.token_rewards=guidance; set that to file, or leave scores.reward_file out" in refusal(
+        "loss.type=tgdpo", "scores.reward_file=rewards.jsonl"
+    )
+    assert "loss.type=dpo; leave scores.contrastive_prompts out" in refusal(
+        "loss.type=dpo", "scores.contrastive_prompts=prompts.yaml"
+    )
+    assert "needs loss.sequence_weight=static" in refusal("loss.type=dpo_reg", "loss.static_weight=0.5")
+    assert "nothing to select" in refusal("loss.type=sepo", "loss.token_rewards=chosen")
+    assert "does not read loss.sft_loss_weight" in refusal("loss.type=sft", "loss.sft_loss_weight=1")
 
 
 # ---------------------------------------------------------------- what must fit
@@ -234,6 +295,30 @@ def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], proce
     with pytest.raises(UserError) as refused:
         check_batch_layout(settings(*changes), world_size=processes)
     assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["train.global_batch_size=30"],
+        ["train.train_iters=5"],
+        ["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"],
+        ["train.eval_interval=5"],
+        ["train.fixed_micro_batches=true"],
+    ],
+    ids=str,
+)
+def test_scoring_is_not_refused_for_what_only_training_reads(changes: list[str]) -> None:
+    with pytest.raises(UserError):
+        check_batch_layout(settings(*changes), world_size=1)
+    assert check_layout(settings(*changes), world_size=1) == 1
+
+
+def test_a_token_budget_must_split_over_ranks_only_where_the_sequence_does() -> None:
+    changes = ["parallel.tensor_model_parallel_size=2", "train.micro_batch_tokens=63"]
+    assert check_layout(settings(*changes), world_size=2) == 1
+    with pytest.raises(UserError, match="micro_batch_tokens=63 is not a multiple of .*=2, over which"):
+        check_layout(settings(*changes, "parallel.sequence_parallel=true"), world_size=2)
 
 
 @pytest.mark.parametrize(

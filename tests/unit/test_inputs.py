@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tgdpo_megatron import inputs
-from tgdpo_megatron.config import Config, LossConfig, ModelConfig, ParallelConfig, ScoresConfig
+from tgdpo_megatron.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScoresConfig,
+    TrainConfig,
+    check_layout,
+)
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.run_folder import check_writable
 
@@ -56,10 +68,19 @@ def test_a_frozen_model_with_another_tokenizer_is_refused(
         inputs.check_models(config)
 
 
-def test_a_frozen_model_with_another_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_only_padded_differently_is_no_other_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
+    """The tokenizer is the same; such a model can be scored, but not ride in the policy's pipeline."""
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", vocab_size=1000)
-    with pytest.raises(UserError, match="another vocabulary size"):
-        inputs.check_models(Config(model=ModelConfig(checkpoint=checkpoint, guidance=other)))
+    config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other))
+    assert inputs.check_models(config).guidance is not None
+    with pytest.raises(UserError, match="in vocab_size and cannot run beside it"):
+        inputs.carried_checkpoints(config)
+
+
+def test_a_guidance_that_the_loss_does_not_read_may_have_any_shape(checkpoint: Path, tmp_path: Path) -> None:
+    other = edited(checkpoint, tmp_path / "other", "hf/config.json", hidden_size=128)
+    model = ModelConfig(checkpoint=checkpoint, guidance=other)
+    assert inputs.carried_checkpoints(Config(model=model, loss=LossConfig(type="dpo"))) == [checkpoint]
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 128}, {"num_hidden_layers": 4}], ids=str)
@@ -87,7 +108,109 @@ def test_the_loss_decides_which_frozen_models_ride_along(checkpoint: Path) -> No
     assert inputs.carried_checkpoints(Config(model=model, scores=ScoresConfig(source="cached"))) == []
 
 
+@pytest.mark.parametrize(
+    ("loss", "scores", "words"),
+    [
+        (
+            "tgdpo",
+            {"path": "scores"},
+            "scores.path=scores is not read with scores.source=live; set scores.source=cached",
+        ),
+        ("simpo", {"source": "cached"}, "loss.type=simpo reads no cached scores; set scores.source=live"),
+    ],
+)
+def test_scores_that_training_would_not_read_are_refused(loss: Any, scores: Any, words: str, checkpoint: Path) -> None:
+    model = ModelConfig(checkpoint=checkpoint)
+    config = Config(model=model, loss=LossConfig(type=loss), scores=ScoresConfig(**scores))
+    with pytest.raises(UserError, match=words):
+        inputs.carried_checkpoints(config)
+
+
 def test_a_layout_is_checked_against_the_checkpoint(checkpoint: Path) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4)
     with pytest.raises(UserError, match="does not divide the model's 2 key-value heads"):
         inputs.check_models(Config(model=ModelConfig(checkpoint=checkpoint), parallel=parallel))
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@pytest.fixture
+def load(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """A function that loads data as the only rank of a job."""
+    import torch.distributed as dist
+
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.platform.processes import Ranks
+
+    def run(**data: Any) -> Any:
+        config = Config(model=ModelConfig(checkpoint=checkpoint), data=DataConfig(max_length=256, **data))
+        return inputs.load_data(config, describe(checkpoint), Ranks(0, 1, 0, "cpu"), tmp_path / "data")
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield run
+    dist.destroy_process_group()
+
+
+def test_how_each_source_was_read_is_said_once(
+    load: Callable[..., Any], pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A saved `datasets` folder is a source of rows, not a folder of prepared pairs."""
+    from datasets import Dataset
+
+    turns = [{"role": "user", "content": "Hi"}]
+    answers = {name: [*turns, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    Dataset.from_list([{**answers, "score": 1.0}] * 2).save_to_disk(str(tmp_path / "saved"))
+    train, validation = load(train=pairs_file, validation=tmp_path / "saved")
+    assert (len(train), len(validation)) == (6, 2)
+    said = [line for line in capsys.readouterr().out.splitlines() if "read as" in line]
+    assert said == [
+        "data.train: read as llama_factory (columns instruction, chosen, rejected)",
+        "data.validation: read as trl_implicit_prompt_messages (columns chosen, rejected)",
+    ]
+
+
+def test_a_prepared_folder_says_how_it_was_read_once(
+    load: Callable[..., Any], pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(train=pairs_file)
+    (prepared,) = (tmp_path / "data").iterdir()
+    first = capsys.readouterr().out
+    load(train=prepared)
+    assert capsys.readouterr().out == first and first.count("read as llama_factory") == 1
+    assert list((tmp_path / "data").iterdir()) == [prepared], "nothing is prepared again"
+
+
+def test_a_layout_that_is_given_makes_another_folder(
+    load: Callable[..., Any], pairs_file: Path, tmp_path: Path
+) -> None:
+    recognised, _ = load(train=pairs_file)
+    forced, _ = load(train=pairs_file, layout="llama_factory")
+    assert len(list((tmp_path / "data").iterdir())) == 2
+    assert forced.summary.pairs_hash == recognised.summary.pairs_hash
+
+
+@pytest.mark.parametrize(("tensor", "loss"), [(1, "dpo"), (2, "dpo"), (8, "dpo"), (1, "sft")])
+def test_a_token_budget_that_is_too_small_is_refused_with_one_that_will_do(
+    tensor: int, loss: str, prepared_by_hand: Callable[..., Any]
+) -> None:
+    """The second pair has 12 + 31 tokens that the model reads; SFT reads the 12 of its chosen response, and 14."""
+    data = prepared_by_hand([([1, 2], [3] * 13, [4]), ([1, 2], [5] * 11, [6] * 30)])
+
+    def budgeted(tokens: int) -> Config:
+        return Config(
+            loss=LossConfig(type=loss),
+            parallel=ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1),
+            train=TrainConfig(micro_batch_tokens=tokens),
+        )
+
+    source = Path("pairs.jsonl")
+    if loss == "sft":
+        inputs._check_budget(budgeted(16), data, source)
+        return
+    with pytest.raises(UserError, match=r"\(row 2 of by-hand.jsonl\) has 43 tokens and does not fit .*=16;") as refused:
+        inputs._check_budget(budgeted(16), data, source)
+    (needed,) = map(int, re.findall(r"raise it to (\d+) or more", str(refused.value)))
+    assert 43 <= needed < 43 + tensor
+    inputs._check_budget(budgeted(needed), data, source)
+    assert check_layout(budgeted(needed), world_size=tensor) == 1

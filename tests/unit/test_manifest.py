@@ -42,3 +42,23 @@ def test_function_of_an_allowed_module_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(call))
     with pytest.raises(UserError, match="which no index holds"):
         read_metadata(tmp_path)
+
+
+def test_an_enums_member_may_be_looked_up_by_name_as_some_pythons_pickle_it(tmp_path: Path) -> None:
+    """Python 3.11.2 writes getattr(Enum, name) where 3.11.7 writes Enum(value)."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Encoding
+
+    member = Encoding.TORCH_CONTIGUOUS_FORMAT
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Runs(getattr, Encoding, member.name)))
+    assert read_metadata(tmp_path) is member
+
+
+@pytest.mark.parametrize("name", ["__init__", "mro", "__subclasses__", "TORCH_NOTHING"])
+def test_nothing_else_may_be_looked_up(name: str, tmp_path: Path) -> None:
+    import torch
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Encoding
+
+    for owner in (Encoding, torch.Size):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(_Runs(getattr, owner, name)))
+        with pytest.raises(UserError, match="which no index does"):
+            read_metadata(tmp_path)

@@ -12,17 +12,23 @@ import torch
 from torch import Tensor
 
 from tgdpo_megatron.config import LossConfig
-from tgdpo_megatron.losses import Pairs, pair_losses
-from tgdpo_megatron.report.metrics import Logger, averages, micro_batch_sums, names_for
+from tgdpo_megatron.losses import Pairs, inputs_of, pair_losses
+from tgdpo_megatron.methods import METHODS
+from tgdpo_megatron.report.metrics import Logger, averages, micro_batch_sums, names_for, warnings
 
 DPO = LossConfig(type="dpo", beta=0.1)
 TGDPO = LossConfig(type="tgdpo", beta=0.1, alpha=0.5)
 
 
 def metrics_of(config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tensor, guidance: Tensor) -> dict[str, Any]:
-    losses, margins = pair_losses(config, policy, pairs, reference=reference, guidance=guidance)
-    sums = micro_batch_sums(config, pairs, policy, [reference, guidance], losses, margins)
+    sums = sums_of(config, pairs, policy, reference, guidance)
     return averages({name: float(value) for name, value in sums.items()})
+
+
+def sums_of(config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tensor, guidance: Tensor) -> dict[str, Any]:
+    scores = {"reference": reference, "guidance": guidance, "divergence": (policy - reference).square()}
+    losses, margins = pair_losses(config, policy, pairs, **scores)
+    return micro_batch_sums(config, pairs, policy, inputs_of(config, pairs, **scores), losses, margins)
 
 
 @pytest.fixture
@@ -55,8 +61,8 @@ def test_the_loss_metric_is_the_mean_over_pairs(golden: Any, part_a: Any) -> Non
 def test_weight_statistics_by_hand() -> None:
     """With β_r = 0.5, α = 2 a weight is 1 ± (guidance − reference): chosen 2 and −1, rejected 0 and 3.
 
-    Mean 1; mean square (4 + 1 + 0 + 9) / 4 = 3.5; deviation √2.5. Two of four are not positive. r̂ counts with
-    its side's sign: (0.5 − 1 − 0.5 + 1) / 4 = 0.
+    Mean 1; mean square (4 + 1 + 0 + 9) / 4 = 3.5; deviation √2.5. Two of four are not positive. The mean of
+    r̂ is (0.5 − 1 + 0.5 − 1) / 4 = −0.25.
     """
     pairs = Pairs(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]), 1)
     guidance = torch.tensor([1.0, -2.0, 1.0, -2.0], dtype=torch.float64)
@@ -65,7 +71,50 @@ def test_weight_statistics_by_hand() -> None:
     assert found["tgdpo/weight_mean"] == pytest.approx(1.0, abs=1e-12)
     assert found["tgdpo/weight_std"] == pytest.approx(math.sqrt(2.5), abs=1e-12)
     assert found["tgdpo/weight_neg_frac"] == 0.5
-    assert found["tgdpo/reward_mean"] == pytest.approx(0.0, abs=1e-12)
+    assert found["tgdpo/weight_share_0_to_0.5"] == 0.0 and found["tgdpo/weight_share_1.5_to_2"] == 0.25
+    assert found["tgdpo/weight_share_2_to_inf"] == 0.25
+    assert found["token_rewards/mean"] == pytest.approx(-0.25, abs=1e-12)
+
+
+def test_the_guided_part_of_the_margin_is_what_is_beyond_dpo(part_a: Any) -> None:
+    found = metrics_of(TGDPO, *part_a)
+    assert found["tgdpo/margins"] - found["rewards/margins"] == pytest.approx(found["tgdpo/margins_guided"], abs=1e-12)
+
+
+def test_correlation_of_token_rewards_with_implicit_rewards_is_pearsons(part_a: Any) -> None:
+    _, policy, reference, guidance = part_a
+    found = metrics_of(TGDPO, *part_a)["token_rewards/correlation"]
+    assert found == pytest.approx(float(torch.corrcoef(torch.stack([guidance - reference, policy - reference]))[0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "settings", "words"),
+    [
+        (0.0, {}, ["all token rewards are 0"]),
+        (-3.0, {"alpha": 1.0, "beta_r": 1.0}, ["50% of the token weights are ≤ 0"]),
+        (9.0, {"reward_clip": 0.1}, ["100% of the token rewards are at their limit"]),
+        (9.0, {"reward_squash": True, "beta_r": 1.0}, ["100% of the token rewards are at their limit"]),
+        (0.5, {}, []),
+    ],
+    ids=str,
+)
+def test_unhealthy_guidance_is_said_in_words(guidance: float, settings: Any, words: list[str]) -> None:
+    """Rewards of one value: on chosen tokens the weight is 1 + α r̂, on rejected ones 1 − α r̂."""
+    pairs = Pairs(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]), 1)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    config = LossConfig(type="tgdpo", **settings)
+    found = warnings(config, metrics_of(config, pairs, zeros, zeros, torch.full((4,), guidance, dtype=torch.float64)))
+    assert [any(sentence.startswith(word) for sentence in found.values()) for word in words] == [True] * len(words)
+    assert len(found) == len(words)
+
+
+def test_sparse_rewards_are_not_taken_for_none() -> None:
+    """One token of ten thousand has a reward; that is what a reward file may be like."""
+    metrics = {"token_rewards/zero_frac": 0.9999, "token_rewards/std": 0.01}
+    assert warnings(LossConfig(type="tgdpo", token_rewards="file"), metrics) == {}
+    none = {"token_rewards/zero_frac": 1.0, "token_rewards/std": 0.0}
+    assert "check scores.reward_file" in str(warnings(LossConfig(type="tgdpo", token_rewards="file"), none))
+    assert "check scores.contrastive_prompts" in str(warnings(LossConfig(type="dpo_reg"), none))
 
 
 def test_an_equal_pair_is_not_counted_as_right() -> None:
@@ -83,25 +132,22 @@ def test_micro_batches_add_up_to_the_whole(part_a: Any) -> None:
         own = pairs.pair == pair
         part = Pairs(pairs.pair[own] - pair, pairs.side[own], 1)
         values = [logps[own] for logps in flat]
-        losses, margins = pair_losses(TGDPO, values[0], part, reference=values[1], guidance=values[2])
-        for name, value in micro_batch_sums(TGDPO, part, values[0], values[1:], losses, margins).items():
+        for name, value in sums_of(TGDPO, part, *values).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     assert averages(sums) == pytest.approx(metrics_of(TGDPO, *part_a), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "tgdpo"])
+@pytest.mark.parametrize("method", METHODS)
 def test_ranks_that_count_nothing_know_the_names_reported(method: Any, part_a: Any) -> None:
     """Names and order must agree between ranks: they are added up as one vector."""
-    pairs, *flat = part_a
-    config = LossConfig(type=method)
-    losses, margins = pair_losses(config, flat[0], pairs, reference=flat[1], guidance=flat[2])
-    assert list(micro_batch_sums(config, pairs, flat[0], flat[1:], losses, margins)) == names_for(config)
+    config = LossConfig(type=method, token_rewards="guidance" if METHODS[method].rewards else None)
+    assert list(sums_of(config, *part_a)) == names_for(config)
 
 
 def test_an_empty_micro_batch_adds_nothing() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     empty = torch.zeros(0)
-    sums = micro_batch_sums(TGDPO, Pairs(none, none, 0), empty, [empty, empty], empty, empty)
+    sums = micro_batch_sums(TGDPO, Pairs(none, none, 0), empty, {"reference": empty, "rewards": empty}, empty, empty)
     assert all(float(value) == 0.0 for value in sums.values())
 
 
@@ -109,7 +155,9 @@ def test_a_loss_that_is_not_finite_is_counted() -> None:
     pairs = Pairs(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), 2)
     policy = torch.tensor([float("nan"), -1.0, -0.5, -1.0])
     losses, margins = pair_losses(DPO, policy, pairs, reference=torch.zeros(4))
-    assert float(micro_batch_sums(DPO, pairs, policy, [torch.zeros(4)], losses, margins)["not_finite"]) == 1.0
+    assert (
+        float(micro_batch_sums(DPO, pairs, policy, {"reference": torch.zeros(4)}, losses, margins)["not_finite"]) == 1.0
+    )
 
 
 def log(output: Path, iterations: range, *, first: int = 0) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -49,10 +47,6 @@ def test_without_shuffle_the_file_keeps_its_order() -> None:
 LENGTHS = np.random.default_rng(3).integers(20, 400, 23)
 
 
-def settings(**values: Any) -> TrainConfig:
-    return TrainConfig(**values)
-
-
 @pytest.mark.parametrize("pairs", [0, 1, 5, 16, 23])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("multiple_of", [1, 2])
@@ -60,7 +54,7 @@ def settings(**values: Any) -> TrainConfig:
 def test_ranks_share_the_pairs_out_without_overlap(
     pairs: int, ranks: int, multiple_of: int, how: dict[str, int]
 ) -> None:
-    shares = micro_batches(LENGTHS[:pairs], settings(**how), ranks=ranks, multiple_of=multiple_of)
+    shares = micro_batches(LENGTHS[:pairs], TrainConfig(**how), ranks=ranks, multiple_of=multiple_of)
     dealt = [int(place) for share in shares for batch in share for place in batch]
     assert sorted(dealt) == list(range(pairs))
     counts = {len(share) for share in shares}
@@ -69,26 +63,52 @@ def test_ranks_share_the_pairs_out_without_overlap(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_batches_of_pairs_hold_no_more_pairs_than_asked(ranks: int) -> None:
-    shares = micro_batches(LENGTHS, settings(micro_batch_size=3), ranks=ranks)
+    shares = micro_batches(LENGTHS, TrainConfig(micro_batch_size=3), ranks=ranks)
     assert max(len(batch) for share in shares for batch in share) == 3
 
 
-@pytest.mark.parametrize("budget", [400, 450, 1000, 10000])
+@pytest.mark.parametrize("budget", [400, 420, 450, 520, 1000, 10000])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_batches_of_tokens_stay_within_their_budget(ranks: int, budget: int) -> None:
-    shares = micro_batches(LENGTHS, settings(micro_batch_tokens=budget), ranks=ranks)
+    shares = micro_batches(LENGTHS, TrainConfig(micro_batch_tokens=budget), ranks=ranks)
     assert max(int(LENGTHS[batch].sum()) for share in shares for batch in share) <= budget
+
+
+def test_a_cut_that_cannot_be_evened_within_the_budget_stays_full() -> None:
+    """First fit finds 7+8, 6+6+4; evened out, longest first: 8+6+4 = 18 and 7+6."""
+    (share,) = micro_batches(np.array([7, 6, 6, 4, 8]), TrainConfig(micro_batch_tokens=16), ranks=1)
+    assert sorted(sorted(batch.tolist()) for batch in share) == [[0, 4], [1, 2, 3]]
+
+
+def test_micro_batches_of_one_rank_are_evened_out_where_the_budget_allows() -> None:
+    """Two packs of at most 100: first fit would make 90 and 30."""
+    lengths = np.array([30, 30, 30, 30])
+    (share,) = micro_batches(lengths, TrainConfig(micro_batch_tokens=100), ranks=1)
+    assert [int(lengths[batch].sum()) for batch in share] == [60, 60]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_counted_pairs_are_balanced_over_ranks_and_micro_batches(ranks: int) -> None:
+    lengths = np.minimum(np.random.default_rng(6).lognormal(6.9, 0.5, 64), 4000).astype(int)
+    shares = micro_batches(lengths, TrainConfig(micro_batch_size=4), ranks=ranks)
+    tokens = [sum(int(lengths[batch].sum()) for batch in share) for share in shares]
+    assert max(tokens) / np.mean(tokens) <= 1.02
+    for share in shares:
+        within = [int(lengths[batch].sum()) for batch in share]
+        assert max(within) / np.mean(within) <= 1.3
+        in_order = [int(lengths[np.concatenate(share)][first : first + 4].sum()) for first in range(0, 64 // ranks, 4)]
+        assert max(within) <= max(in_order)
 
 
 def test_no_more_micro_batches_than_needed() -> None:
     twelve = LENGTHS[:12]
-    assert len(micro_batches(twelve, settings(micro_batch_size=3), ranks=2)[0]) == 2
-    assert len(micro_batches(twelve, settings(micro_batch_size=3), ranks=2, multiple_of=4)[0]) == 4
-    assert len(micro_batches(twelve, settings(micro_batch_tokens=int(twelve.sum())), ranks=1)[0]) == 1
+    assert len(micro_batches(twelve, TrainConfig(micro_batch_size=3), ranks=2)[0]) == 2
+    assert len(micro_batches(twelve, TrainConfig(micro_batch_size=3), ranks=2, multiple_of=4)[0]) == 4
+    assert len(micro_batches(twelve, TrainConfig(micro_batch_tokens=int(twelve.sum())), ranks=1)[0]) == 1
 
 
 def test_the_same_pairs_are_always_cut_in_the_same_way() -> None:
-    cuts = [micro_batches(LENGTHS, settings(micro_batch_tokens=900), ranks=2) for _ in range(2)]
+    cuts = [micro_batches(LENGTHS, TrainConfig(micro_batch_tokens=900), ranks=2) for _ in range(2)]
     assert [[batch.tolist() for batch in share] for share in cuts[0]] == [
         [batch.tolist() for batch in share] for share in cuts[1]
     ]
@@ -97,6 +117,6 @@ def test_the_same_pairs_are_always_cut_in_the_same_way() -> None:
 @pytest.mark.parametrize(("ranks", "limit"), [(8, 1.02), (16, 1.05)])
 def test_no_rank_has_much_more_than_the_mean_to_do(ranks: int, limit: float) -> None:
     lengths = np.minimum(np.random.default_rng(5).lognormal(6.9, 0.5, 128), 4000).astype(int)
-    shares = micro_batches(lengths, settings(micro_batch_tokens=4096), ranks=ranks)
+    shares = micro_batches(lengths, TrainConfig(micro_batch_tokens=4096), ranks=ranks)
     tokens = [sum(int(lengths[batch].sum()) for batch in share) for share in shares]
     assert max(tokens) / np.mean(tokens) <= limit

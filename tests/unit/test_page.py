@@ -1,12 +1,13 @@
 """The HTML report: self-contained, safe with any text, and showing the numbers it was given."""
 
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from tgdpo_megatron.report.page import Answer, Page, Sample, Table, TokenPair, build_page
-from tgdpo_megatron.report.plots import Chart, Line, Token, figure_svg, reward_colour
+from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, Token, chart_svg, figure_svg, grid_svg, reward_colour
 
 HOSTILE = "<script>alert('a & b')</script>"
 
@@ -20,7 +21,10 @@ def html() -> str:
             title=HOSTILE,
             summary=["Something was done.", "It went well & quickly."],
             tables=[("Before and after", Table(("model", "exact match"), [["after", "87.5%"]], note=HOSTILE))],
-            charts=[Chart(HOSTILE, "optimizer step", "loss (nats)", [line])],
+            charts=[
+                Chart(HOSTILE, "optimizer step", "loss (nats)", [line]),
+                Bars(HOSTILE, "points", [HOSTILE], [Series(HOSTILE, [1.0], [math.nan])]),
+            ],
             token_pairs=[pair],
             token_notes=[HOSTILE],
             samples=[Sample(HOSTILE, "42.", [Answer("before", HOSTILE, False), Answer("after", "42.", True)])],
@@ -70,6 +74,20 @@ def test_known_mistakes_are_marked(html: str) -> None:
 def test_an_empty_part_is_left_out() -> None:
     html = build_page(Page(title="a run", summary=["Nothing else is known."]))
     assert "<h2>" not in html
+
+
+def test_more_lines_than_colours_are_told_apart_by_dashes() -> None:
+    lines = [Line(str(place), [0, 1], [0, place], colour=place) for place in range(12)]
+    svg = chart_svg(Chart("many", "step", "loss", lines))
+    styles = set(re.findall(r'style="fill: none; stroke[^"]+"', svg))
+    assert len([style for style in styles if "stroke-width: 1.3" in style]) == len(lines)
+
+
+def test_a_grid_holds_every_chart_and_what_its_bars_are_called() -> None:
+    bars = Bars("moved", "points", ["one way", "another"], [Series("wrong", [1.0, 2.0], [0.1, math.nan])])
+    svg = grid_svg([bars, Chart("loss", "step", "nats", []), bars], columns=2)
+    assert svg.startswith("<svg") and svg.count("<svg") == 1
+    assert all(svg.count(f"<!-- {words} -->") == 2 for words in ("one way", "another", "moved"))
 
 
 def test_positive_and_negative_rewards_have_colours_of_their_own_and_zero_none() -> None:

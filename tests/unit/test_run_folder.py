@@ -55,6 +55,7 @@ def test_a_run_continues_with_its_own_settings(stopped: tuple[Path, Config]) -> 
         ("train", "precision", "fp32"),
         ("data", "shuffle", False),
         ("optimizer", "lr", 1e-5),
+        ("optimizer", "clip_grad", 0.5),
     ],
 )
 def test_a_run_is_not_continued_with_another_setting(
@@ -66,7 +67,13 @@ def test_a_run_is_not_continued_with_another_setting(
 
 
 @pytest.mark.parametrize(
-    ("field", "words"), [("pairs_hash", "pairs"), ("reference", "reference"), ("guidance", "guid")]
+    ("field", "words"),
+    [
+        ("pairs_hash", "pairs"),
+        ("reference", "reference"),
+        ("guidance", "guid"),
+        ("rewards", "contrastive prompts or reward file"),
+    ],
 )
 def test_a_run_is_not_continued_with_other_data_or_frozen_weights(
     stopped: tuple[Path, Config], field: str, words: str

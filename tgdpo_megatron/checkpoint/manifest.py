@@ -7,6 +7,7 @@ FOLDER/weights/        torch_dist checkpoint: weights, and in a run also optimiz
 
 from __future__ import annotations
 
+import enum
 import json
 import pickle
 import shutil
@@ -54,6 +55,8 @@ class CheckpointManifest:
     """Fingerprint of the run's guidance weights."""
     pairs_hash: str | None = None
     """Hash of the run's training pairs."""
+    rewards: str | None = None
+    """Hash of the contrastive prompts, or of the reward file, that the run's token rewards come from."""
     weights_bf16: str = ""
     """Fingerprint of the weights rounded to bf16: what a bf16 run loads."""
     format: int = FORMAT
@@ -118,6 +121,8 @@ def read_metadata(folder: Path) -> Any:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how some patch releases of Python pickle an enum's member
+            return _enum_member
         if (module, name) in _INDEX_PARTS or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)
         if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
@@ -134,6 +139,13 @@ _INDEX_PARTS = {
     ("builtins", "set"),
     ("pathlib", "PosixPath"),
 }
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """What getattr may be used for in an index, and nothing else."""
+    if isinstance(owner, enum.EnumMeta) and name in owner.__members__:
+        return owner.__members__[name]
+    raise UserError(f"the checkpoint's index looks up {name}, which no index does; it is not loaded.")
 
 
 def _is_dtype(name: str) -> bool:

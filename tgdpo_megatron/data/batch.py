@@ -20,6 +20,9 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 from tgdpo_megatron.scores.store import TokenScores
 
+PADDING_SEGMENT = 256
+"""Padding is cut into segments this long: attention over one long one would cost its square."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,7 +36,7 @@ class Batch:
         rows: The token whose hidden state predicts each label: labels are shifted here, once. [R] int64.
         labels: The token predicted. [R] int64.
         pairs: Pair and side of each labelled token.
-        reference, guidance: Cached log-probs of the labelled tokens, nats, or None. [R] fp32.
+        scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
         samples: Index of each pair in the data set, to name it in errors.
     """
 
@@ -44,8 +47,7 @@ class Batch:
     rows: Tensor
     labels: Tensor
     pairs: Pairs
-    reference: Tensor | None
-    guidance: Tensor | None
+    scores: dict[str, Tensor]
     samples: tuple[int, ...]
 
     @property
@@ -61,7 +63,8 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         pairs = replace(self.pairs, pair=self.pairs.pair.to(device), side=self.pairs.side.to(device))
-        return replace(self, **moved, pairs=pairs)
+        scores = {name: value.to(device, non_blocking=True) for name, value in self.scores.items()}
+        return replace(self, **moved, pairs=pairs, scores=scores)
 
 
 def rank_batches(
@@ -79,7 +82,9 @@ def rank_batches(
 
     Args:
         picked: Indices of the pairs. [n] int64.
+        sides: Which responses to include.
         rank, ranks: Place in the data-parallel group, and its size.
+        scores: Cached token scores to join.
     """
     parallel, settings = config.parallel, config.train
     cut = micro_batches(
@@ -119,8 +124,11 @@ def make_batch(
         samples: Indices of the pairs. May be empty: the batch then holds padding alone.
         sides: Which responses to include; SFT needs only CHOSEN.
         scores: Cached token scores to join, by sample hash.
-        align: T is padded to a multiple of this, with a segment of its own.
-        size: T, padded in the same way.
+        align: T is padded to a multiple of this, with segments of their own.
+        size: T, padded in the same way; `align` is then not read.
+
+    Raises:
+        ValueError: The sequences are longer than `size`.
     """
     tokens, lengths, rows, labels, pair, side = [], [], [], [], [], []
     offset = 0
@@ -136,12 +144,11 @@ def make_batch(
             side.append(np.full(response, which))
             lengths.append(len(sequence) - 1)
             offset += len(sequence) - 1
-    padding = size - offset if size is not None else -offset % align
-    if padding or not offset:
-        padding = padding or align
-        tokens.append(np.zeros(padding, dtype=np.int32))
-        lengths.append(padding)
-    joined = scores.join(data, samples, sides) if scores is not None else {}
+    end = size if size is not None else max(align, -(-offset // align) * align)  # never empty
+    if end < offset:
+        raise ValueError(f"{offset} tokens do not fit a batch of {end}")
+    tokens.append(np.zeros(end - offset, dtype=np.int32))
+    lengths += [min(PADDING_SEGMENT, end - place) for place in range(offset, end, PADDING_SEGMENT)]
     return Batch(
         tokens=_tensor(tokens),
         positions=_tensor([np.arange(length) for length in lengths]),
@@ -150,8 +157,7 @@ def make_batch(
         rows=_tensor(rows),
         labels=_tensor(labels),
         pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
-        reference=joined.get("reference"),
-        guidance=joined.get("guidance"),
+        scores=scores.join(samples, sides) if scores is not None else {},
         samples=tuple(int(sample) for sample in samples),
     )
 

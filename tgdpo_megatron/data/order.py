@@ -49,40 +49,55 @@ def micro_batches(
         For each rank, for each micro-batch: places in `lengths`. int64.
     """
     if settings.micro_batch_tokens is None:
-        most = -(-len(lengths) // ranks)
-        count = _round_up(-(-most // settings.micro_batch_size), multiple_of)
-        shares = _spread(lengths, ranks, most=most)
-        return [_within(lengths, share, count, most=settings.micro_batch_size) for share in shares]
+        return _of_pairs(lengths, settings.micro_batch_size, ranks, multiple_of)
+    return _of_tokens(lengths, settings.micro_batch_tokens, ranks, multiple_of)
+
+
+def _of_pairs(lengths: np.ndarray, size: int, ranks: int, multiple_of: int) -> list[list[np.ndarray]]:
+    """At most `size` pairs to a micro-batch, equally many micro-batches to a rank."""
+    most = -(-len(lengths) // ranks)
+    count = _round_up(-(-most // size), multiple_of)
+    return [_spread_share(lengths, share, count, max_pairs=size) for share in _spread(lengths, ranks, max_pairs=most)]
+
+
+def _of_tokens(lengths: np.ndarray, budget: int, ranks: int, multiple_of: int) -> list[list[np.ndarray]]:
+    """As few micro-batches as fit the budget, equally many to a rank."""
     shares = _spread(lengths, ranks)
-    packs = [_fill(lengths, share, settings.micro_batch_tokens) for share in shares]
-    count = _round_up(max(map(len, packs)), multiple_of)
-    evened = [_within(lengths, share, count) for share in shares]
+    full = [_first_fit(lengths, share, budget) for share in shares]
+    count = _round_up(max(map(len, full)), multiple_of)
+    even = [_spread_share(lengths, share, count) for share in shares]
+    # Even micro-batches keep a pipeline busier; where evening would break the budget, the first fit stays.
     return [
-        even if _fits(lengths, even, settings.micro_batch_tokens) else _extend(full, count)
-        for even, full in zip(evened, packs, strict=True)
+        spread if all(int(lengths[pack].sum()) <= budget for pack in spread) else _with_empty(packs, count)
+        for spread, packs in zip(even, full, strict=True)
     ]
 
 
-def _spread(lengths: np.ndarray, bins: int, *, most: int | None = None) -> list[np.ndarray]:
-    """Longest first, each to the bin with the fewest tokens that holds fewer than `most` pairs."""
+def _spread(lengths: np.ndarray, bins: int, *, max_pairs: int | None = None) -> list[np.ndarray]:
+    """Longest first, each to the bin with the fewest tokens that holds fewer than `max_pairs` pairs."""
     content: list[list[int]] = [[] for _ in range(bins)]
     tokens = np.zeros(bins)
     for place in _longest_first(lengths):
         target = int(np.argmin(tokens))
         content[target].append(int(place))
         tokens[target] += lengths[place]
-        if most is not None and len(content[target]) == most:
+        if max_pairs is not None and len(content[target]) == max_pairs:
             tokens[target] = np.inf
     return [np.array(places, dtype=np.int64) for places in content]
 
 
-def _within(lengths: np.ndarray, share: np.ndarray, bins: int, *, most: int | None = None) -> list[np.ndarray]:
+def _spread_share(
+    lengths: np.ndarray, share: np.ndarray, bins: int, *, max_pairs: int | None = None
+) -> list[np.ndarray]:
     """A rank's share spread over its micro-batches."""
-    return [share[places] for places in _spread(lengths[share], bins, most=most)]
+    return [share[places] for places in _spread(lengths[share], bins, max_pairs=max_pairs)]
 
 
-def _fill(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.ndarray]:
-    """As few packs of at most `budget` tokens as first-fit, longest first, finds."""
+def _first_fit(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.ndarray]:
+    """As few packs of at most `budget` tokens as first-fit, longest first, finds.
+
+    A pair longer than the budget gets a pack of its own; load_data refuses such pairs.
+    """
     content: list[list[int]] = []
     room: list[int] = []
     for place in share[_longest_first(lengths[share])]:
@@ -95,11 +110,7 @@ def _fill(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.ndarra
     return [np.array(places, dtype=np.int64) for places in content]
 
 
-def _fits(lengths: np.ndarray, packs: Sequence[np.ndarray], budget: int) -> bool:
-    return all(int(lengths[pack].sum()) <= budget for pack in packs)
-
-
-def _extend(packs: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+def _with_empty(packs: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     return [*packs, *(np.empty(0, dtype=np.int64) for _ in range(count - len(packs)))]
 
 

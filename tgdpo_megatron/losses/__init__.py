@@ -23,70 +23,91 @@ from functools import partial
 from torch import Tensor
 
 from tgdpo_megatron.config import LossConfig
-from tgdpo_megatron.losses.dpo import dpo
+from tgdpo_megatron.losses.dpo import dpo, dpo_norm, hinge, ipo, ipo_sum, robust
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
+from tgdpo_megatron.losses.rewards import token_rewards
+from tgdpo_megatron.losses.sepo import sepo
 from tgdpo_megatron.losses.sft import sft
-from tgdpo_megatron.losses.tgdpo import tgdpo, token_rewards, token_weights
+from tgdpo_megatron.losses.simpo import simpo
+from tgdpo_megatron.losses.tdpo import tdpo1, tdpo2
+from tgdpo_megatron.losses.tgdpo import tgdpo, token_weights
+from tgdpo_megatron.losses.treg import dpo_reg, simpo_reg
 
 __all__ = [
     "CHOSEN",
+    "FORMULAS",
     "REJECTED",
+    "Formula",
     "Pairs",
-    "dpo",
     "formula",
+    "inputs_of",
     "pair_losses",
     "sft",
-    "tgdpo",
     "token_rewards",
     "token_weights",
 ]
 
-
 Formula = Callable[..., tuple[Tensor, Tensor]]
+
+FORMULAS: dict[str, Formula] = {
+    method.__name__: method
+    for method in (
+        sft, dpo, dpo_norm, robust, hinge, ipo, ipo_sum, simpo, tgdpo, tdpo1, tdpo2, sepo, dpo_reg, simpo_reg
+    )
+}  # fmt: skip
+"""`loss.type` -> its formula."""
 
 
 def formula(loss: LossConfig) -> Formula:
     """The configured method, its parameters filled in.
 
     Returns:
-        A function of the policy's token log-probs, the pairs, then the frozen log-probs the method needs
-        (none for sft; reference for dpo; reference and guidance for tgdpo), to losses and margins per pair.
+        A function of the policy's token log-probs, the pairs and what `loss.method.reads` names, to losses and
+        margins per pair.
     """
-    if loss.type == "sft":
-        return sft
-    if loss.type == "dpo":
-        return partial(dpo, beta=loss.beta)
-    return partial(tgdpo, beta=loss.beta, alpha=loss.alpha, beta_r=loss.token_reward_scale)
+    method: Formula = partial(FORMULAS[loss.type], **loss.options)
+    return method if not loss.sft_loss_weight else partial(_with_sft, method, loss.sft_loss_weight)
 
 
-def pair_losses(
-    loss: LossConfig,
-    policy: Tensor,
-    pairs: Pairs,
-    *,
-    reference: Tensor | None = None,
-    guidance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _with_sft(method: Formula, weight: float, policy: Tensor, pairs: Pairs, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """A method's loss, and the chosen response's negative mean log-prob beside it."""
+    losses, margins = method(policy, pairs, **inputs)
+    return losses + weight * sft(policy, pairs)[0], margins
+
+
+def inputs_of(loss: LossConfig, pairs: Pairs, **scores: Tensor) -> dict[str, Tensor]:
+    """What the method reads beside policy and pairs, from per-token scores: log-probs, r̂, the divergence.
+
+    Raises:
+        ValueError: A score is missing.
+    """
+    read = [name for name in loss.method.reads if name != "rewards"]
+    for name in (*read, *loss.scores):
+        if name not in scores:
+            raise ValueError(f"loss.type={loss.type} needs {name}, one number per token")
+    inputs = {name: scores[name] for name in read}
+    if loss.source is not None:
+        inputs["rewards"] = token_rewards(loss.source, pairs, scores, **loss.reward_options)
+    return inputs
+
+
+def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and margin of each pair under the configured method.
 
     Args:
         loss: Method and parameters.
         policy: Token log-probs, nats. [R] float; carries gradient.
         pairs: Pair and side of each of the R tokens.
-        reference: The same tokens under the reference, nats. [R]; constant. For dpo and tgdpo.
-        guidance: The same tokens under the guidance model, nats. [R]; constant. For tgdpo.
+        scores: What the method and its token rewards need: `reference`, `guidance`, `better`, `worse` log-probs,
+            nats; `reward`; each [R], constant. `divergence` from the reference, nats, [R]; carries gradient.
 
     Returns:
         Losses and margins. Both [P], in the dtype of `policy`, unreduced.
 
     Raises:
-        ValueError: The method needs log-probs that were not given, or shapes differ.
+        ValueError: The method needs scores that were not given, or shapes differ.
     """
-    needed = {"reference": reference} if loss.needs_reference else {}
-    needed |= {"guidance": guidance} if loss.needs_guidance else {}
-    for name, logps in needed.items():
-        if logps is None:
-            raise ValueError(f"loss.type={loss.type} needs {name} log-probs")
-        if logps.shape != policy.shape:
-            raise ValueError(f"{name} has shape {tuple(logps.shape)}, policy {tuple(policy.shape)}")
-    return formula(loss)(policy, pairs, *needed.values())
+    for name, values in scores.items():
+        if values.shape != policy.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, policy {tuple(policy.shape)}")
+    return formula(loss)(policy, pairs, **inputs_of(loss, pairs, **scores))

@@ -32,7 +32,7 @@ class Pairs:
         if per_token.shape != self.pair.shape:
             raise ValueError(f"expected one number per token, {tuple(self.pair.shape)}, got {tuple(per_token.shape)}")
         flat = per_token.new_zeros(2 * self.num_pairs)
-        return flat.index_add(0, 2 * self.pair + self.side, per_token).view(self.num_pairs, 2)
+        return flat.index_add(0, self.response, per_token).view(self.num_pairs, 2)
 
     def difference(self, per_token: Tensor) -> Tensor:
         """Sum over the chosen response minus sum over the rejected one. [R] -> [P]; differentiable."""
@@ -42,3 +42,44 @@ class Pairs:
     def lengths(self) -> Tensor:
         """Number of labelled tokens of each response. [P, 2] int64."""
         return self.sums(torch.ones_like(self.pair))
+
+    @property
+    def response(self) -> Tensor:
+        """Index of each token's response: twice its pair, plus its side. [R] int64."""
+        return 2 * self.pair + self.side
+
+    def per_length(self, per_token: Tensor) -> Tensor:
+        """Divide a per-token number by its response's length, so that sums become means. [R] -> [R].
+
+        A response without tokens has none to divide.
+        """
+        return per_token / self.lengths().flatten()[self.response]
+
+    def last(self) -> Tensor:
+        """Whether a token is the last of its response. [R] bool. A response's tokens must stand together, in order."""
+        following = self.response.roll(-1)
+        last = following != self.response
+        if len(last):
+            last[-1] = True
+        return last
+
+    def spread(self, per_token: Tensor) -> Tensor:
+        """Largest minus smallest of each response's numbers, 0 for one without tokens. [R] -> [2 P]."""
+        ends = [
+            per_token.new_zeros(2 * self.num_pairs).scatter_reduce(0, self.response, per_token, how, include_self=False)
+            for how in ("amax", "amin")
+        ]
+        return ends[0] - ends[1]
+
+    def rank(self, per_token: Tensor) -> Tensor:
+        """Place of each token in its response when ordered by a number, largest first: 0, 1, … [R] -> [R] int64.
+
+        Equal numbers keep their order.
+        """
+        by_number = per_token.argsort(descending=True, stable=True)
+        order = by_number[self.response[by_number].argsort(stable=True)]  # response after response, largest first
+        lengths = self.lengths().flatten()
+        starts = lengths.cumsum(0) - lengths
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order), device=order.device) - starts[self.response[order]]
+        return ranks

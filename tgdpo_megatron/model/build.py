@@ -35,7 +35,7 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
         UserError: A setting known to give wrong numbers without an error, or no kernel for packed sequences.
     """
     if HAVE_TRANSFORMER_ENGINE:
-        check_packed_attention()
+        check_packed_attention(settings.train.precision)
     parallel = settings.parallel
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     cuda = torch.cuda.is_available()
@@ -78,8 +78,9 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
         # We return the sum over pairs and their number; Megatron divides once, by the number over all ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        use_te_activation_func=not HAVE_TRANSFORMER_ENGINE,  # takes the activation from the layer spec: our SwiGlu
+        bias_activation_fusion=HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU; the local spec brings its own
+        # Despite its name: build the activation from the layer spec, where local_layers puts SwiGlu.
+        use_te_activation_func=not HAVE_TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,

@@ -27,10 +27,16 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     on the last stage they meet in one distributed head.
     """
 
-    frozen: tuple[PreferenceGPT, ...] = ()
+    description: ModelDescription  # set by build_model
+    uses_transformer_engine: bool = False  # set by build_model
+    frozen: tuple[PreferenceGPT, ...] = ()  # set by carry
+    divergence: bool = False  # set by carry
+    received: Any = None  # set by Megatron before every forward
 
-    def carry(self, frozen: Sequence[PreferenceGPT]) -> None:
+    def carry(self, frozen: Sequence[PreferenceGPT], *, divergence: bool = False) -> None:
         """Take frozen models of the same depth and width along. They get no graph, gradient or optimizer state.
+
+        With `divergence`, the last stage also gives the policy's divergence from the first of them.
 
         Kept in a tuple, outside torch's module tree: Megatron's data parallelism, optimizer and checkpoints
         see the policy alone.
@@ -38,6 +44,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         for model in frozen:
             model.requires_grad_(False).eval()
         self.frozen = tuple(frozen)
+        self.divergence = divergence
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Megatron hands over what the previous stage sent. [T, k, H], or None on the first stage."""
@@ -48,7 +55,8 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
 
         Returns:
             Stacked hidden states [T, k, H] in the model's dtype; on the last stage, log-probs of the labelled
-            tokens, nats, [k, R] fp32. Only the policy's part carries gradient.
+            tokens, nats, [k, R] fp32, and the divergence in one more row if asked for. Only the policy's part, and
+            the divergence, carry gradient.
         """
         models = (self, *self.frozen)
         states = [self.decode(batch, self._received(0))]
@@ -63,6 +71,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             vocab_size=self.description.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
+            divergence=self.divergence,
         )
 
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
@@ -93,8 +102,6 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         table = self.rotary_pos_emb(-(-batch.longest_segment // 256) * 256)  # [length, 1, 1, channels]
         if not self.uses_transformer_engine:
             return table[batch.positions], Segments(batch.segment_lengths)
-        if table.size(0) == len(batch.tokens):  # Megatron would read an equal length as absolute positions
-            table = self.rotary_pos_emb(table.size(0) + 256)
         boundaries = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -103,8 +110,3 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             max_seqlen_kv=batch.longest_segment,
         )
         return table, boundaries
-
-    # Set by build_model.
-    description: ModelDescription
-    uses_transformer_engine: bool = False
-    received: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -91,7 +90,7 @@ class SwiGlu:
     Not a Module: it has no weights, and checkpoints shall not ask it for any.
     """
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any) -> None: ...  # Megatron hands every activation its configuration
 
     def __call__(self, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
@@ -100,7 +99,7 @@ class SwiGlu:
 
 def local_block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this module's norm and core attention in it."""
-    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     layer.submodules.mlp.submodules.activation_func = SwiGlu

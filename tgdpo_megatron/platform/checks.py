@@ -1,4 +1,4 @@
-"""Start-up checks on the packages beneath us, before any model exists."""
+"""Refuses packages, switches and Megatron settings that would give wrong numbers without an error."""
 
 from __future__ import annotations
 
@@ -49,14 +49,19 @@ def check_apex() -> None:
         )
 
 
-def check_packed_attention() -> None:
+def check_packed_attention(precision: str) -> None:
     """Refuse Transformer Engine without a kernel that keeps packed sequences apart.
 
-    Its unfused attention knows one mask for a whole batch, not the borders of a pack.
+    Its unfused attention knows one mask for a whole batch, not the borders of a pack; the others compute in 16 bits.
 
     Raises:
-        UserError: Where the environment switches both other kernels off.
+        UserError: Where the precision or the environment rules both other kernels out.
     """
+    if precision == "fp32":
+        raise UserError(
+            "train.precision=fp32: Transformer Engine's attention kernels that keep packed sequences apart compute in "
+            "16 bits; set train.precision=bf16."
+        )
     switched_off = [name for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN") if os.environ.get(name) == "0"]
     if len(switched_off) == 2:
         raise UserError(

@@ -1,12 +1,13 @@
 """Metrics: sums over a micro-batch, added over the step and all ranks, divided once.
 
-Names are TRL's; rewards include β. `rewards/*` are plain DPO rewards for every method; what guidance adds is
-under `tgdpo/*`.
+Names are TRL's; rewards include β. `rewards/*` are plain DPO rewards for every method with a reference, β times the
+mean log-prob for the others; what guidance adds is under `token_rewards/*`, `tgdpo/*` and `treg/*`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,30 +19,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tgdpo_megatron.config import LossConfig
-from tgdpo_megatron.losses import CHOSEN, Pairs, token_rewards, token_weights
+from tgdpo_megatron.losses import Pairs, sft, token_weights
 
 Sums = dict[str, Tensor]
 
 # Divided by the number of labelled tokens; everything else by the number of pairs.
-_PER_TOKEN = ("tgdpo/weight_mean", "tgdpo/weight_square", "tgdpo/weight_neg_frac", "tgdpo/reward_mean")
+_PER_TOKEN = ("token_rewards/", "tgdpo/weight", "divergence/")
+_WEIGHT_BORDERS = (0.0, 0.5, 1.0, 1.5, 2.0)
+"""Between them, shares of TGDPO's token weights."""
 
 
 @torch.no_grad()
 def micro_batch_sums(
-    loss: LossConfig, pairs: Pairs, policy: Tensor, frozen: Sequence[Tensor], losses: Tensor, margins: Tensor
+    loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Mapping[str, Tensor], losses: Tensor, margins: Tensor
 ) -> Sums:
-    """Sums of everything reported, over one micro-batch. Scalars, fp32, on the device."""
+    """Sums of everything reported, over one micro-batch. Scalars, on the device.
+
+    Args:
+        inputs: What the method read beside the policy's token log-probs, each [R].
+    """
     logps = pairs.sums(policy)
     sums = {
-        "pairs": losses.new_tensor(float(pairs.num_pairs)),
-        "tokens": losses.new_tensor(float(len(policy))),
+        # Filled on the device: a tensor made of a Python number would be copied there, and waited for.
+        "pairs": losses.new_full((), pairs.num_pairs),
+        "tokens": losses.new_full((), len(policy)),
         "loss": losses.sum(),
         "not_finite": (~torch.isfinite(losses)).sum().float(),
         "logps/chosen": logps[:, 0].sum(),
     }
-    if not loss.needs_reference:
+    if loss.type == "sft":
         return sums
-    rewards = pairs.sums(loss.beta * (policy - frozen[0]))
+    implicit = implicit_rewards(loss, pairs, policy, inputs)
+    rewards = pairs.sums(implicit)
     sums |= {
         "logps/rejected": logps[:, 1].sum(),
         "rewards/chosen": rewards[:, 0].sum(),
@@ -49,16 +58,62 @@ def micro_batch_sums(
         "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
         "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum().float(),
     }
-    if loss.needs_guidance:
-        reward = token_rewards(frozen[1], frozen[0], beta_r=loss.token_reward_scale)
-        weights = token_weights(reward, pairs, alpha=loss.alpha)
-        sums |= {
-            "tgdpo/margins": margins.sum(),
-            "tgdpo/reward_mean": reward.where(pairs.side == CHOSEN, -reward).sum(),
-            "tgdpo/weight_mean": weights.sum(),
-            "tgdpo/weight_square": weights.square().sum(),
-            "tgdpo/weight_neg_frac": (weights <= 0).sum().float(),
-        }
+    if "divergence" in inputs:
+        sums["divergence/mean"] = inputs["divergence"].detach().sum()
+    if "rewards" in inputs:
+        sums |= _token_rewards(loss, inputs["rewards"], implicit)
+    if loss.type == "tgdpo":
+        sums |= _tgdpo(loss, pairs, inputs["rewards"], margins, rewards[:, 0] - rewards[:, 1])
+    if loss.type in ("dpo_reg", "simpo_reg"):
+        sums["treg/regulariser"] = (losses + torch.nn.functional.logsigmoid(margins)).sum()
+        if loss.sft_loss_weight:
+            sums["treg/regulariser"] -= loss.sft_loss_weight * sft(policy, pairs)[0].sum()
+    return sums
+
+
+def implicit_rewards(loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """β (ℓ − ℓ_ref) of each token; for a method without reference its share of β times the mean log-prob. [R]"""
+    scale = loss.options.get("beta", loss.options.get("gamma", 1.0))
+    if "reference" in inputs:
+        return scale * (policy - inputs["reference"])
+    return scale * pairs.per_length(policy)
+
+
+def _token_rewards(loss: LossConfig, rewards: Tensor, implicit: Tensor) -> Sums:
+    """The health of r̂: its spread, how much of it says nothing or is cut off, whether the policy follows it."""
+    limit = min(loss.reward_options.get("reward_clip") or math.inf, _squashed_limit(loss))
+    sums = {
+        "token_rewards/mean": rewards.sum(),
+        "token_rewards/square": rewards.square().sum(),
+        "token_rewards/zero_frac": (rewards.abs() < 1e-6).sum().float(),
+        "token_rewards/limit_frac": (rewards.abs() >= limit).sum().float(),
+    }
+    if "reference" not in loss.method.reads:  # a log-prob alone says how likely a token is, not what was learned
+        return sums
+    return sums | {
+        "token_rewards/implicit_mean": implicit.sum(),
+        "token_rewards/implicit_square": implicit.square().sum(),
+        "token_rewards/product": (rewards * implicit).sum(),
+    }
+
+
+def _squashed_limit(loss: LossConfig) -> float:
+    """Where σ(x) − ½ is as good as flat: |x| > 4.6."""
+    return 0.49 if loss.reward_options.get("reward_squash") else math.inf
+
+
+def _tgdpo(loss: LossConfig, pairs: Pairs, rewards: Tensor, margins: Tensor, plain: Tensor) -> Sums:
+    """The margin and its guided part, and how the token weights are distributed."""
+    weights = token_weights(rewards, pairs, alpha=loss.options["alpha"])
+    sums = {
+        "tgdpo/margins": margins.sum(),
+        "tgdpo/margins_guided": (margins - plain).sum(),
+        "tgdpo/weight_mean": weights.sum(),
+        "tgdpo/weight_square": weights.square().sum(),
+        "tgdpo/weight_neg_frac": (weights <= 0).sum().float(),
+    }
+    for low, high in itertools.pairwise((*_WEIGHT_BORDERS, math.inf)):
+        sums[f"tgdpo/weight_share_{low:g}_to_{high:g}"] = ((weights > low) & (weights <= high)).sum().float()
     return sums
 
 
@@ -81,21 +136,58 @@ def names_for(loss: LossConfig) -> list[str]:
     """The names micro_batch_sums reports for a method, in order."""
     empty = torch.zeros(0)
     none = torch.zeros(0, dtype=torch.int64)
-    sums = micro_batch_sums(loss, Pairs(none, none, 0), empty, [empty, empty], empty, empty)
-    return list(sums)
+    inputs = dict.fromkeys(loss.method.reads, empty)
+    return list(micro_batch_sums(loss, Pairs(none, none, 0), empty, inputs, empty, empty))
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Divide sums by pairs, or by tokens, and finish what needs both moments."""
+    """Divide sums by pairs, or by tokens, and finish what needs two moments."""
     pairs, tokens = max(1.0, sums["pairs"]), max(1.0, sums["tokens"])
     skipped = ("pairs", "tokens", "not_finite")
     metrics = {
-        name: value / (tokens if name in _PER_TOKEN else pairs) for name, value in sums.items() if name not in skipped
+        name: value / (tokens if name.startswith(_PER_TOKEN) else pairs)
+        for name, value in sums.items()
+        if name not in skipped
     }
     if "tgdpo/weight_square" in metrics:
-        variance = metrics.pop("tgdpo/weight_square") - metrics["tgdpo/weight_mean"] ** 2
-        metrics["tgdpo/weight_std"] = math.sqrt(max(0.0, variance))
+        metrics["tgdpo/weight_std"] = _deviation(metrics["tgdpo/weight_mean"], metrics.pop("tgdpo/weight_square"))
+    if "token_rewards/square" in metrics:
+        mean = metrics["token_rewards/mean"]
+        deviation = metrics["token_rewards/std"] = _deviation(mean, metrics.pop("token_rewards/square"))
+    if "token_rewards/product" in metrics:
+        implicit = metrics.pop("token_rewards/implicit_mean")
+        both = deviation * _deviation(implicit, metrics.pop("token_rewards/implicit_square"))
+        covariance = metrics.pop("token_rewards/product") - mean * implicit
+        metrics["token_rewards/correlation"] = covariance / both if both > 1e-12 else 0.0
     return metrics
+
+
+def _deviation(mean: float, square: float) -> float:
+    return math.sqrt(max(0.0, square - mean**2))
+
+
+def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What is wrong with the token rewards, in words, by the metric that shows it; empty where they look healthy."""
+    found = {}
+    if metrics.get("token_rewards/zero_frac", 0) > 0.999 and not metrics["token_rewards/std"]:
+        reasons = {
+            "guidance": "the guidance gives the reference's own log-probs; check model.guidance",
+            "contrastive": "the reference answers both prompts alike; check scores.contrastive_prompts",
+        }
+        reason = reasons.get(loss.source or "", "check scores.reward_file")
+        found["token_rewards/zero_frac"] = f"all token rewards are 0, and guide nothing: {reason}."
+    if (share := metrics.get("token_rewards/limit_frac", 0)) > 0.5:
+        remedy = " or raise loss.reward_clip" if loss.reward_options.get("reward_clip") else ""
+        found["token_rewards/limit_frac"] = (
+            f"{share:.0%} of the token rewards are at their limit, and only their signs are left; lower "
+            f"loss.beta_r{remedy}."
+        )
+    if (share := metrics.get("tgdpo/weight_neg_frac", 0)) > 0.05:
+        found["tgdpo/weight_neg_frac"] = (
+            f"{share:.0%} of the token weights are ≤ 0 and push their tokens the wrong way; lower loss.alpha or "
+            "loss.beta_r."
+        )
+    return found
 
 
 class Logger:
@@ -107,6 +199,7 @@ class Logger:
 
     def __init__(self, output: Path, *, active: bool, first: int = 0) -> None:
         self.active = active
+        self.warned: set[str] = set()
         self.tensorboard: Any = None
         if not active:
             return
@@ -128,6 +221,12 @@ class Logger:
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, iteration)
+
+    def new_warnings(self, loss: LossConfig, metrics: Mapping[str, float]) -> list[str]:
+        """Warnings not given before, on the rank that writes."""
+        found = {name: sentence for name, sentence in warnings(loss, metrics).items() if name not in self.warned}
+        self.warned |= found.keys()
+        return list(found.values()) if self.active else []
 
     def close(self) -> None:
         """Flush and close the files."""

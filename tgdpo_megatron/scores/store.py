@@ -1,178 +1,274 @@
-"""Token scores on disk: reference and guidance log-probs of every response token.
+"""Token scores on disk: log-probs of every response token under frozen models, written once.
 
-A folder holds `manifest.json` (what made the scores) and `scores-*.safetensors`. Pairs are found by the hash of
-their token ids, never by position, so the order of the data and the layout that wrote or reads the scores do not
-matter.
+A folder holds `manifest.json`, what made the scores, and shards `scores-<SHA-256 of the file>.safetensors`. A shard
+holds responses, each found by the hash of its pair's token ids: the order of the data and the layout that wrote or
+reads the scores do not matter, a build that was stopped goes on where it was, and new pairs are added to old ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.methods import SCORE_NAMES
 
 if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs
 
-FORMAT = 1
-NAMES = ("reference", "guidance")
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class ScoresManifest:
-    """What token scores depend on. Two stores with equal manifests hold the same numbers."""
+    """What token scores depend on. None: of a score that is not there, or not asked for."""
 
-    reference: str
-    """Fingerprint of the reference weights."""
-    guidance: str | None
-    """Fingerprint of the guidance weights, or None where only the reference was scored."""
     tokenizer: str
     template: str
     max_length: int
-    pairs_hash: str
-    """Hash of all pairs scored."""
     precision: str
+    reference: str | None = None
+    """Fingerprint of the reference weights."""
+    guidance: str | None = None
+    """Fingerprint of the guidance weights."""
+    prompts: str | None = None
+    """Hash of the contrastive prompts."""
     format: int = FORMAT
+
+
+class Key(NamedTuple):
+    """Which scores of which response: the pair's hash, the side, the name."""
+
+    pair: bytes
+    side: int
+    name: str
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of some pairs, in memory.
+    """Scores of all pairs of a data set, in memory.
 
     Attributes:
-        manifest: What they depend on.
-        values: Name (`reference`, `guidance`) -> log-probs, nats, chosen then rejected of each pair. fp32.
-        starts: Sample hash -> start of the pair's scores in `values`.
+        values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32.
+        starts: Response 2 · pair + side has values[starts[r]:starts[r + 1]]. [2N+1] int64.
+        manifest: What made them, where they were read from a store.
     """
 
-    manifest: ScoresManifest
-    values: dict[str, np.ndarray]
-    starts: dict[bytes, int]
+    values: Mapping[str, np.ndarray]
+    starts: np.ndarray
+    manifest: ScoresManifest | None = None
 
-    def join(self, data: PreparedPairs, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
+    @classmethod
+    def of(
+        cls, data: PreparedPairs, values: Mapping[str, np.ndarray], manifest: ScoresManifest | None = None
+    ) -> TokenScores:
+        """Scores laid out as `data` is."""
+        return cls(values, response_starts(data), manifest)
+
+    def join(self, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
         """Scores of the labelled tokens of some pairs, in batch order. Name -> [R] fp32."""
-        pieces = []
-        for sample in samples:
-            start = self.starts[data.hashes[sample].tobytes()]
-            lengths = [data.response_length(sample, side) for side in (0, 1)]
-            begins = [start, start + lengths[0]]
-            pieces += [slice(begins[side], begins[side] + lengths[side]) for side in sides]
+        pieces = [slice(*self.starts[2 * sample + side :][:2]) for sample in samples for side in sides]
         return {
             name: torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(values[piece] for piece in pieces)]))
             for name, values in self.values.items()
         }
 
 
-def write_shard(
-    folder: Path, shard: int, hashes: np.ndarray, lengths: np.ndarray, values: dict[str, np.ndarray]
-) -> None:
-    """Write the scores of some pairs.
+def response_starts(data: PreparedPairs) -> np.ndarray:
+    """Where each response begins when all are laid one after another. [2N+1] int64."""
+    lengths = np.diff(data.starts) - np.repeat(data.prompt_lengths, 2)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def write_shard(folder: Path, scores: Mapping[Key, np.ndarray]) -> None:
+    """Write some responses' scores, whole or not at all.
 
     Args:
-        hashes: Sample hash of each pair. [n, 32] uint8.
-        lengths: Scores of each pair. [n] int64.
-        values: Name -> log-probs of the pairs, one after another. [sum of lengths] fp32.
+        scores: Scores of a response's tokens. Each [tokens] fp32.
     """
-    save_file({"hashes": hashes, "lengths": lengths, **values}, folder / f"scores-{shard:05d}.safetensors")
+    keys = list(scores)
+    content = save(
+        {
+            "pairs": np.frombuffer(b"".join(key.pair for key in keys), dtype=np.uint8).reshape(-1, 32),
+            "sides": np.array([key.side for key in keys], dtype=np.uint8),
+            "names": np.array([SCORE_NAMES.index(key.name) for key in keys], dtype=np.uint8),
+            "lengths": np.array([len(scores[key]) for key in keys], dtype=np.int64),
+            "values": np.concatenate([scores[key] for key in keys]).astype(np.float32),
+        }
+    )
+    _write_whole(folder / f"scores-{_checksum(content)}.safetensors", content)
+
+
+def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
+    """Every response's scores.
+
+    Raises:
+        UserError: A shard that was altered or damaged.
+    """
+    for path in sorted(folder.glob("scores-*.safetensors")):
+        content = path.read_bytes()
+        if path.stem != f"scores-{_checksum(content)}":
+            raise UserError(
+                f"{path}: was altered or damaged since it was written (another checksum); delete it and score again: "
+                "only what it held is computed anew."
+            )
+        shard = load(content)
+        ends = np.cumsum(shard["lengths"])
+        starts = ends - shard["lengths"]
+        for pair, side, name, start, end in zip(
+            shard["pairs"], shard["sides"].tolist(), shard["names"].tolist(), starts, ends, strict=True
+        ):
+            yield Key(pair.tobytes(), side, SCORE_NAMES[name]), shard["values"][start:end]
+
+
+def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> TokenScores:
+    """Read a store and check that every pair of `data` has all its scores.
+
+    Args:
+        names: Which scores to read.
+
+    Raises:
+        UserError: No store, a damaged shard, a pair without scores, a score that is not finite.
+    """
+    manifest = read_scores_manifest(folder)
+    starts = response_starts(data)
+    values, missing = _collect(folder, data, names)
+    for name in names:
+        if missing[name].any():
+            pair = int(missing[name].argmax()) // 2
+            raise UserError(
+                f"{folder}: no {name} scores for {data.name(pair)}; run python -m recipes.score again, it adds what "
+                "is missing."
+            )
+        if not (finite := np.isfinite(values[name])).all():
+            pair = (int(np.searchsorted(starts, finite.argmin(), side="right")) - 1) // 2
+            raise UserError(
+                f"{folder}: the {name} scores of {data.name(pair)} are not finite; score into another folder."
+            )
+    return TokenScores(values, starts, manifest)
+
+
+def missing_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Which responses have no scores in a folder. Name -> [2N] bool, chosen before rejected.
+
+    Raises:
+        UserError: A shard that was altered or damaged.
+    """
+    return _collect(folder, data, names)[1]
+
+
+def _collect(
+    folder: Path, data: PreparedPairs, names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Scores of all responses, laid out as `data` is, and which responses have none. One shard at a time."""
+    starts = response_starts(data)
+    values = {name: np.full(starts[-1], np.nan, np.float32) for name in names}
+    missing = {name: np.ones(2 * len(data), bool) for name in names}
+    places: dict[bytes, list[int]] = {}
+    for pair in range(len(data)):
+        places.setdefault(data.hashes[pair].tobytes(), []).append(pair)
+    for key, scores in read_shards(folder):
+        for pair in places.get(key.pair, []) if key.name in names else []:
+            response = 2 * pair + key.side
+            begin, end = starts[response], starts[response + 1]
+            if len(scores) != end - begin:
+                raise UserError(
+                    f"{folder}: {len(scores)} {key.name} scores for the {end - begin} tokens of a response of "
+                    f"{data.name(pair)}; score into another folder."
+                )
+            values[key.name][begin:end] = scores
+            missing[key.name][response] = False
+    return values, missing
 
 
 def write_scores_manifest(folder: Path, manifest: ScoresManifest) -> None:
-    """Write the manifest, last of all: a folder without one is not a store."""
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+    """Write the manifest, before any shard: what is added later must be made in the same way."""
+    _write_whole(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a build that was killed was about to write."""
+    for path in (*folder.glob("scores-*.tmp"), *folder.glob("manifest.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def read_scores_manifest(folder: Path) -> ScoresManifest:
     """Read a store's manifest.
 
     Raises:
-        UserError: Not a finished store, or of another format.
+        UserError: Not a store, or one of another version.
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no finished token scores there; write them with python -m recipes.score.")
+        raise UserError(f"{folder}: no token scores there; write them with python -m recipes.score.")
     try:
-        return ScoresManifest(**json.loads(path.read_text()))
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: not a manifest of token scores; score again.") from None
+        content = json.loads(path.read_text())
+        if content.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"{folder}: token scores of format {content['format']}, this version has {FORMAT}; score again into "
+                "another folder."
+            )
+        return ScoresManifest(**content)
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path}: not a manifest of token scores; score again into another folder.") from None
 
 
-def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path) -> None:
+def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path) -> ScoresManifest:
     """Refuse scores that were made from something else, naming what differs.
 
     A field that is None in `expected` is not compared.
 
+    Returns:
+        `found`, with what it lacks taken from `expected`.
+
     Raises:
         UserError: With the differing field and both values.
     """
-    names = {
-        "format": "format",
-        "reference": "reference weights",
-        "guidance": "guidance weights",
+    words = {
         "tokenizer": "tokenizer",
         "template": "chat template",
         "max_length": "data.max_length",
-        "pairs_hash": "pairs",
         "precision": "train.precision",
+        "reference": "weights of the reference",
+        "guidance": "weights of the guidance",
+        "prompts": "contrastive prompts",
     }
-    for field, words in names.items():
+    lacks = {}
+    for field, name in words.items():
         have, want = getattr(found, field), getattr(expected, field)
-        if want is not None and have != want:
+        if have is None:
+            lacks[field] = want
+        elif want is not None and have != want:
             raise UserError(
-                f"{folder}: these scores were made from another {words} "
-                f"({_short(have)}, this run has {_short(want)}); score again with this run's settings."
+                f"{folder}: these scores were made with other {name} ({_short(have)}, this run has {_short(want)}); "
+                "score again with this run's settings, into another folder."
             )
+    return replace(found, **lacks)
 
 
-def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str] = NAMES) -> TokenScores:
-    """Read all shards of a store and check that every pair of `data` is in it, with finite scores.
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that no part of it is ever seen under its name."""
+    part = path.with_suffix(".tmp")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
-    Args:
-        names: Which scores to read, where the store has them.
 
-    Raises:
-        UserError: A missing or unreadable shard, a pair without scores, a score that is not finite.
-    """
-    manifest = read_scores_manifest(folder)
-    stored = NAMES[:1] if manifest.guidance is None else NAMES
-    starts: dict[bytes, int] = {}
-    parts: dict[str, list[np.ndarray]] = {}
-    lengths_of: dict[bytes, int] = {}
-    offset = 0
-    for path in sorted(folder.glob("scores-*.safetensors")):
-        try:
-            shard = load_file(path)
-        except Exception as error:
-            raise UserError(f"{path}: the scores cannot be read ({str(error).splitlines()[0]}).") from None
-        counts = {name: len(values) for name, values in shard.items()}
-        lengths = shard.get("lengths", np.empty(0))
-        expected = {"hashes": len(lengths), "lengths": len(lengths), **dict.fromkeys(stored, int(lengths.sum()))}
-        if counts != expected:
-            raise UserError(f"{path}: not a file of these scores, or an altered one; score again.")
-        for sample, length in zip(shard["hashes"], lengths, strict=True):
-            starts[sample.tobytes()] = offset
-            lengths_of[sample.tobytes()] = int(length)
-            offset += int(length)
-        for name in names:
-            if name in stored:
-                parts.setdefault(name, []).append(shard[name])
-    for pair in range(len(data)):
-        key = data.hashes[pair].tobytes()
-        if lengths_of.get(key) != data.response_length(pair, 0) + data.response_length(pair, 1):
-            raise UserError(f"{folder}: no scores for {data.name(pair)}; score this data again.")
-    together = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    for name, array in together.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"{folder}: the {name} scores hold numbers that are not finite; score again.")
-    return TokenScores(manifest, together, starts)
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,96 @@
+"""Records what a micro-batch does that would make a GPU wait for the host, or the host for a GPU."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tgdpo_megatron.config import Config, LossConfig, ScoresConfig, TrainConfig
+from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
+
+aten: Any = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default: "a number is read: .item(), float(), bool()",
+    aten.nonzero.default: "the size of a result depends on values",
+    aten.masked_select.default: "the size of a result depends on values",
+    aten.lift_fresh.default: "a tensor is made of Python numbers, and would be copied",
+}
+ROOT = Path(__file__).resolve().parent.parent.parent / "tgdpo_megatron"
+
+
+class _Waits(TorchDispatchMode):
+    """Lines of the product that call for a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reason = WAITS.get(func)
+        if func is aten.index.Tensor and any(index is not None and index.dtype is torch.bool for index in args[1]):
+            reason = "a boolean index"
+        if reason is not None:
+            ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+            if ours:
+                self.found.append(f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].line}: {reason}")
+        return func(*args, **(kwargs or {}))
+
+
+def record(ranks: Ranks, *, folder: str, losses: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Loss type -> what waits within its micro-batches, forward and backward. Live where the method can be."""
+    from bench.pairs import ultrafeedback_like
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.losses import formula
+    from tgdpo_megatron.scores.store import TokenScores, response_starts
+    from tgdpo_megatron.train import forward_step
+
+    checkpoint = Path(folder)
+    description = describe(checkpoint)
+    data = ultrafeedback_like(2, longest=64, vocabulary=description.vocab_size)
+    zeros = np.zeros(response_starts(data)[-1], np.float32)
+    found = {}
+    for name, settings in losses.items():
+        loss = LossConfig(type=name, **settings)  # type: ignore[arg-type]
+        live = loss.scores == loss.carried
+        config = Config(
+            loss=loss, scores=ScoresConfig(source="live" if live else "cached"), train=TrainConfig(precision="fp32")
+        )
+        if not found:
+            initialize_model_parallel(config.parallel, seed=1)
+        frozen = [checkpoint for _ in loss.carried] if live else []
+        engine = build_engine(config, description, start=checkpoint, frozen=frozen)
+        scores = None if live else TokenScores.of(data, dict.fromkeys(loss.scores, zeros))
+        batch = make_batch(data, [0, 1], scores=scores)
+        engine.zero_grad()
+        engine.chunks[0].set_input_tensor([None])
+        with _Waits() as waits:
+            output, loss_of = forward_step(iter([batch]), engine.chunks[0], config=config, formula=formula(loss))
+            total, _, _ = loss_of(output)
+            total.backward()
+        found[name] = waits.found
+    return found
+
+
+def planted(ranks: Ranks) -> list[str]:
+    """What the recorder says of lines that do wait."""
+    lines: list[Callable[[torch.Tensor], Any]] = [
+        lambda values: values.sum().item(),
+        lambda values: values[values > 0],
+        lambda values: values.nonzero(),
+        lambda values: torch.tensor(3.0),
+    ]
+    global ROOT
+    before, ROOT = ROOT, Path(__file__).resolve().parent
+    with _Waits() as waits:
+        for line in lines:
+            line(torch.ones(3))
+    ROOT = before
+    return waits.found

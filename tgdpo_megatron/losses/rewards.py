@@ -1,0 +1,59 @@
+"""Token rewards r̂: one number per response token, constant, from whatever source.
+
+    guidance:     β_r (ℓ_guidance − ℓ_ref)                  TGDPO's; SePO's oracle
+    contrastive:  σ(β_r (ℓ_better − ℓ_worse)) − ½           T-REG's; the reference under two prompts
+    file:         β_r · a number from elsewhere
+    chosen:       1 on the chosen response, 0 on the rejected one
+
+Each can be squashed to (−½, ½) and clipped; both are off for guidance, as in TGDPO's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tgdpo_megatron.losses.pairs import CHOSEN, Pairs
+
+
+def token_rewards(
+    source: str,
+    pairs: Pairs,
+    scores: Mapping[str, Tensor],
+    *,
+    beta_r: float = 1.0,
+    reward_squash: bool = False,
+    reward_clip: float | None = None,
+    reward_end_of_turn: bool = True,
+) -> Tensor:
+    """r̂ of each token. [R], in the dtype of what it is made of; detached.
+
+    Args:
+        source: `guidance`, `contrastive`, `file` or `chosen`.
+        pairs: Pair and side of each token.
+        scores: What the source is made of: `reference` and `guidance`, or `better` and `worse` log-probs, nats; or
+            `reward`. Each [R].
+        beta_r: Scale, > 0.
+        reward_squash: σ(r̂) − ½ instead of r̂.
+        reward_clip: Largest |r̂|.
+        reward_end_of_turn: Whether the last token of a response has a reward, or 0.
+    """
+    rewards = beta_r * _raw(source, pairs, scores).detach()
+    if reward_squash:
+        rewards = rewards.sigmoid() - 0.5
+    if reward_clip is not None:
+        rewards = rewards.clamp(-reward_clip, reward_clip)
+    return rewards if reward_end_of_turn else rewards.where(~pairs.last(), 0)
+
+
+def _raw(source: str, pairs: Pairs, scores: Mapping[str, Tensor]) -> Tensor:
+    if source == "guidance":
+        return scores["guidance"] - scores["reference"]
+    if source == "contrastive":
+        return scores["better"] - scores["worse"]
+    if source == "file":
+        return scores["reward"]
+    if source == "chosen":
+        return (pairs.side == CHOSEN).float()
+    raise ValueError(f"no source of token rewards is called {source}")

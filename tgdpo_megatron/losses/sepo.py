@@ -1,0 +1,36 @@
+"""Selective preference optimisation (SePO, arXiv 2408.13518): only the tokens that an oracle finds telling."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tgdpo_megatron.losses.pairs import CHOSEN, Pairs
+
+
+def sepo(
+    policy: Tensor, pairs: Pairs, *, rewards: Tensor, gamma: float, selected_share: float
+) -> tuple[Tensor, Tensor]:
+    """L = −log σ(z),  z = γ mean_selected(ℓ, chosen) − γ mean_selected(ℓ, rejected).
+
+    Args:
+        policy: Token log-probs, nats. [R]; carries gradient.
+        pairs: Pair and side of each token.
+        rewards: r̂; in the paper the log-ratio of an oracle to its own start. [R]; constant.
+        gamma: Scale, > 0. The authors' code has none (1); reviews of the paper name 2.1 to 2.5.
+        selected_share: Share k of a response's T tokens that is selected, ⌊k T⌋ and at least 1: those of highest r̂
+            in the chosen response, of lowest r̂ in the rejected one. Ties go to the earlier token; where all r̂ of a
+            response are equal, nothing can be told apart and all are selected. ⌊k T⌋ in floating point, as the
+            authors' int().
+
+    Returns:
+        Loss and margin of each pair. Both [P], unreduced.
+    """
+    lengths = pairs.lengths().flatten().double()
+    share = (selected_share * lengths).floor().clamp(min=1)
+    wanted = share.where(pairs.spread(rewards) > 0, lengths)[pairs.response]  # of each token's response
+    telling = rewards.where(pairs.side == CHOSEN, -rewards)
+    selected = pairs.rank(telling) < wanted
+    mean = policy.where(selected, 0) / wanted.to(policy.dtype)
+    margin = gamma * pairs.difference(mean)
+    return -logsigmoid(margin), margin

@@ -1,0 +1,69 @@
+"""How far the policy is from the reference at each labelled token, over the whole vocabulary, without full logits.
+
+    K = KL(π_ref ‖ π) = Σ_v π_ref(v) (z_ref(v) − z(v)) − lse_ref + lse,      ∂K/∂z(v) = π(v) − π_ref(v)
+
+with z the logits and lse their log-sum-exp, which the head has reduced already. The sum goes over this rank's columns
+tile by tile, one of each model in memory; one SUM all-reduce joins the ranks. Backward computes both tiles again.
+
+Legend as in head.py: R labelled tokens, H hidden size, V vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product
+
+
+class Divergence(torch.autograd.Function):
+    """KL of the policy from the reference, nats. [R] fp32; gradient flows to the policy alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        reference: tuple[Tensor, Tensor],
+        log_normalisers: Tensor,
+        shard: VocabShard,
+    ) -> Tensor:
+        """
+        Args:
+            hidden, weight: The policy's hidden states of the labelled tokens [R, H] and output matrix [V, H].
+            reference: The same two of the reference.
+            log_normalisers: Log-sum-exp of both models' logits over all ranks. [2, R] fp32, the policy's first.
+        """
+        of_policy, of_reference = log_normalisers
+        difference = torch.zeros_like(of_policy)
+        for tile in shard.tiles(len(hidden), hidden.device):
+            logits = torch.mm(hidden, weight[tile].t()).float()
+            reference_logits = torch.mm(reference[0], reference[1][tile].t()).float()
+            apart = logits.neg_().add_(reference_logits)
+            difference += reference_logits.sub_(of_reference[:, None]).exp_().mul_(apart).sum(dim=1)
+            del logits, reference_logits, apart  # before the next tiles are made
+        shard.all_reduce(difference, dist.ReduceOp.SUM)
+        ctx.save_for_backward(hidden, weight, *reference, log_normalisers)
+        ctx.shard = shard
+        return difference - of_reference + of_policy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """∂K/∂z = π − π_ref, tile by tile."""
+        hidden, weight, reference_hidden, reference_weight, log_normalisers = ctx.saved_tensors
+        of_policy, of_reference = log_normalisers
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        sink = WeightGradient(weight)
+        for tile in ctx.shard.tiles(len(hidden), hidden.device):
+            logits = torch.mm(hidden, weight[tile].t()).float()
+            reference_logits = torch.mm(reference_hidden, reference_weight[tile].t()).float()
+            grad_logits = logits.sub_(of_policy[:, None]).exp_()
+            grad_logits -= reference_logits.sub_(of_reference[:, None]).exp_()
+            narrow = grad_logits.mul_(grad[:, None]).to(hidden.dtype)
+            add_product(grad_hidden, narrow, weight[tile])
+            sink.add(tile, narrow, hidden)
+            del logits, reference_logits, grad_logits, narrow
+        return grad_hidden.to(hidden.dtype), sink.result(), None, None, None

@@ -1,0 +1,89 @@
+"""One rank's columns of the vocabulary: which they are, how to walk over them, and where their gradient goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# fp32 logits of one tile: 16 MiB, 512 MiB; bf16 models hold a bf16 copy beside them. Large enough that the matrix
+# products run at full rate.
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+MIN_TILE_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary columns of one tensor-parallel rank.
+
+    Attributes:
+        start: First column's token id.
+        columns: Real columns, without padding; may be 0.
+        group: Tensor-parallel process group, or None for an unsplit vocabulary.
+    """
+
+    start: int
+    columns: int
+    group: Any = None
+
+    @classmethod
+    def of(cls, weight: Tensor, vocab_size: int, group: Any) -> VocabShard:
+        """The shard that `weight` [V, H] is, given the real vocabulary size."""
+        rank = group.rank() if group is not None else 0
+        start = rank * weight.size(0)
+        return cls(start, max(0, min(weight.size(0), vocab_size - start)), group)
+
+    def all_reduce(self, values: Tensor, op: Any) -> None:
+        """Reduce in place over the shards of the vocabulary."""
+        if self.group is not None and self.group.size() > 1:
+            dist.all_reduce(values, op=op, group=self.group)
+
+    def tiles(self, rows: int, device: torch.device) -> Iterator[slice]:
+        """Column ranges whose logits for `rows` tokens fit the tile budget."""
+        width = max(MIN_TILE_COLUMNS, TILE_ELEMENTS[device.type] // max(1, rows))
+        for first in range(0, self.columns, width):
+            yield slice(first, min(first + width, self.columns))
+
+    def owned(self, labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        """Which labels lie in a tile, and their column in it (0 where not). Both [R]."""
+        column = labels - (self.start + tile.start)
+        inside = (column >= 0) & (column < tile.stop - tile.start)
+        return inside, column.where(inside, 0)
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """target += left @ right. The product is rounded to the dtype of `left`; the sum is kept in that of `target`."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right)
+    else:
+        target.add_(torch.mm(left, right))
+
+
+class WeightGradient:
+    """Where the output weight's gradient goes: straight into Megatron's fp32 `main_grad` where there is one.
+
+    Megatron's data-parallel hook then only has to be told that it is there.
+    """
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+        self.into_main_grad = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+        total = weight.main_grad if self.into_main_grad else torch.zeros_like(weight, dtype=torch.float32)
+        self.total: Tensor = total
+
+    def add(self, tile: slice, grad_logits: Tensor, hidden: Tensor) -> None:
+        add_product(self.total[tile], grad_logits.t(), hidden)
+
+    def result(self) -> Tensor | None:
+        """What autograd is given: nothing, if the gradient is in `main_grad` already."""
+        if not self.into_main_grad:
+            return self.total.to(self.weight.dtype)
+        self.weight.grad_added_to_main_grad = True
+        if not getattr(self.weight, "zero_out_wgrad", False):  # a tied embedding's own gradient follows
+            # Megatron's hook wants to see a gradient before it looks at the mark: one without storage will do.
+            self.weight.grad = self.weight.new_zeros(()).expand_as(self.weight)
+        return None

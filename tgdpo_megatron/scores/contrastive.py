@@ -1,0 +1,136 @@
+"""T-REG's contrastive prompts: the same response under a prompt that asks for better and one that asks for worse.
+
+The last user turn is replaced by a template that quotes it; the response's token ids follow unchanged, as in training.
+Prompt lengths differ from training's and from each other, so scores are kept per response token, never per position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tgdpo_megatron.data.layouts import TextPair
+from tgdpo_megatron.data.prepare import PreparedPairs, Summary
+from tgdpo_megatron.data.tokenizer import encode_prompt
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.scores.source import check_text
+from tgdpo_megatron.scores.store import Key
+
+DEFAULT = Path(__file__).parent / "prompts" / "refine.yaml"
+SIDES = ("better", "worse")
+
+
+@dataclass(frozen=True)
+class ContrastivePrompts:
+    """Two templates for the last user turn, with {instruction} and, if they quote it, {response}."""
+
+    better: str
+    worse: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of both."""
+        return hashlib.sha256(f"{self.better}\0{self.worse}".encode()).hexdigest()
+
+    def turn(self, side: str, instruction: str, response: str) -> str:
+        """The user turn that asks for a better or a worse response."""
+        given = {"{instruction}": instruction, "{response}": response}
+        template: str = getattr(self, side)
+        return re.sub(r"\{instruction\}|\{response\}", lambda found: given[found[0]], template)
+
+
+def read_prompts(path: Path | None) -> ContrastivePrompts:
+    """Read the templates of a YAML file; by default those in prompts/refine.yaml.
+
+    Raises:
+        UserError: An unreadable file, a template missing or without its placeholder.
+    """
+    path = path or DEFAULT
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of contrastive prompts.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
+    if not isinstance(content, dict) or set(content) != set(SIDES):
+        raise UserError(f"{path}: expected the two templates 'better' and 'worse', and nothing else.")
+    for side, template in content.items():
+        if not isinstance(template, str) or "{instruction}" not in template:
+            raise UserError(
+                f"{path}: the template '{side}' has no placeholder {{instruction}}; put it where the task goes."
+            )
+        for unknown in set(re.findall(r"\{\w*\}", template)) - {"{instruction}", "{response}"}:
+            raise UserError(
+                f"{path}: the template '{side}' has an unknown placeholder {unknown}; known are {{instruction}} and "
+                "{response}."
+            )
+    if ("{response}" in content["better"]) != ("{response}" in content["worse"]):
+        raise UserError(
+            f"{path}: one template quotes {{response}} and the other does not; they would not be comparable."
+        )
+    if content["better"] == content["worse"]:
+        raise UserError(f"{path}: both templates are the same; every token reward would be 0.")
+    return ContrastivePrompts(**content)
+
+
+def contrastive_sequences(
+    data: PreparedPairs,
+    pairs: Sequence[int],
+    texts: Sequence[TextPair],
+    tokenizer: Any,
+    prompts: ContrastivePrompts,
+    longest: int,
+) -> tuple[PreparedPairs, list[Key], list[Key]]:
+    """Every response of some pairs under both prompts, as sequences of their own.
+
+    Prompts are never cut here: a cut could take the instruction and leave the request.
+
+    Args:
+        texts: The pairs as text, in the same order.
+        longest: Tokens a sequence may have.
+
+    Returns:
+        The sequences, as the chosen responses of pairs without rejected ones; which scores each of them gives; and
+        which scores cannot be had, because the sequence would be too long.
+
+    Raises:
+        UserError: A text that is not what was tokenised.
+    """
+    sequences: list[np.ndarray] = []
+    prompt_lengths, rows, keys, too_long = [], [], [], []
+    for pair, text in zip(pairs, texts, strict=True):
+        check_text(data, pair, text, tokenizer)
+        *before, last = text.messages
+        for side, response in enumerate((text.chosen, text.rejected)):
+            ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
+            of_side = {}
+            for name in SIDES:
+                turn = {"role": last["role"], "content": prompts.turn(name, last["content"], response)}
+                of_side[name] = encode_prompt(tokenizer, [*before, turn])[1]
+            names = [Key(data.hashes[pair].tobytes(), side, name) for name in SIDES]
+            if max(map(len, of_side.values())) + len(ids) > longest:
+                too_long += names  # both: a reward is their difference
+                continue
+            for key, prompt in zip(names, of_side.values(), strict=True):
+                sequences.append(np.concatenate([np.asarray(prompt, dtype=np.int32), ids]))
+                prompt_lengths.append(len(prompt))
+                rows.append(data.rows[pair])
+                keys.append(key)
+    lengths = np.array([[len(sequence), 0] for sequence in sequences], dtype=np.int64).reshape(-1)
+    made = PreparedPairs(
+        tokens=np.concatenate([np.empty(0, np.int32), *sequences]),
+        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
+        hashes=np.empty((len(keys), 0), dtype=np.uint8),
+        rows=np.asarray(rows, dtype=np.int64),
+        summary=Summary(source=data.summary.source, pairs=len(keys)),
+    )
+    return made, keys, too_long

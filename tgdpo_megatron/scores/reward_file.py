@@ -1,0 +1,138 @@
+"""Token rewards from anywhere: a .jsonl file with a line for each pair.
+
+    {"row": 1, "chosen": [0.1, -0.3, 0.0], "rejected": [0.2, 0.0]}
+    {"row": 2, "chosen": [[0, 4, 0.5], [4, 9, -1.0]], "rejected": []}
+
+`row` is the pair's row, or line, in the data file; lines of rows that are not trained on are not read. Either one
+number for each response token, the closing end-of-turn token included; or spans [first character, character after the
+last, number] of the response as the data file has it. A token then gets the mean over its characters; characters
+outside all spans, and the end-of-turn token, count 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tgdpo_megatron.data.layouts import TextPair
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.scores.source import read_texts
+from tgdpo_megatron.scores.store import response_starts
+
+_SIDES = ("chosen", "rejected")
+
+
+def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndarray:
+    """Rewards of every response token, in the order of the data, chosen before rejected. fp32.
+
+    Raises:
+        UserError: An unreadable line, a pair without rewards, numbers that do not fit its tokens; says which.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such reward file.")
+    texts = cache(lambda: read_texts(data))  # for spans alone
+    pair_of = {int(row): pair for pair, row in enumerate(data.rows)}
+    starts = response_starts(data)
+    rewards = np.zeros(starts[-1], np.float32)
+    line_of: dict[int, int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row, sides = _line(line, f"{path} line {number}")
+            if row in line_of:
+                raise UserError(f"{path} line {number}: row {row} has rewards already, on line {line_of[row]}.")
+            line_of[row] = number
+            if (pair := pair_of.get(row)) is None:
+                continue
+            for side, given in enumerate(sides):
+                where = f"{path} line {number}: the {_SIDES[side]} response of {data.name(pair)}"
+                ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
+                response = slice(*starts[2 * pair + side :][:2])
+                rewards[response] = _of(given, ids, tokenizer, texts, (pair, side), where)
+    for row, pair in pair_of.items():
+        if row not in line_of:
+            raise UserError(f"{path}: no rewards for {data.name(pair)}.")
+    return rewards
+
+
+def _line(line: bytes, where: str) -> tuple[int, tuple[list[Any], list[Any]]]:
+    """Row, and what is given for the chosen and the rejected response."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: not valid JSON.") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in _SIDES):
+        raise UserError(f"{where}: expected an object with row and the lists chosen and rejected.")
+    if type(row := content.get("row")) is not int:
+        raise UserError(f"{where}: 'row' must be the number of the pair's row in the data file.")
+    return row, (content["chosen"], content["rejected"])
+
+
+def _of(
+    given: list[Any],
+    ids: np.ndarray,
+    tokenizer: Any,
+    texts: Callable[[], list[TextPair]],
+    response: tuple[int, int],
+    where: str,
+) -> np.ndarray:
+    """Rewards of one response's tokens. [tokens]"""
+    spans = [isinstance(entry, list) for entry in given]
+    if any(spans) and not all(spans):
+        raise UserError(f"{where}: give numbers, one for each token, or spans [start, end, number], not both.")
+    if any(spans):
+        if any(len(entry) != 3 for entry in given):
+            raise UserError(f"{where}: a span is [first character, character after the last, number].")
+        _check_numbers([number for _, _, number in given], where)
+        pair, side = response
+        text = texts()[pair]
+        return _from_spans(given, ids, tokenizer, (text.chosen, text.rejected)[side], where)
+    if not given:
+        return np.zeros(len(ids), np.float32)
+    _check_numbers(given, where)
+    if len(given) != len(ids):
+        raise UserError(f"{where} has {len(ids)} tokens, its end-of-turn token included, but {len(given)} rewards.")
+    return np.asarray(given, dtype=np.float32)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _check_numbers(numbers: list[Any], where: str) -> None:
+    for number in numbers:
+        # Compared before it is converted: an integer may be too large for any float.
+        if type(number) not in (int, float) or not -_LARGEST <= number <= _LARGEST:
+            raise UserError(f"{where} has a reward that is not a finite number ({str(number)[:20]}).")
+
+
+def _from_spans(spans: list[Any], ids: np.ndarray, tokenizer: Any, response: str, where: str) -> np.ndarray:
+    """The mean over the characters of each token.
+
+    Args:
+        response: The text the spans are counted in. The template may have taken blanks off its ends.
+    """
+    of_character, given = np.zeros(len(response)), np.zeros(len(response), bool)
+    for start, end, number in spans:
+        if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(response):
+            raise UserError(f"{where}: the span {start}–{end} is not within its {len(response)} characters.")
+        if given[start:end].any():
+            raise UserError(f"{where}: the span {start}–{end} overlaps another.")
+        of_character[start:end], given[start:end] = number, True
+    learned: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    encoded = tokenizer(learned, add_special_tokens=False, return_offsets_mapping=True)
+    before = response.find(learned)
+    if before < 0 or encoded["input_ids"] != ids[: len(encoded["input_ids"])].tolist():
+        raise UserError(
+            f"{where}: its text does not give its tokens back, so spans cannot be placed; give one number per token."
+        )
+    rewards = np.zeros(len(ids), np.float32)
+    for place, (start, end) in enumerate(encoded["offset_mapping"]):
+        rewards[place] = of_character[before + start : before + end].mean() if end > start else 0.0
+    return rewards
