@@ -1,0 +1,196 @@
+"""Which layouts and methods are compared, and how closely?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.parity.formulas import METHODS
+from tests.parity.oracle import CLIP_GRAD, LEARNING_RATE, PAIRS_PER_STEP, STEPS
+from tgdpo_megatron.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScoresConfig,
+    TrainConfig,
+    complete,
+)
+
+LIMITS = {
+    "logps": 1e-5,
+    "divergence": 1e-5,
+    "loss": 1e-5,
+    "gradient": 1e-5,
+    "grad norm": 1e-5,
+    "weights": 5e-5,
+    "ln 2": 1e-6,
+}
+"""Largest error of each kind: absolute; for the gradient norm relative; for a loss, or a gradient's largest element,
+above 1 relative to it.
+
+Weights are compared after two steps: Adam magnifies rounding where a gradient is near 0."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of one method."""
+
+    method: str = "TGDPO"
+    """A name in METHODS."""
+    tp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    dp: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 2
+    tied: bool = False
+    recompute: str = "none"
+    distributed_optimizer: bool = False
+    tokens: int | None = None
+    """Token budget of a micro-batch, instead of a number of pairs."""
+    fixed: bool = False
+    """Micro-batches padded to the budget."""
+    overlap: bool = False
+    """Gradients reduced and weights gathered while computing."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the method's scores can come from."""
+        return METHODS[self.method].scores
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        return self.tp, self.pp, self.vp or 0
+
+    @property
+    def name(self) -> str:
+        sizes = [f"TP{self.tp}"] if self.tp > 1 else []
+        sizes += [f"PP{self.pp}"] if self.pp > 1 else []
+        sizes += [f"VP{self.vp}"] if self.vp else []
+        sizes += [f"DP{self.dp}"] if self.dp > 1 else []
+        extras = {
+            "sequence parallel": self.sequence_parallel,
+            f"{self.recompute} recompute": self.recompute != "none",
+            "distributed optimizer": self.distributed_optimizer,
+            "overlap": self.overlap,
+            "tied": self.tied,
+        }
+        words = ["×".join(sizes) or "TP1", *(word for word, on in extras.items() if on)]
+        pack = f"{'fixed ' if self.fixed else ''}packs of {self.tokens} tokens"
+        words.append(pack if self.tokens else f"{self.micro_batch_size} per micro-batch")
+        method = "" if self.method == "TGDPO" else f"{self.method}: "
+        return method + ", ".join(words)
+
+    def config(self, folder: Path, scores: str) -> Config:
+        """The run's configuration; a setting that the method does not read is refused."""
+        loss = METHODS[self.method].ours
+        config = Config(
+            model=ModelConfig(checkpoint=folder / "policy", **{role: folder / role for role in loss.frozen_models}),
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                virtual_pipeline_model_parallel_size=self.vp,
+                sequence_parallel=self.sequence_parallel,
+            ),
+            loss=loss,
+            scores=ScoresConfig(source="cached" if scores == "cached" else "live"),
+            optimizer=OptimizerConfig(
+                lr=LEARNING_RATE,
+                min_lr=LEARNING_RATE,
+                clip_grad=CLIP_GRAD,
+                adam_eps=METHODS[self.method].adam_eps,
+                use_distributed_optimizer=self.distributed_optimizer,
+                overlap_grad_reduce=self.overlap,
+                overlap_param_gather=self.overlap,
+            ),
+            train=TrainConfig(
+                precision="fp32",
+                global_batch_size=PAIRS_PER_STEP,
+                micro_batch_size=self.micro_batch_size,
+                micro_batch_tokens=self.tokens,
+                fixed_micro_batches=self.fixed,
+                recompute=self.recompute,
+                train_iters=STEPS,
+            ),
+        )
+        return complete(config, where=self.name)
+
+
+LAYOUTS = [
+    *(Row(micro_batch_size=size) for size in (1, 2, 4)),
+    Row(tied=True),
+    Row(recompute="full"),
+    Row(tp=2),
+    Row(tp=2, tied=True),
+    Row(tp=2, sequence_parallel=True),
+    Row(pp=2),
+    Row(pp=2, tied=True),
+    Row(pp=2, vp=2),
+    Row(dp=2),
+    Row(dp=2, distributed_optimizer=True),
+    Row(tp=4),
+    Row(tp=4, sequence_parallel=True, tied=True),
+    Row(pp=4),
+    *(Row(tp=2, pp=2, micro_batch_size=size) for size in (1, 2, 4)),
+    Row(tp=2, pp=2, sequence_parallel=True),
+    Row(tp=2, pp=2, sequence_parallel=True, tied=True),
+    Row(tp=2, pp=2, sequence_parallel=True, recompute="full"),
+    Row(tp=2, pp=2, sequence_parallel=True, recompute="selective"),
+    Row(tp=2, pp=2, vp=2, sequence_parallel=True),
+    Row(tp=2, dp=2, sequence_parallel=True),
+    Row(tp=2, dp=2, distributed_optimizer=True, micro_batch_size=4),
+    Row(pp=2, dp=2, distributed_optimizer=True),
+    Row(dp=2, distributed_optimizer=True, overlap=True),
+    Row(dp=2, distributed_optimizer=True, overlap=True, tied=True),
+    Row(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True),
+    Row(pp=2, dp=2, distributed_optimizer=True, overlap=True),
+    Row(pp=2, dp=2, distributed_optimizer=True, overlap=True, tied=True),
+    Row(pp=2, vp=2, dp=2, distributed_optimizer=True, overlap=True, micro_batch_size=1),
+    Row(tokens=80),
+    Row(tokens=80, fixed=True),
+    Row(tokens=1000),
+    Row(dp=2, tokens=80),
+    Row(pp=2, tokens=80, fixed=True),
+    Row(pp=2, vp=2, tokens=80, fixed=True),
+    Row(tp=2, pp=2, sequence_parallel=True, tokens=80),
+    Row(tp=2, pp=2, sequence_parallel=True, tokens=80, fixed=True),
+    Row(tp=2, pp=2, vp=2, sequence_parallel=True, tokens=80),
+    Row(pp=2, dp=2, tokens=80, fixed=True, recompute="full"),
+    Row(tp=2, dp=2, sequence_parallel=True, tokens=80, tied=True),
+]
+
+LAYOUTS_OF_EVERY_METHOD = [
+    Row(tp=2, pp=2, sequence_parallel=True),
+    Row(dp=2),
+    Row(pp=2, tokens=64),  # seven micro-batches, then six, of one pair and of two
+]
+ROWS = LAYOUTS + [
+    replace(layout, method=method) for method in METHODS if method != "TGDPO" for layout in LAYOUTS_OF_EVERY_METHOD
+]
+
+
+def selected(only: str) -> list[Row]:
+    """The rows whose name contains a text."""
+    return [row for row in ROWS if only in row.name]
+
+
+@dataclass
+class Result:
+    """Largest errors of one row and source of scores."""
+
+    row: str
+    method: str
+    scores: str
+    losses: list[float]
+    """Of each step, as our code gives them."""
+    errors: dict[str, float]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(self.errors[kind] <= limit for kind, limit in LIMITS.items() if kind in self.errors)
