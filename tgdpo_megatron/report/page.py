@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tgdpo_megatron.report.plots import Chart, Token, chart_svg, reward_colour
+from tgdpo_megatron.report.plots import Bars, Chart, Token, chart_svg, reward_colour
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Page:
     """Sentences: what was done, what came out."""
     tables: Sequence[tuple[str, Table]] = ()
     """Heading and table."""
-    charts: Sequence[Chart] = ()
+    charts: Sequence[Chart | Bars] = ()
     token_pairs: Sequence[TokenPair] = ()
     token_notes: Sequence[str] = ()
     """Sentences about the coloured tokens."""
@@ -119,7 +119,7 @@ def _settings(settings: Sequence[tuple[str, str]]) -> str:
     return f'<table class="text"><tbody>{rows}</tbody></table>' if rows else ""
 
 
-def _charts(charts: Sequence[Chart]) -> str:
+def _charts(charts: Sequence[Chart | Bars]) -> str:
     figures = "".join(f"<figure>{chart_svg(chart)}</figure>" for chart in charts)
     return f'<div class="charts">{figures}</div>' if figures else ""
 

@@ -6,6 +6,7 @@ Figures are made object by object: pyplot's global state would leak between repo
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,23 @@ import matplotlib
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart with any common colour vision deficiency.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _BLUE, _ORANGE = (86, 160, 214), (240, 150, 70)
+_FEW = 6
+"""More lines than this have their legend below the axes."""
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "tgdpo"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. Training curves are thin, held-out ones thick and with a marker at each measurement."""
+    """One curve. Training curves are thin beside held-out ones, which are thick and marked at each measurement."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     held_out: bool = False
     colour: int = 0
-    """Lines of one model share a number."""
+    """Lines of one model share a number; from the seventh on, they are dashed."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,27 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Series:
+    """One bar of every group: its length and the spread that its whisker shows (nan: none)."""
+
+    name: str
+    values: Sequence[float]
+    spreads: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars, a group for each name; the label names the unit."""
+
+    title: str
+    x_label: str
+    names: Sequence[str]
+    series: Sequence[Series]
+    mark: float = 0.0
+    """Where a line stands to compare with."""
+
+
+@dataclass(frozen=True)
 class Token:
     """A token's text, its reward (nats times β_r), and whether it is known to be wrong."""
 
@@ -50,11 +74,25 @@ class Token:
     wrong: bool = False
 
 
-def chart_svg(chart: Chart) -> str:
+def chart_svg(chart: Chart | Bars) -> str:
     """One chart as an `<svg>` element."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(4.4, _height(chart)), layout="constrained")
         _draw(figure.subplots(), chart)
+        return _svg(figure)
+
+
+def grid_svg(charts: Sequence[Chart | Bars], columns: int) -> str:
+    """Charts row by row, as one `<svg>` element."""
+    rows = [charts[first : first + columns] for first in range(0, len(charts), columns)]
+    heights = [max(map(_height, row)) for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * columns, sum(heights)), layout="constrained")
+        # Figures of their own: the long names of one chart take no room from those above it.
+        grid = figure.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+        for line, row in enumerate(rows):
+            for place, chart in enumerate(row):
+                _draw(grid[line][place].subplots(), chart)
         return _svg(figure)
 
 
@@ -83,16 +121,52 @@ def reward_colour(reward: float, limit: float) -> str:
     return "#" + "".join(f"{round(255 + strength * (channel - 255)):02x}" for channel in end)
 
 
-def _draw(axes: Any, chart: Chart) -> None:
+def _height(chart: Chart | Bars) -> float:
+    """Inches, enough for every name of the legend or the bars."""
+    if isinstance(chart, Bars):
+        return 1.1 + len(chart.names) * (0.1 + 0.1 * len(chart.series))
+    return 3.0 if len(chart.lines) <= _FEW else 2.6 + 0.15 * len(chart.lines)
+
+
+def _draw(axes: Any, chart: Chart | Bars) -> None:
+    below = isinstance(chart, Bars) and len(chart.series) > 1  # the legend stands between
+    axes.set_title(chart.title, fontsize=10, loc="left", pad=16 if below else None)
+    axes.set_xlabel(chart.x_label)
+    if isinstance(chart, Bars):
+        _draw_bars(axes, chart)
+    else:
+        _draw_lines(axes, chart)
+
+
+def _draw_bars(axes: Any, chart: Bars) -> None:
+    thickness = 0.8 / len(chart.series)
+    for place, series in enumerate(chart.series):
+        heights = [line + (place + 0.5) * thickness - 0.4 for line in range(len(chart.names))]
+        whiskers = [0.0 if spread != spread else spread for spread in series.spreads]
+        colour = _COLOURS[place % len(_COLOURS)]
+        axes.barh(heights, series.values, thickness, xerr=whiskers, color=colour, label=series.name, ecolor="#555555")
+    axes.axvline(chart.mark, color="black", linewidth=0.8)
+    names = [textwrap.fill(name, 23) for name in chart.names]
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    if len(chart.series) > 1:
+        axes.legend(frameon=False, fontsize=6.5, ncols=len(chart.series), loc="lower right", bbox_to_anchor=(1.0, 0.99))
+
+
+def _draw_lines(axes: Any, chart: Chart) -> None:
+    beside = any(line.held_out for line in chart.lines)
     for line in chart.lines:
         style: dict[str, Any] = {"linewidth": 2.0, "marker": "o", "markersize": 3.5} if line.held_out else {}
-        style = style or {"linewidth": 0.8, "alpha": 0.55}
+        style = style or ({"linewidth": 0.8, "alpha": 0.55} if beside else {"linewidth": 1.3})
+        if line.colour >= len(_COLOURS):
+            style["linestyle"] = "--"
         axes.plot(line.x, line.y, color=_COLOURS[line.colour % len(_COLOURS)], label=line.name, **style)
-    axes.set_title(chart.title, fontsize=10, loc="left")
-    axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.grid(alpha=0.25, linewidth=0.5)
-    if len(chart.lines) > 1:
+    if len(chart.lines) > _FEW:  # they would hide the curves
+        axes.legend(frameon=False, fontsize=6.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.17))
+    elif len(chart.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
 
 
