@@ -11,12 +11,10 @@ each in a fresh process.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.process import cpu_seconds, one_rank
 from bench.rows import Row, paired, program
 
 TOKENS, HIDDEN, VOCABULARY, LABELLED, REPEATS = 2048, 512, 32000, 0.69, 7
@@ -92,7 +91,8 @@ def megatrons(problem: Problem) -> Tensor:
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Log-probs of all tokens by chunks of rows, as NeMo-RL computes them (performance.md, section 3).
+    """Log-probs of all tokens by chunks of rows, as NeMo-RL computes them with
+    `logprob_chunk_size` (its commit 7ea279ab).
 
     Forward: a bf16 product, fp32 log-softmax and gather for each chunk; only the inputs are kept. Backward: logits
     again, their gradient from a dense one-hot matrix, and both products in fp32 with the weight cast for each chunk.
@@ -187,28 +187,17 @@ def measure() -> list[Row]:
     ]
 
 
-@contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
-    """A process group of one, so that all run as they do in training."""
-    from tgdpo_megatron.config import ParallelConfig
-    from tgdpo_megatron.platform.processes import initialize_model_parallel, job
-
-    torch.set_num_threads(1)
-    with job("bench.head", processes=1, timeout_minutes=1):
-        initialize_model_parallel(ParallelConfig(), seed=1)
-        yield
-
-
 def _memory_of(method: str, tokens: int) -> int:
     """measure_memory in a fresh process."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.head", "--memory", method, str(tokens)]
+    # Blocks over 1 MiB go back to the system at once, so that the peak is of tensors that are alive.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
 def measure_memory(method: str, tokens: int) -> int:
     """Growth of this process's peak memory over one forward and backward, bytes."""
-    with _one_rank():
+    with one_rank():
         METHODS[method](make_problem(tokens=16))  # loads kernels
         problem = make_problem(tokens)
         before = _resident()
@@ -223,7 +212,7 @@ def _resident() -> int:
 
 
 def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # 5: forget the peak so far, see proc(5)
 
 
 def _peak() -> int:
@@ -234,16 +223,15 @@ def _peak() -> int:
 def _seconds() -> dict[str, list[float]]:
     """CPU seconds of each method, repeats in turn, after checking that they agree."""
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    with _one_rank():
+    with one_rank():
         _check_agreement()
         problem = make_problem()
         for repeat in range(1 + REPEATS):
             for name, method in METHODS.items():
                 problem.hidden.grad = problem.weight.grad = None
-                began = time.process_time()
-                method(problem)
+                spent, _ = cpu_seconds(method, problem)
                 if repeat:  # the first warms up
-                    seconds[name].append(time.process_time() - began)
+                    seconds[name].append(spent)
     return seconds
 
 

@@ -6,8 +6,7 @@ what is reported, clipping and AdamW.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 from bench.pairs import VOCABULARY
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 from tgdpo_megatron.checkpoint.manifest import describe
-from tgdpo_megatron.config import Config, LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from tgdpo_megatron.config import Config, LossConfig, OptimizerConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
-from tgdpo_megatron.scores.store import TokenScores
+from tgdpo_megatron.scores.store import TokenScores, response_starts
 
 BODY = {
     "hidden_size": 384,
@@ -63,17 +62,6 @@ def make_checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(hf, megatron)
 
 
-@contextlib.contextmanager
-def one_rank() -> Iterator[None]:
-    """This process as a job of one, at one thread."""
-    from tgdpo_megatron.platform.processes import initialize_model_parallel, job
-
-    torch.set_num_threads(1)
-    with job("bench", processes=1, timeout_minutes=10):
-        initialize_model_parallel(ParallelConfig(), seed=1)
-        yield
-
-
 class Ours:
     """The engine, training with cached or live scores."""
 
@@ -83,10 +71,11 @@ class Ours:
         self.data, self.places = data, checkpoints.megatron
         self.config = Config(
             loss=loss,
+            scores=ScoresConfig(source="cached" if cached else "live"),
             optimizer=OptimizerConfig(lr=LEARNING_RATE, min_lr=LEARNING_RATE),
             train=TrainConfig(precision="fp32", global_batch_size=PAIRS_PER_STEP, micro_batch_tokens=BUDGET),
         )
-        riders = [self.places[role] for role in ROLES[1:]] if loss.needs_guidance else [self.places["reference"]]
+        riders = [self.places[role] for role in loss.carried]
         self.engine = build_engine(
             self.config,
             describe(self.places["policy"]),
@@ -118,7 +107,7 @@ class Ours:
         sums = self.engine.over(run_micro_batch, self.batches(pairs))()
         names = names_for(self.config.loss)
         totals = add_up(sums, names=names, counts_here=True, device=torch.device("cpu"))
-        self.engine.update(self.config.optimizer.clip_grad)
+        self.engine.update()
         return totals["loss"] / totals["pairs"]
 
     def score(self, model: Any, pairs: Sequence[int]) -> list[torch.Tensor]:
@@ -154,11 +143,13 @@ class Ours:
         """Score the reference and the guidance once and keep the result for training."""
         cut = self.batches(pairs)
         values = {
-            role: torch.cat(self.score(self.frozen_model(role), pairs)).numpy()
-            for role in ROLES[1 : 3 if self.config.loss.needs_guidance else 2]
+            role: torch.cat(self.score(self.frozen_model(role), pairs)).numpy() for role in self.config.loss.carried
         }
-        starts, offset = {}, 0
-        for pair in (pair for batch in cut for pair in batch.samples):
-            starts[self.data.hashes[pair].tobytes()] = offset
-            offset += sum(self.data.response_length(pair, side) for side in (CHOSEN, REJECTED))
-        self.scores = TokenScores(manifest=None, values=values, starts=starts)  # type: ignore[arg-type]
+        order = [pair for batch in cut for pair in batch.samples]
+        lengths = [sum(self.data.response_length(pair, side) for side in (CHOSEN, REJECTED)) for pair in order]
+        starts = response_starts(self.data)
+        laid_out = {role: np.zeros(starts[-1], np.float32) for role in values}
+        for role, scores in values.items():
+            for pair, piece in zip(order, np.split(scores, np.cumsum(lengths)[:-1]), strict=True):
+                laid_out[role][starts[2 * pair] : starts[2 * pair + 2]] = piece
+        self.scores = TokenScores.of(self.data, laid_out)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.layouts import read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary, prepare_pairs
-from tgdpo_megatron.data.read import read_pairs
 
 VOCABULARY = 2048
 NO_DATA = "no preferences_instruction.json in TGDPO_DATA or ../shared/data"
@@ -27,7 +27,7 @@ def real_tokenizer(source: Path) -> Any:
     """A byte-level BPE of VOCABULARY tokens, trained on the pairs themselves."""
     from tools.make_tiny_model import train_tokenizer
 
-    texts = [text for pair in read_pairs(source) for text in (pair.prompt, pair.chosen, pair.rejected)]
+    texts = [text for pair in read_pairs(source).pairs for text in pair.texts]
     return train_tokenizer(texts, vocab_size=VOCABULARY)
 
 
@@ -36,11 +36,14 @@ def real_pairs(source: Path, tokenizer: Any, max_length: int, folder: Path) -> P
     return prepare_pairs(DataConfig(max_length=max_length), source, tokenizer, folder)
 
 
-def ultrafeedback_like(number: int, *, seed: int = 0, longest: int = 2048) -> PreparedPairs:
+def ultrafeedback_like(
+    number: int, *, seed: int = 0, longest: int = 2048, vocabulary: int = VOCABULARY
+) -> PreparedPairs:
     """Pairs of random tokens, with lengths like UltraFeedback's prompts and Llama-3's answers to them.
 
-    Prompts are lognormal with mean 185 and log-deviation 1.0; responses lognormal with mean 400 and log-deviation
-    0.55, their logarithms correlated by 0.6 within a pair; prompts are cut on the left to fit `longest`.
+    The distribution is assumed, not counted: prompts are lognormal with mean 185 and log-deviation 1.0; responses
+    lognormal with mean 400 and log-deviation 0.55, their logarithms correlated by 0.6 within a pair; prompts are cut
+    on the left to fit `longest`.
     """
     random = np.random.default_rng(seed)
     prompt = np.exp(np.log(185) - 0.5 + random.normal(size=number))
@@ -50,7 +53,7 @@ def ultrafeedback_like(number: int, *, seed: int = 0, longest: int = 2048) -> Pr
     prompts = np.clip(prompt.round(), 1, longest - responses.max(axis=1)).astype(np.int64)
     lengths = (prompts[:, None] + responses).ravel()
     return PreparedPairs(
-        tokens=random.integers(0, VOCABULARY, lengths.sum()).astype(np.int32),
+        tokens=random.integers(0, vocabulary, lengths.sum()).astype(np.int32),
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_lengths=prompts.astype(np.int32),
         hashes=np.frombuffer(np.arange(number * 4).tobytes(), dtype=np.uint8).reshape(number, 32),

@@ -20,6 +20,7 @@ class Row:
         at_most: Whether the target is an upper bound; otherwise a lower one.
         limit: What theory allows, or how the target follows, in words.
         note: Spread, absolute numbers, or why the row was skipped.
+        broke: The measuring failed: a failed row.
         details: Everything behind the number.
     """
 
@@ -29,11 +30,14 @@ class Row:
     at_most: bool = True
     limit: str = ""
     note: str = ""
+    broke: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """`pass`, `FAIL`, `skipped`, or `–` where nothing is asked."""
+        if self.broke:
+            return "FAIL"
         if self.measured is None:
             return "skipped"
         if self.target is None:
@@ -51,13 +55,12 @@ def skipped(name: str, reason: str) -> Row:
     return Row(name, None, note=reason)
 
 
-def paired(name: str, over: Sequence[float], under: Sequence[float], **settings: Any) -> Row:
+def paired(name: str, over: Sequence[float], under: Sequence[float], *, note: str = "", **settings: Any) -> Row:
     """The median of over[i] / under[i], numbers measured one after the other."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     spread = f"{min(ratios):.2f}–{max(ratios):.2f} in {len(ratios)} pairs"
-    words = settings.pop("note", "")
-    details = {"over": list(over), "under": list(under), **settings.pop("details", {})}
-    return Row(name, median(ratios), note=f"{words}; {spread}" if words else spread, details=details, **settings)
+    details = {"over": list(over), "under": list(under)}
+    return Row(name, median(ratios), note=f"{note}; {spread}" if note else spread, details=details, **settings)
 
 
 def table(rows: Sequence[Row]) -> str:

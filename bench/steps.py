@@ -12,22 +12,26 @@ model (bench.ours.BODY), 4 real pairs to a step, sequences up to 512 tokens.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.flops import counted_flops
-from bench.ours import BODY, LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpoints, Ours, make_checkpoints, one_rank
-from bench.pairs import NO_DATA, VOCABULARY, real_file, real_pairs, real_tokenizer
-from bench.rows import Row, paired, program, skipped
+from bench.ours import BODY, LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpoints, Ours, make_checkpoints
+from bench.pairs import VOCABULARY, real_file, real_pairs, real_tokenizer, ultrafeedback_like
+from bench.process import cpu_seconds, one_rank
+from bench.rows import Row, paired, program
 from bench.theirs import Theirs
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
-BATCHES, LOSS_LIMIT = 5, 2e-5
+BATCHES, LONGEST, LOSS_LIMIT = 6, 512, 2e-5
+AUTHORS = {PAIRS_PER_STEP: 2.8, 1: 1.8}
+"""Their micro-batch, in pairs -> how many times as long their step must take."""
 COUNTED = "operations counted"
 SEQUENCES, LENGTH, MODEL_REPEATS = 8, 256, 7
 
@@ -37,19 +41,18 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name, one_rank():
         folder = Path(name)
         checkpoints = make_checkpoints(folder)
-        rows = []
         source = real_file()
         if source is None:
-            rows.append(skipped("TGDPO step, ours against the authors' computation", NO_DATA))
+            data, words = ultrafeedback_like(PAIRS_PER_STEP * (BATCHES + 1), longest=LONGEST), "UltraFeedback-like"
         else:
-            data = real_pairs(source, real_tokenizer(source), 512, folder / "pairs")
-            rows += _steps(data, checkpoints)
-        return [*rows, _model(checkpoints)]
+            data, words = real_pairs(source, real_tokenizer(source), LONGEST, folder / "pairs"), "real pairs"
+        return [*_steps(data, checkpoints, words), _model(checkpoints)]
 
 
-def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
+def _steps(data: PreparedPairs, checkpoints: Checkpoints, words: str) -> list[Row]:
     """Rows of whole steps. The first batch warms up and is not counted."""
-    batches = [list(range(first, first + PAIRS_PER_STEP)) for first in range(0, PAIRS_PER_STEP * (BATCHES + 1), 4)]
+    starts = range(0, PAIRS_PER_STEP * (BATCHES + 1), PAIRS_PER_STEP)
+    batches = [list(range(first, first + PAIRS_PER_STEP)) for first in starts]
     cached, live = (Ours(data, checkpoints, cached=cached) for cached in (True, False))
     cached.cache_scores([pair for batch in batches for pair in batch])
     frozen = cached.frozen_model("reference")
@@ -58,23 +61,20 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
             [checkpoints.hf[role] for role in ROLES],
             beta=LOSS.beta,
             alpha=LOSS.alpha,
-            beta_r=LOSS.token_reward_scale,
+            beta_r=LOSS.reward_options["beta_r"],
             lr=LEARNING_RATE,
         )
-        for size in (4, 1)
+        for size in AUTHORS
     }
-    programs: dict[str, Callable[[list[int]], Any]] = {
-        "cached": cached.step,
-        "live": live.step,
-        "theirs 4": lambda pairs: theirs[4].step(data, pairs, micro_batch=4),
-        "theirs 1": lambda pairs: theirs[1].step(data, pairs, micro_batch=1),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in (*programs, "score")}
+    programs: dict[str | int, Callable[[list[int]], Any]] = {"cached": cached.step, "live": live.step}
+    programs |= {size: partial(theirs[size].step, data, micro_batch=size) for size in AUTHORS}
+    seconds: dict[str | int, list[float]] = {name: [] for name in (*programs, "score")}
     difference = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
         losses = []
-        for name, step in programs.items():
-            spent, loss = cpu_seconds(step, batch)
+        in_turn = list(programs) if number % 2 else list(programs)[::-1]  # no side is always the first
+        for name in in_turn:
+            spent, loss = cpu_seconds(programs[name], batch)
             seconds[name].append(spent)
             losses.append(loss)
         seconds["score"].append(cpu_seconds(cached.score, frozen, batch)[0])
@@ -89,14 +89,14 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
     rows = [
         paired(
             f"TGDPO step, authors' at micro-batch {size} / ours cached and packed",
-            seconds[f"theirs {size}"],
+            seconds[size],
             seconds["cached"],
             target=target,
             at_most=False,
-            limit=f"{COUNTED}: {flops[f'theirs {size}'] / flops['cached']:.2f}",
-            note=f"losses equal to {difference:.0e}",
+            limit=f"{COUNTED}: {flops[size] / flops['cached']:.2f}",
+            note=f"{words}, losses equal to {difference:.0e}",
         )
-        for size, target in ((4, 2.8), (1, 1.8))
+        for size, target in AUTHORS.items()
     ]
     return [
         *rows,
@@ -106,14 +106,16 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints) -> list[Row]:
             seconds["live"],
             target=0.63,
             limit=f"{COUNTED}: {flops['cached'] / flops['live']:.3f}",
+            note="the making of the cache not counted",
         ),
         paired(
-            "scoring / training, tokens per second",
+            "scoring one frozen model / training, tokens per second",
             seconds["cached"],
             seconds["score"],
             target=2.6,
             at_most=False,
             limit=f"{COUNTED}: {flops['cached'] / flops['score']:.2f}",
+            note="forward passes alone, without writing",
         ),
         Row(
             "operations of our cached step / what its tokens need",
@@ -156,12 +158,13 @@ def _model(checkpoints: Checkpoints) -> Row:
 
     seconds: dict[str, list[float]] = {"ours": [], "hf": []}
     for repeat in range(1 + MODEL_REPEATS):
-        spent, mine = cpu_seconds(run_ours)
-        spent_hf, theirs = cpu_seconds(run_hf)
-        assert abs(mine - theirs) < LOSS_LIMIT, (mine, theirs)
-        if repeat:
-            seconds["ours"].append(spent)
-            seconds["hf"].append(spent_hf)
+        losses = []
+        for name in list(seconds) if repeat % 2 else list(seconds)[::-1]:
+            spent, loss = cpu_seconds(run_ours if name == "ours" else run_hf)
+            losses.append(loss)
+            if repeat:  # the first warms up
+                seconds[name].append(spent)
+        assert abs(losses[0] - losses[1]) < LOSS_LIMIT, losses
     flops = counted_flops(run_ours) / counted_flops(run_hf)
     return paired(
         f"model forward and backward, Megatron / HuggingFace, {SEQUENCES} × {LENGTH} tokens",
@@ -169,14 +172,8 @@ def _model(checkpoints: Checkpoints) -> Row:
         seconds["hf"],
         target=1.05,
         limit=f"{COUNTED}: {flops:.3f}",
+        note="the logits fit one tile of our head, which keeps them",
     )
-
-
-def cpu_seconds(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Process CPU seconds of some work, and its result."""
-    began = time.process_time()
-    result = work(*arguments)
-    return time.process_time() - began, result
 
 
 def _least_flops(data: PreparedPairs, pairs: Sequence[int]) -> int:
@@ -195,10 +192,6 @@ def _least_flops(data: PreparedPairs, pairs: Sequence[int]) -> int:
 
 def _sequences(tokens: torch.Tensor) -> PreparedPairs:
     """Sequences as pairs whose first token is the prompt, so that all others are labelled."""
-    from dataclasses import replace
-
-    from bench.pairs import ultrafeedback_like
-
     number, length = tokens.shape
     return replace(
         ultrafeedback_like(number),

@@ -24,6 +24,7 @@ labelled, n weights, hidden size H, L layers:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -41,12 +42,12 @@ import torch.distributed as dist
 
 from bench.pairs import VOCABULARY, ultrafeedback_like
 from bench.rows import Row, program
-from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, TrainConfig
+from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.scores.store import TokenScores
+from tgdpo_megatron.scores.store import TokenScores, response_starts
 
 MODEL = ModelDescription(
     num_layers=8,
@@ -200,7 +201,8 @@ def _record(world_size: int, output: Path) -> None:
         orders = {
             f"{chunks} {number}": _order(world_size, chunks, number) for chunks in CHUNKS for number in MICRO_BATCHES
         }
-        sent = {name: _sent(parallel, counted, world_size) for name, parallel in LAYOUTS.items()}
+        layouts = LAYOUTS if world_size == 2 else {}
+        sent = {name: _sent(parallel, counted, world_size) for name, parallel in layouts.items()}
         if ranks.is_first:
             output.write_text(json.dumps({"orders": orders, "bytes": sent}))
 
@@ -229,8 +231,6 @@ def _order(stages: int, chunks: int | None, number: int) -> list[list[Event]]:
 
 def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[str, Any]:
     """Bytes that all ranks sent in the second optimizer step, and what they must send."""
-    if world_size != 2:
-        return {}
     data_parallel_size = world_size // parallel.model_parallel_size
     with _engine(parallel, pairs=8, data_parallel_size=data_parallel_size) as (engine, step, batches, weights):
         for counts in (False, True):
@@ -238,7 +238,7 @@ def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[s
             counted.bytes, counted.on = 0.0, counts
             counted.calls.clear()
             engine.over(step, batches)()
-            engine.update(1.0)
+            engine.update()
             counted.on = False
     everywhere: list[Any] = [None] * world_size
     tokens, labels = sum(len(batch.tokens) for batch in batches), sum(len(batch.rows) for batch in batches)
@@ -258,54 +258,47 @@ def _expected(parallel: ParallelConfig, data_parallel_size: int, tokens: int, la
     return tensor * (sequence + reduced) + pipeline + data_parallel_size * data
 
 
-class _engine:
+@contextlib.contextmanager
+def _engine(
+    parallel: ParallelConfig, *, pairs: int, data_parallel_size: int = 1
+) -> Iterator[tuple[Any, Callable[..., Any], list[Batch], int]]:
     """The engine at a layout, a step function for it, this rank's micro-batches, and its number of weights."""
+    from megatron.core import parallel_state
 
-    def __init__(self, parallel: ParallelConfig, *, pairs: int, data_parallel_size: int = 1) -> None:
-        self.parallel, self.data_parallel_size = parallel, data_parallel_size
-        self.data = ultrafeedback_like(pairs, longest=64)
-        self.config = Config(
-            parallel=parallel,
-            loss=LossConfig(type="tgdpo"),
-            train=TrainConfig(precision="fp32", global_batch_size=pairs, micro_batch_size=1),
-        )
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+    from tgdpo_megatron.train import forward_step
 
-    def __enter__(self) -> tuple[Any, Callable[..., Any], list[Batch], int]:
-        from megatron.core import parallel_state
-
-        from tgdpo_megatron.engine import build_engine
-        from tgdpo_megatron.platform.processes import initialize_model_parallel
-        from tgdpo_megatron.train import forward_step
-
-        initialize_model_parallel(self.parallel, seed=1)
-        engine = build_engine(self.config, MODEL, start=None, frozen=[])
-        batches = rank_batches(
-            self.data,
-            np.arange(len(self.data)),
-            self.config,
-            sides=(CHOSEN, REJECTED),
-            rank=parallel_state.get_data_parallel_rank(),
-            ranks=self.data_parallel_size,
-            device=torch.device("cpu"),
-            scores=_no_scores(self.data),
-        )
-        step = partial(forward_step, config=self.config, formula=formula(self.config.loss))
-        weights = sum(weight.numel() for chunk in engine.chunks for weight in chunk.parameters())
-        return engine, step, batches, weights
-
-    def __exit__(self, *_: Any) -> None:
-        from megatron.core import parallel_state
-
+    data = ultrafeedback_like(pairs, longest=64)
+    config = Config(
+        parallel=parallel,
+        loss=LossConfig(type="tgdpo"),
+        scores=ScoresConfig(source="cached"),
+        train=TrainConfig(precision="fp32", global_batch_size=pairs, micro_batch_size=1),
+    )
+    initialize_model_parallel(parallel, seed=1)
+    engine = build_engine(config, MODEL, start=None, frozen=[])
+    batches = rank_batches(
+        data,
+        np.arange(len(data)),
+        config,
+        sides=(CHOSEN, REJECTED),
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=data_parallel_size,
+        device=torch.device("cpu"),
+        scores=_no_scores(data),
+    )
+    weights = sum(weight.numel() for chunk in engine.chunks for weight in chunk.parameters())
+    try:
+        yield engine, partial(forward_step, config=config, formula=formula(config.loss)), batches, weights
+    finally:
         parallel_state.destroy_model_parallel()
 
 
 def _no_scores(data: PreparedPairs) -> TokenScores:
     """Cached scores of 0 for every token."""
-    lengths = [sum(data.response_length(pair, side) for side in (CHOSEN, REJECTED)) for pair in range(len(data))]
-    starts = np.cumsum([0, *lengths])
-    values = {name: np.zeros(starts[-1], np.float32) for name in ("reference", "guidance")}
-    keys: Iterator[bytes] = (row.tobytes() for row in data.hashes)
-    return TokenScores(None, values, dict(zip(keys, map(int, starts), strict=False)))  # type: ignore[arg-type]
+    tokens = response_starts(data)[-1]
+    return TokenScores.of(data, {name: np.zeros(tokens, np.float32) for name in ("reference", "guidance")})
 
 
 if __name__ == "__main__":
