@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export PYTHONWARNINGS := ignore
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check parity bench real clean
+.PHONY: setup demo test check parity bench credit real clean
 
 setup: $(STAMP)
 
@@ -27,11 +27,14 @@ check: $(STAMP)  ## format, lint, types, unit tests: under a minute
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/unit
 
-parity: $(STAMP)  ## every layout against one process
+parity: $(STAMP)  ## every layout, and every method, against one process
 	$(RUN) -m tests.parity --json results/parity.json
 
 bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; minutes
 	$(RUN) -m bench.run --json results/bench.json --picture docs/images/bench.svg
+
+credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs
+	$(RUN) -m bench.credit $(if $(FAST),--fast --json runs/credit.json,--json results/credit.json --picture docs/images/credit.svg) --report runs/credit.html
 
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real

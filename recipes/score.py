@@ -3,7 +3,7 @@
 import os
 
 from recipes.settings import read_command_line
-from tgdpo_megatron.config import check_batch_layout
+from tgdpo_megatron.config import check_layout
 from tgdpo_megatron.errors import one_sentence_errors
 
 
@@ -11,7 +11,7 @@ def main() -> None:
     with one_sentence_errors():
         config, processes = read_command_line("recipes.score", __doc__)
         if "RANK" not in os.environ:
-            check_batch_layout(config, world_size=processes)
+            check_layout(config, world_size=processes)
         # torch and Megatron take seconds to load: only for settings that are good.
         from tgdpo_megatron.platform.processes import job
         from tgdpo_megatron.score import score

@@ -11,13 +11,28 @@ from typing import Any
 
 import yaml
 
-from recipes import llama3_8b, tiny
-from tgdpo_megatron.config import Config, load
+from recipes import tgdpo, tiny, treg
+from tgdpo_megatron.config import Config, complete, load
 from tgdpo_megatron.errors import CommandLine, UserError
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
-    for recipe in (tiny.sft_tiny, tiny.dpo_tiny, tiny.tgdpo_tiny, llama3_8b.dpo_llama3_8b, llama3_8b.tgdpo_llama3_8b)
+    for recipe in (
+        tiny.sft_tiny,
+        tiny.dpo_tiny,
+        tiny.tgdpo_tiny,
+        tgdpo.dpo_llama3_8b_pairrm,
+        tgdpo.tgdpo_llama3_8b_pairrm,
+        tgdpo.dpo_llama3_8b_armorm,
+        tgdpo.tgdpo_llama3_8b_armorm,
+        tgdpo.dpo_llama32_3b,
+        tgdpo.tgdpo_llama32_3b,
+        tgdpo.dpo_gemma2_2b,
+        tgdpo.tgdpo_gemma2_2b,
+        treg.dpo_reg_llama3_8b,
+        treg.simpo_reg_llama3_8b,
+        treg.simpo_reg_gemma2_9b,
+    )
 }
 
 
@@ -49,7 +64,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         config = load(config, _read_yaml(parsed.conf), where=str(parsed.conf))
     for change in parsed.changes:
         config = load(config, _nested(change), where="command line")
-    return config, parsed.nproc_per_node
+    return complete(config, where="the settings"), parsed.nproc_per_node
 
 
 def _all_settings() -> str:

@@ -16,7 +16,7 @@ def sft_tiny() -> Config:
 def dpo_tiny() -> Config:
     """DPO of the same model."""
     config = sft_tiny()
-    config.loss = LossConfig(type="dpo", beta=0.1)
+    config.loss = LossConfig(type="dpo")
     config.optimizer = OptimizerConfig(lr=2e-4, lr_warmup_iters=5, adam_beta2=0.98)
     config.train.micro_batch_size = 4
     return config
@@ -25,5 +25,5 @@ def dpo_tiny() -> Config:
 def tgdpo_tiny() -> Config:
     """TGDPO of the same model."""
     config = dpo_tiny()
-    config.loss = LossConfig(type="tgdpo", beta=0.1, alpha=0.5)
+    config.loss = LossConfig(type="tgdpo")
     return config

@@ -248,10 +248,11 @@ def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
             some = rows[first : first + 50]
             prompts, sequences, starts = [], [], []
             for row in some:
-                text, prompt = encode_prompt(tokenizer, row.prompt)
+                messages = [{"role": "user", "content": row.prompt}]
+                text, prompt = encode_prompt(tokenizer, messages)
                 prompts.append(prompt)
                 for response in (row.chosen, row.rejected):
-                    sequences.append(prompt + encode_response(tokenizer, row.prompt, text, response))
+                    sequences.append(prompt + encode_response(tokenizer, messages, text, response))
                     starts.append(len(prompt))
             logps = _response_logps(model, sequences, starts)
             margins += (logps[0::2] - logps[1::2]).tolist()
@@ -395,19 +396,19 @@ def read_token_pairs(output: Path, rows: Sequence[Row]) -> list[TokenPair]:
     """The held-out pairs token by token, with r̂ from the cached scores and the known mistakes."""
     from tgdpo_megatron.data.prepare import load_prepared
     from tgdpo_megatron.data.tokenizer import load_tokenizer
-    from tgdpo_megatron.losses import CHOSEN, REJECTED, token_rewards
+    from tgdpo_megatron.losses import CHOSEN, REJECTED
     from tgdpo_megatron.scores.store import load_scores
 
     tokenizer = load_tokenizer(output / "hf" / "sft")
     data = load_prepared(next((output / "scores" / "data").glob("validation-*")))
-    scores = load_scores(output / "scores" / "validation", data)
+    scores = load_scores(output / "scores" / "validation", data, ("reference", "guidance"))
     pairs = []
     for pair, number in enumerate(data.rows):
         row = rows[number - 1]
         sides = []
         for side, spans in ((CHOSEN, []), (REJECTED, row.wrong)):
-            joined = scores.join(data, [pair], [side])
-            rewards = token_rewards(joined["guidance"], joined["reference"], beta_r=BETA_R).tolist()
+            joined = scores.join([pair], [side])
+            rewards = (BETA_R * (joined["guidance"] - joined["reference"])).tolist()
             texts = [tokenizer.decode([token]) for token in data.sequence(pair, side)[data.prompt_lengths[pair] :]]
             sides.append(_marked(texts, rewards, spans))
         pairs.append(TokenPair(row.prompt, *sides))

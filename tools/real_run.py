@@ -79,7 +79,7 @@ def _losses(run: Path) -> list[float]:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.real_run", description=__doc__.splitlines()[0])
-        parser.add_argument("pairs", type=Path, help=".json, .jsonl or .parquet with prompt, chosen, rejected")
+        parser.add_argument("pairs", type=Path, help="a source of pairs, as data.train")
         parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to make")
         parser.add_argument("--steps", type=int, default=30)
         parsed = parser.parse_args()
