@@ -198,27 +198,34 @@ def load_scores_of(
     Raises:
         UserError: No scores there, scores made from something else, or without what the loss needs.
     """
+    return (
+        scores_of_part(config, models, "train", data),
+        scores_of_part(config, models, "validation", validation) if validation is not None else None,
+    )
+
+
+def scores_of_part(config: Config, models: Models, part: str, pairs: PreparedPairs) -> TokenScores | None:
+    """The scores of `train` or `validation` pairs that a run takes from files; None where it takes none.
+
+    Raises:
+        UserError: As load_scores_of.
+    """
     cached = config.loss.log_prob_scores if config.scores.source == "cached" else ()
-    rewards = {"train": config.scores.reward_file, "validation": config.scores.validation_reward_file}
-    loaded: list[TokenScores | None] = []
-    for part, pairs in (("train", data), ("validation", validation)):
-        if pairs is None or not (cached or "reward" in config.loss.scores):
-            loaded.append(None)
-            continue
-        values: dict[str, Any] = {}
-        found = None
-        if cached:
-            folder = required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote") / part
-            found = read_scores_manifest(folder)
-            check_belongs(found, scores_manifest(config, models, pairs), folder)
-            values |= load_scores(folder, pairs, cached).values
-        if "reward" in config.loss.scores:
-            key = "scores.reward_file" if part == "train" else "scores.validation_reward_file"
-            path = required(rewards[part], key, "a .jsonl file of token rewards")
-            checkpoint = required(config.model.checkpoint, "model.checkpoint", "the checkpoint to start from")
-            values["reward"] = read_reward_file(path, pairs, load_tokenizer(checkpoint / HF))
-        loaded.append(TokenScores.of(pairs, values, found))
-    return loaded[0], loaded[1]
+    if not cached and "reward" not in config.loss.scores:
+        return None
+    values: dict[str, Any] = {}
+    found = None
+    if cached:
+        folder = required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote") / part
+        found = read_scores_manifest(folder)
+        check_belongs(found, scores_manifest(config, models, pairs), folder)
+        values |= load_scores(folder, pairs, cached).values
+    if "reward" in config.loss.scores:
+        name = "reward_file" if part == "train" else "validation_reward_file"
+        path = required(getattr(config.scores, name), f"scores.{name}", "a .jsonl file of token rewards")
+        checkpoint = required(config.model.checkpoint, "model.checkpoint", "the checkpoint to start from")
+        values["reward"] = read_reward_file(path, pairs, load_tokenizer(checkpoint / HF))
+    return TokenScores.of(pairs, values, found)
 
 
 def scores_manifest(config: Config, models: Models, pairs: PreparedPairs) -> ScoresManifest:

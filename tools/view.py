@@ -154,29 +154,16 @@ def _numbers(
 def _kept_scores(
     config: Config, folder: Path, part: str, data: PreparedPairs, pairs: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Those scores that are in files."""
+    """Those scores that are in files, checked as training checks them."""
     from tgdpo_megatron import inputs
     from tgdpo_megatron.losses import CHOSEN, REJECTED
-    from tgdpo_megatron.scores.store import load_scores
 
-    names = config.loss.log_prob_scores
-    is_store = (folder / part / "manifest.json").is_file()
-    kept: dict[str, Tensor] = {}
-    if names and (is_store or config.scores.source == "cached"):
-        place = folder if is_store else inputs.required(config.scores.path, "scores.path", "the scores")
-        kept |= load_scores(place / part, data, names).join(pairs, (CHOSEN, REJECTED))
-    if "reward" in config.loss.scores:
-        from tgdpo_megatron.checkpoint.manifest import HF
-        from tgdpo_megatron.data.tokenizer import load_tokenizer
-        from tgdpo_megatron.scores.reward_file import read_reward_file
-        from tgdpo_megatron.scores.store import TokenScores
-
-        key = "reward_file" if part == "train" else "validation_reward_file"
-        path = inputs.required(getattr(config.scores, key), f"scores.{key}", "the rewards")
-        start = inputs.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
-        rewards = read_reward_file(path, data, load_tokenizer(start / HF))
-        kept |= TokenScores.of(data, {"reward": rewards}).join(pairs, (CHOSEN, REJECTED))
-    return kept
+    if (folder / part / "manifest.json").is_file():  # a folder of scores
+        config = config.model_copy(
+            update={"scores": config.scores.model_copy(update={"source": "cached", "path": folder})}
+        )
+    kept = inputs.scores_of_part(config, inputs.check_models(config), part, data)
+    return {} if kept is None else kept.join(pairs, (CHOSEN, REJECTED))
 
 
 def token_logps(checkpoint: Path, config: Config, data: PreparedPairs, pairs: Sequence[int], device: Any) -> Tensor:

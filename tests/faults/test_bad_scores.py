@@ -182,3 +182,51 @@ def explode(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][:] = 3e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_training_run_is_not_taken_for_a_folder_of_scores(checkpoint: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """Its config.yaml, which continuing depends on, would be overwritten."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("mine")
+    said = say(
+        "recipes.score",
+        "--recipe=dpo_tiny",
+        f"model.checkpoint={checkpoint}",
+        f"data.train={pairs_file}",
+        f"scores.path={run}",
+    )
+    assert_refused(said, f"{run}: is a training run, not a folder of scores; choose another scores.path")
+    assert (run / "config.yaml").read_text() == "mine" and sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+    ]
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = say("tools.view", str(tmp_path), "--output", str(tmp_path / "file" / "page.html"))
+    assert_refused(said, f"{tmp_path / 'file'}: cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_viewer_refuses_what_is_neither_a_run_nor_scores_and_scores_made_otherwise(
+    checkpoint: Path, hf_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    assert_refused(say("tools.view", str(tmp_path)), f"{tmp_path}: neither a run nor a folder of scores")
+    scores = tmp_path / "scores"
+    said = say(
+        "recipes.score",
+        "--recipe=dpo_tiny",
+        f"model.checkpoint={checkpoint}",
+        f"data.train={pairs_file}",
+        "data.max_length=64",
+        f"scores.path={scores}",
+    )
+    assert said.code == 0, said.err
+    other = converted(hf_model, tmp_path, flip_a_bit)
+    kept = scores / "config.yaml"
+    kept.write_text(kept.read_text().replace(str(checkpoint), str(other)))
+    said = say("tools.view", str(scores))
+    assert_refused(said, "these scores were made with other weights of the reference (")
+    assert not (scores / "view.html").exists()

@@ -123,7 +123,7 @@ def make_batch(
         data: Tokenised pairs.
         samples: Indices of the pairs. May be empty: the batch then holds padding alone.
         sides: Which responses to include; SFT needs only CHOSEN.
-        scores: Cached token scores to join, by sample hash.
+        scores: Cached token scores to join, laid out as `data` is.
         align: T is padded to a multiple of this, with segments of their own.
         size: T, padded in the same way; `align` is then not read.
 

@@ -54,8 +54,10 @@ def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndar
             for side, given in enumerate(sides):
                 where = f"{path} line {number}: the {_SIDES[side]} response of {data.name(pair)}"
                 ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
-                response = slice(*starts[2 * pair + side :][:2])
-                rewards[response] = _of(given, ids, tokenizer, texts, (pair, side), where)
+                response = 2 * pair + side
+                rewards[starts[response] : starts[response + 1]] = _of(
+                    given, ids, tokenizer, texts, (pair, side), where
+                )
     for row, pair in pair_of.items():
         if row not in line_of:
             raise UserError(f"{path}: no rewards for {data.name(pair)}.")

@@ -77,7 +77,8 @@ class TokenScores:
 
     def join(self, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
         """Scores of the labelled tokens of some pairs, in batch order. Name -> [R] fp32."""
-        pieces = [slice(*self.starts[2 * sample + side :][:2]) for sample in samples for side in sides]
+        responses = [2 * sample + side for sample in samples for side in sides]
+        pieces = [slice(self.starts[response], self.starts[response + 1]) for response in responses]
         return {
             name: torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(values[piece] for piece in pieces)]))
             for name, values in self.values.items()
