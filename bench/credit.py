@@ -33,7 +33,7 @@ FAST = Effort(seeds=(1, 2), train=200, validation=40, sft=400, sft_steps=15, ste
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="one seed, few steps: shows that everything runs")
+    parser.add_argument("--fast", action="store_true", help="two seeds, few steps: shows that everything runs")
     parser.add_argument("--json", type=Path, default=Path("results/credit.json"), help="default: %(default)s")
     parser.add_argument("--report", type=Path, default=Path("runs/credit.html"), help="default: %(default)s")
     parser.add_argument("--picture", type=Path, help="SVG to write, none by default")
