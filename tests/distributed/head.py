@@ -33,7 +33,8 @@ def _compare(
     """One case. With `main_grad` the weight has Megatron's fp32 buffer, and two backward passes add up in it."""
     from megatron.core import parallel_state
 
-    vocabulary.TILE_ELEMENTS["cpu"] = tile
+    device = ranks.device
+    vocabulary.TILE_ELEMENTS[device.type] = tile
     group = parallel_state.get_tensor_model_parallel_group()
     generator = torch.Generator().manual_seed(vocab_size)
     columns = 320  # of each rank, padding included; a tile is never narrower than 128
@@ -49,8 +50,10 @@ def _compare(
 
     mine = slice(columns * ranks.rank, columns * (ranks.rank + 1))
     share = slice(TOKENS // ranks.world_size * ranks.rank, TOKENS // ranks.world_size * (ranks.rank + 1))
-    local_hidden = [(states[share] if sequence_parallel else states).clone().requires_grad_() for states in hidden]
-    local_weights = [weight[mine].clone().requires_grad_() for weight in weights]
+    local_hidden = [
+        (states[share] if sequence_parallel else states).clone().to(device).requires_grad_() for states in hidden
+    ]
+    local_weights = [weight[mine].clone().to(device).requires_grad_() for weight in weights]
     policy_weight: Any = local_weights[0]
     if main_grad:
         policy_weight.main_grad = torch.zeros_like(policy_weight, dtype=torch.float32)
@@ -60,16 +63,16 @@ def _compare(
         calls = _count_all_reduces()
         logps = head.labelled_logprobs(
             list(zip(local_hidden, local_weights, strict=True)),
-            rows,
-            labels,
+            rows.to(device),
+            labels.to(device),
             vocab_size=vocab_size,
             sequence_parallel=sequence_parallel,
             group=group,
             divergence=divergence,
         )
         reduces = calls()
-        total = (logps[0] * upstream).sum()
-        (total + (logps[-1] * upstream_of_divergence).sum() if divergence else total).backward()
+        total = (logps[0] * upstream.to(device)).sum()
+        (total + (logps[-1] * upstream_of_divergence.to(device)).sum() if divergence else total).backward()
     found_weight_grad = policy_weight.main_grad / 2 if main_grad else policy_weight.grad
     assert policy_weight.grad_added_to_main_grad if main_grad else True
 
@@ -97,13 +100,13 @@ def _compare(
         if dtype != "float32"
         else _against_megatron(hidden[0], weights[0], rows, labels, mine, vocab_size, logps[0]),
     }
-    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return {**dict(zip(errors, worst.tolist(), strict=True)), "all-reduces": reduces}
 
 
 def _error(found: Any, wanted: torch.Tensor) -> float:
-    return float((found.detach() - wanted.detach()).abs().max())
+    return float((found.detach().cpu() - wanted.detach().cpu()).abs().max())
 
 
 def _against_megatron(
@@ -114,7 +117,8 @@ def _against_megatron(
 
     logits = hidden[rows, 0] @ weight.t()
     logits[:, vocab_size:] = float("-inf")
-    return _error(logps, -vocab_parallel_cross_entropy(logits[:, mine].contiguous(), labels))
+    mine_alone = logits[:, mine].contiguous().to(logps.device)
+    return _error(logps, -vocab_parallel_cross_entropy(mine_alone, labels.to(logps.device)))
 
 
 def _count_all_reduces() -> Any:

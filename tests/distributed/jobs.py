@@ -27,14 +27,16 @@ def train_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[
     return metrics
 
 
-def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[str, Any], output: str) -> None:
+def distribution(
+    ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[str, Any], output: str, precision: str = "fp32"
+) -> None:
     """Save a checkpoint's log-probs of the whole vocabulary after each of some tokens, [tokens, vocabulary]."""
     import torch
     from megatron.core import parallel_state
 
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
-    from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
+    from tgdpo_megatron.config import Config
     from tgdpo_megatron.data.batch import Batch
     from tgdpo_megatron.engine import pipeline_pass
     from tgdpo_megatron.losses import Pairs
@@ -42,7 +44,7 @@ def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[st
     from tgdpo_megatron.platform.processes import initialize_model_parallel
     from tgdpo_megatron.score import forward_step
 
-    config = Config(parallel=ParallelConfig(**parallel), train=TrainConfig(precision="fp32"))
+    config = load(Config(), {"parallel": parallel, "train": {"precision": precision}}, where="test")
     initialize_model_parallel(config.parallel, seed=1)
     description = describe(Path(folder))
     chunks = build_model(description, transformer_config(description, config))
@@ -62,10 +64,16 @@ def distribution(ranks: Ranks, *, folder: str, ids: list[int], parallel: dict[st
     )
     with torch.no_grad():
         outputs = pipeline_pass(
-            chunks, forward_step, [batch], config, stacked=1, forward_only=True, collect_non_loss_data=True
+            chunks,
+            forward_step,
+            [batch.to(ranks.device)],
+            config,
+            stacked=1,
+            forward_only=True,
+            collect_non_loss_data=True,
         )()
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-        torch.save(outputs[0][0].view(len(ids), vocab), output)
+        torch.save(outputs[0][0].cpu().view(len(ids), vocab), output)
     parallel_state.destroy_model_parallel()
 
 
@@ -76,14 +84,16 @@ def train_and_look(ranks: Ranks, *, recipe: str, job: dict[str, Any], looks: lis
         distribution(ranks, **look)
 
 
-def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> list[list[list[float]]]:
+def packed_logps(
+    ranks: Ranks, *, folder: str, packs: list[list[list[int]]], precision: str = "fp32"
+) -> list[list[list[float]]]:
     """Log-probs of every token of some sequences, packed as asked. Pack -> sequence -> token."""
     import numpy as np
     import torch
 
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
-    from tgdpo_megatron.config import Config, TrainConfig
+    from tgdpo_megatron.config import Config
     from tgdpo_megatron.data.batch import make_batch
     from tgdpo_megatron.data.prepare import PreparedPairs, Summary
     from tgdpo_megatron.engine import pipeline_pass
@@ -92,7 +102,7 @@ def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> 
     from tgdpo_megatron.platform.processes import initialize_model_parallel
     from tgdpo_megatron.score import forward_step
 
-    config = Config(train=TrainConfig(precision="fp32"))
+    config = load(Config(), {"train": {"precision": precision}}, where="test")
     initialize_model_parallel(config.parallel, seed=1)
     description = describe(Path(folder))
     chunks = build_model(description, transformer_config(description, config))
@@ -108,7 +118,7 @@ def packed_logps(ranks: Ranks, *, folder: str, packs: list[list[list[int]]]) -> 
             rows=np.arange(len(pack)),
             summary=Summary(source="test"),
         )
-        batch = make_batch(data, range(len(pack)), sides=(CHOSEN,))
+        batch = make_batch(data, range(len(pack)), sides=(CHOSEN,)).to(ranks.device)
         with torch.no_grad():
             (logps,) = pipeline_pass(
                 chunks, forward_step, [batch], config, stacked=1, forward_only=True, collect_non_loss_data=True

@@ -16,15 +16,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+PROGRAM = "tests.distributed.program"
 
-def run_ranks(module: str, function: str, world_size: int, **arguments: Any) -> Any:
-    """Call module.function(ranks, **arguments) on every rank; return the first rank's result (JSON types)."""
+
+def run_ranks(module: str, function: str, world_size: int, *, program: str = PROGRAM, **arguments: Any) -> Any:
+    """Call module.function(ranks, **arguments) on every rank; return the first rank's result (JSON types).
+
+    Args:
+        program: A module that calls `main` below, where something is to be done before the ranks are joined.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         request = json.dumps([module, function, world_size, arguments, str(output)])
         environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.distributed.program", request],
+            [sys.executable, "-m", program, request],
             env=environment,
             capture_output=True,
             text=True,
@@ -34,15 +40,15 @@ def run_ranks(module: str, function: str, world_size: int, **arguments: Any) -> 
         return json.loads(output.read_text())
 
 
-def _main() -> None:
+def main(program: str = PROGRAM) -> None:
     module, function, world_size, arguments, output = json.loads(sys.argv[1])
     from tgdpo_megatron.platform.processes import job
 
-    with job("tests.distributed.program", processes=world_size, timeout_minutes=2) as ranks:
+    with job(program, processes=world_size, timeout_minutes=2) as ranks:
         result = getattr(importlib.import_module(module), function)(ranks, **arguments)
         if ranks.is_first:
             Path(output).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    _main()
+    main()

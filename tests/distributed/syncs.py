@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,12 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.distributed.pretended_cuda import READS
 from tgdpo_megatron.config import Config, LossConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 
 aten: Any = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense.default: "a number is read: .item(), float(), bool()",
-    aten.nonzero.default: "the size of a result depends on values",
-    aten.masked_select.default: "the size of a result depends on values",
+WAITS = READS | {
     aten.lift_fresh.default: "a tensor is made of Python numbers, and would be copied",
 }
 ROOT = Path(__file__).resolve().parent.parent.parent / "tgdpo_megatron"
@@ -42,7 +42,29 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def record(ranks: Ranks, *, folder: str, losses: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+@contextlib.contextmanager
+def _device_waits(device: torch.device, found: list[str]) -> Iterator[None]:
+    """On a GPU, also what CUDA itself says of calls that wait, whoever makes them."""
+    if device.type == "cpu":
+        yield
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [
+        f"{warning.filename}:{warning.lineno} {warning.message}"
+        for warning in seen
+        if "synchroniz" in str(warning.message)
+    ]
+
+
+def record(
+    ranks: Ranks, *, folder: str, losses: dict[str, dict[str, Any]], precision: str = "fp32"
+) -> dict[str, list[str]]:
     """Loss type -> what waits within its micro-batches, forward and backward. Live where the method can be."""
     from bench.pairs import ultrafeedback_like
     from tgdpo_megatron.checkpoint.manifest import describe
@@ -61,26 +83,30 @@ def record(ranks: Ranks, *, folder: str, losses: dict[str, dict[str, Any]]) -> d
         loss = LossConfig(type=name, **settings)  # type: ignore[arg-type]
         live = loss.scores == loss.carried
         config = Config(
-            loss=loss, scores=ScoresConfig(source="live" if live else "cached"), train=TrainConfig(precision="fp32")
+            loss=loss,
+            scores=ScoresConfig(source="live" if live else "cached"),
+            train=TrainConfig(precision=precision),  # type: ignore[arg-type]
         )
         if not found:
             initialize_model_parallel(config.parallel, seed=1)
         frozen = [checkpoint for _ in loss.carried] if live else []
         engine = build_engine(config, description, start=checkpoint, frozen=frozen)
         scores = None if live else TokenScores.of(data, dict.fromkeys(loss.scores, zeros))
-        batch = make_batch(data, [0, 1], scores=scores)
-        engine.zero_grad()
-        engine.chunks[0].set_input_tensor([None])
-        with _Waits() as waits:
-            output, loss_of = forward_step(iter([batch]), engine.chunks[0], config=config, formula=formula(loss))
-            total, _, _ = loss_of(output)
-            total.backward()
-        found[name] = waits.found
+        batch = make_batch(data, [0, 1], scores=scores).to(ranks.device)
+        for _ in range(2 if ranks.device.type == "cuda" else 1):  # kernels are loaded by the first
+            engine.zero_grad()
+            engine.chunks[0].set_input_tensor([None])
+            with _Waits() as waits, _device_waits(ranks.device, waits.found):
+                output, loss_of = forward_step(iter([batch]), engine.chunks[0], config=config, formula=formula(loss))
+                total, _, _ = loss_of(output)
+                total.backward()
+            found[name] = waits.found
     return found
 
 
 def planted(ranks: Ranks) -> list[str]:
     """What the recorder says of lines that do wait."""
+    values = torch.ones(3, device=ranks.device)
     lines: list[Callable[[torch.Tensor], Any]] = [
         lambda values: values.sum().item(),
         lambda values: values[values > 0],
@@ -91,6 +117,15 @@ def planted(ranks: Ranks) -> list[str]:
     before, ROOT = ROOT, Path(__file__).resolve().parent
     with _Waits() as waits:
         for line in lines:
-            line(torch.ones(3))
+            line(values)
     ROOT = before
     return waits.found
+
+
+def planted_on_device(ranks: Ranks) -> list[str]:
+    """What CUDA says of a line that reads a number from the GPU."""
+    found: list[str] = []
+    values = torch.ones(3, device=ranks.device)
+    with _device_waits(ranks.device, found):
+        values.sum().item()
+    return found

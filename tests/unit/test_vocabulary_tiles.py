@@ -39,9 +39,31 @@ def test_no_tensor_is_larger_than_a_tile_or_the_weights_gradient(
     reference = frozen, frozen_weight.clone()
     shard = vocabulary.VocabShard(start=0, columns=VOCABULARY)
     with Largest() as largest:
-        logps, _, log_normalisers = LabelledLogProbs.apply(*policy, [reference], torch.arange(LABELS), shard)
+        logps, _, log_normalisers = LabelledLogProbs.apply(*policy, [reference], torch.arange(LABELS), shard, True)
         total = logps.sum()
         if divergence:
             total = total + Divergence.apply(*policy, reference, log_normalisers, shard).sum()
         total.backward()
     assert LABELS * 128 <= largest.elements <= VOCABULARY * HIDDEN
+
+
+@pytest.mark.parametrize("tile", [128, 1 << 22], ids=["three tiles", "one tile, kept"])
+def test_a_nearly_certain_label_keeps_its_small_gradient_in_bf16(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """p − 1 is about −0.003 there; p itself, rounded to 8 bits, would be 1 or 0.996."""
+    monkeypatch.setitem(vocabulary.TILE_ELEMENTS, "cpu", tile)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 64, generator=generator).bfloat16()
+    labels = torch.tensor([3, 130, 299, 77])
+    weight = (0.1 * torch.randn(300, 64, generator=generator)).bfloat16()
+    weight[labels] = (12 * hidden.float() / hidden.float().square().sum(dim=1, keepdim=True)).bfloat16()
+    logits = (hidden @ weight.t()).double()  # as rounded as they are in the head
+    wrong = logits.softmax(dim=1) - torch.nn.functional.one_hot(labels, 300)
+    at_label = wrong.gather(1, labels[:, None])
+    assert ((at_label < -1e-3) & (at_label > -5e-3)).all()
+    policy = weight.clone().requires_grad_()
+    shard = vocabulary.VocabShard(start=0, columns=300)
+    logps, *_ = LabelledLogProbs.apply(hidden.clone().requires_grad_(), policy, [], labels, shard, True)
+    logps.sum().backward()
+    expected = -(wrong.t() @ hidden.double())[labels]
+    assert policy.grad is not None
+    assert float((policy.grad[labels].double() - expected).norm() / expected.norm()) < 0.01

@@ -35,7 +35,7 @@ def tensor_sum(
         shape: Shape of the whole tensor. offset: Where the shard begins in it.
         rounded_to: Sum the values as they are after rounding to this dtype.
     """
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)  # read once a tensor: each read waits for the GPU
     rows = tensor.detach().reshape(tensor.size(0), -1)  # 1-D and 2-D tensors are all there are
     width, first_column = (shape[1], offset[1]) if len(shape) > 1 else (1, 0)
     columns = torch.arange(rows.size(1), device=tensor.device) + first_column
@@ -44,8 +44,8 @@ def tensor_sum(
         block = rows[first : first + step]
         bits = block.to(rounded_to).float().contiguous().view(torch.int32).long()
         place = (torch.arange(block.size(0), device=tensor.device) + first + offset[0])[:, None] * width + columns
-        total += int((bits * _odd_number(place)).sum())
-    return total & _MASK
+        total += (bits * _odd_number(place)).sum()
+    return int(total) & _MASK
 
 
 def _odd_number(place: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Batch:
         pairs: Pair and side of each labelled token.
         scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
         samples: Index of each pair in the data set, to name it in errors.
+        padding: How many of the T tokens, the last ones, only fill the batch.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class Batch:
     pairs: Pairs
     scores: dict[str, Tensor]
     samples: tuple[int, ...]
+    padding: int = 0
 
     @property
     def longest_segment(self) -> int:
@@ -56,14 +58,16 @@ class Batch:
         return max(self.segment_lengths)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device. The host does not wait for the copies: they leave from pinned memory."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        pairs = replace(self.pairs, pair=self.pairs.pair.to(device), side=self.pairs.side.to(device))
-        scores = {name: value.to(device, non_blocking=True) for name, value in self.scores.items()}
+
+        def move(value: Tensor) -> Tensor:
+            return value.pin_memory().to(device, non_blocking=True)
+
+        moved: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        pairs = replace(self.pairs, pair=move(self.pairs.pair), side=move(self.pairs.side))
+        scores = {name: move(value) for name, value in self.scores.items()}
         return replace(self, **moved, pairs=pairs, scores=scores)
 
 
@@ -99,7 +103,7 @@ def rank_batches(
             [int(pair) for pair in picked[places]],
             sides=sides,
             scores=scores,
-            align=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            align=config.token_multiple,
             size=settings.micro_batch_tokens if settings.fixed_micro_batches else None,
         ).to(device)
         for places in cut[rank]
@@ -159,6 +163,7 @@ def make_batch(
         pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
         scores=scores.join(samples, sides) if scores is not None else {},
         samples=tuple(int(sample) for sample in samples),
+        padding=end - offset,
     )
 
 

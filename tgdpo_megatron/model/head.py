@@ -3,8 +3,13 @@
 The vocabulary is split over tensor-parallel ranks. Each rank walks over its columns tile by tile and keeps
 three numbers per labelled token: the largest logit, the sum of exponentials below it, and the label's own
 logit. One MAX and one SUM all-reduce, for all models of the micro-batch together, turn them into log-probs.
-Backward computes the logits again, tile by tile, from the saved log-sum-exp; where all columns fit one tile, that
-tile is kept instead.
+Backward computes the logits again, tile by tile, and from the saved log-sum-exp the probabilities; where all columns
+fit one tile, its exponentials are kept instead.
+
+    ∂ log p(label) / ∂z = onehot(label) − p,  so with g the gradient of each log-prob and q = p − onehot
+    ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
+
+g is multiplied into rows of H numbers, not of V; 16-bit logits go to fp32 in the subtraction, not in a copy before it.
 
 Columns that only pad the vocabulary are never computed, which is the same as a logit of −inf.
 
@@ -59,7 +64,7 @@ def labelled_logprobs(
     shard = VocabShard.of(weight, vocab_size, group)
     hidden = _labelled_rows(states, rows, sequence_parallel, group)
     policy, constants, log_normalisers = LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, frozen, labels, shard
+        hidden, weight, frozen, labels, shard, torch.is_grad_enabled()
     )
     rows_of_result = [policy[None], constants]
     if divergence:
@@ -87,10 +92,11 @@ class LabelledLogProbs(torch.autograd.Function):
         frozen: Sequence[tuple[Tensor, Tensor]],
         labels: Tensor,
         shard: VocabShard,
+        backward_follows: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The policy last: what is kept for backward is not there yet while the others are scanned.
         others = [_scan(states, matrix, labels, shard)[0] for states, matrix in frozen]
-        scan, exponentials = _scan(hidden, weight, labels, shard, keep=any(ctx.needs_input_grad[:2]))
+        scan, exponentials = _scan(hidden, weight, labels, shard, keep=backward_follows)
         largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, R]
         maximum = largest.clone()
         shard.all_reduce(maximum, dist.ReduceOp.MAX)
@@ -98,7 +104,7 @@ class LabelledLogProbs(torch.autograd.Function):
         shard.all_reduce(sums, dist.ReduceOp.SUM)
         log_normaliser = maximum + sums[0].log()
         logps = sums[1] - log_normaliser
-        ctx.save_for_backward(hidden, weight, labels, log_normaliser[0], exponentials, largest[0])
+        ctx.save_for_backward(hidden, weight, labels, logps[0], log_normaliser[0], exponentials, largest[0])
         ctx.shard = shard
         constants = logps[1:]
         ctx.mark_non_differentiable(constants, log_normaliser)
@@ -106,23 +112,35 @@ class LabelledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_normaliser, exponentials, largest = ctx.saved_tensors
+        hidden, weight, labels, logps, log_normaliser, exponentials, largest = ctx.saved_tensors
         shard: VocabShard = ctx.shard
+        descent = -grad[:, None]
+        scaled = (descent * hidden).to(hidden.dtype)
+        # p − 1 of the label. Made from its log-prob: a p near 1 that was rounded to 16 bits would leave nothing of it.
+        at_label = torch.expm1(logps)[:, None].to(hidden.dtype)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = WeightGradient(weight)
         for tile in shard.tiles(len(labels), hidden.device):
             if exponentials is None:
-                grad_logits = torch.mm(hidden, weight[tile].t()).float()  # [R, tile]
-                grad_logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])  # −p · g
+                logits = torch.mm(hidden, weight[tile].t())  # [R, tile]
+                wide = _below(logits, log_normaliser).exp_()
+                del logits
             else:
-                grad_logits = exponentials.mul_((-grad * torch.exp(largest - log_normaliser))[:, None])  # the same
+                wide = exponentials.mul_(torch.exp(largest - log_normaliser)[:, None])
+            probabilities = wide.to(hidden.dtype)
+            del wide
             inside, column = shard.owned(labels, tile)
-            grad_logits.scatter_add_(1, column[:, None], (grad * inside)[:, None])  # + onehot · g
-            narrow = grad_logits.to(hidden.dtype)
-            add_product(grad_hidden, narrow, weight[tile])
-            sink.add(tile, narrow, hidden)
-            del grad_logits, narrow  # before the next tile is made
-        return grad_hidden.to(hidden.dtype), sink.result(), None, None, None
+            others = probabilities.gather(1, column[:, None])
+            apart = probabilities.scatter_(1, column[:, None], at_label.where(inside[:, None], others))
+            add_product(grad_hidden, apart, weight[tile])
+            sink.add(tile, apart, scaled)
+            del probabilities, apart  # before the next tile is made
+        return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), None, None, None, None
+
+
+def _below(logits: Tensor, level: Tensor) -> Tensor:
+    """logits − level, in fp32; over the logits where they are fp32 already. [R, tile] and [R] -> [R, tile]"""
+    return logits.sub_(level[:, None]) if logits.dtype == torch.float32 else logits - level[:, None]
 
 
 def _scan(
@@ -138,12 +156,13 @@ def _scan(
     label_logit = torch.zeros(labels.shape, device=labels.device)
     kept = None
     for tile in shard.tiles(len(labels), hidden.device):
-        logits = torch.mm(hidden, weight[tile].t()).float()  # [R, tile]
+        logits = torch.mm(hidden, weight[tile].t())  # [R, tile]
         inside, column = shard.owned(labels, tile)
         label_logit += logits.gather(1, column[:, None]).squeeze(1) * inside
-        higher = torch.maximum(largest, logits.amax(dim=1))
-        total = total * torch.exp(largest - higher) + logits.sub_(higher[:, None]).exp_().sum(dim=1)
+        higher = torch.maximum(largest, logits.amax(dim=1).float())
+        exponentials = _below(logits, higher).exp_()
+        total = total * torch.exp(largest - higher) + exponentials.sum(dim=1)
         largest = higher
-        kept = logits if keep and logits.size(1) == shard.columns else None
-        del logits  # before the next tile is made
+        kept = exponentials if keep and logits.size(1) == shard.columns else None
+        del logits, exponentials  # before the next tile is made
     return torch.stack([largest, total, label_logit]), kept

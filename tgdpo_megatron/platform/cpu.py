@@ -63,7 +63,8 @@ def _redirect_torch_cuda() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.manual_seed = cuda.random.manual_seed = torch.manual_seed
+    # A function of our own: torch.compile's tables take no function of torch under a second name.
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
 
 
 class _TorchOnCpu(types.ModuleType):

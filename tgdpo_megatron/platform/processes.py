@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
 from tgdpo_megatron.errors import RANK_DIED, USER_ERROR, UserError
-from tgdpo_megatron.platform import checks, cpu, torch_adam
+from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,17 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
     said = [failure for failure in failures.values() if failure.exitcode == USER_ERROR]
     if said:
         return USER_ERROR, _message(said[0])
-    # The launcher ends the other ranks with SIGTERM; ranks that lost a peer are a consequence too.
-    consequences = (-signal.SIGTERM, RANK_DIED)
-    causes = {rank: failure for rank, failure in failures.items() if failure.exitcode not in consequences} or failures
-    rank, failure = min(causes.items(), key=lambda item: (item[1].exitcode >= 0, item[0]))
+    consequences = (
+        -signal.SIGABRT,  # NCCL aborts a rank that lost a peer; but other things abort as well
+        RANK_DIED,  # gloo raised an error in a rank that lost a peer
+        -signal.SIGTERM,  # the launcher ended it
+    )
+
+    def how_late(item: tuple[int, Any]) -> tuple[int, bool, int]:
+        rank, code = item[0], item[1].exitcode
+        return (consequences.index(code) + 1 if code in consequences else 0, code >= 0, rank)
+
+    rank, failure = min(failures.items(), key=how_late)
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with exit code {failure.exitcode}"
     )
@@ -137,21 +144,40 @@ def _join(timeout_minutes: int) -> Ranks:
     checks.check_packages()
     cpu.install()
     torch_adam.install()
+    torch_clip.install()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    device = _device(local)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
+        # torch prefers cuDNN's attention on an H200; it builds a plan for every new length, and ours all differ.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "nccl" if on_gpu else "gloo",
         store=dist.HashStore() if world == 1 else None,
         rank=rank,
         world_size=world,
         timeout=timedelta(minutes=timeout_minutes),
     )
     return Ranks(rank, world, local, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: There are GPUs, but not one for each rank.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: {gpus} {'is' if gpus == 1 else 'are'} visible, and each "
+            "rank needs its own; start fewer ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:

@@ -4,6 +4,9 @@ Without Transformer Engine or apex, megatron-core 0.16.1 falls back to torch.opt
 differs from theirs in two ways its checkpoint code does not expect: it is empty before the first
 step, and every parameter has its own `step` tensor. Loaded unchanged, all parameters share *one*
 `step`, which then advances once per parameter in each update: training goes on with wrong numbers.
+
+A run may also go on under another implementation than it began with: theirs and torch's name different
+options in the state, of which Megatron keeps only the saved ones.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 
 
 def install() -> None:
-    """Patch DistributedOptimizer, once per process; only has an effect over torch.optim optimizers."""
+    """Patch DistributedOptimizer, once per process."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     if getattr(DistributedOptimizer, "_holds_torch_adam_state", False):
@@ -29,6 +32,7 @@ def install() -> None:
         return original_state_dict(self)
 
     def load_state_dict(self: Any, state: Any) -> None:
+        complete_options(state["optimizer"]["param_groups"], self.optimizer.defaults, torchs=_is_torch_adam(self))
         original_load(self, state)
         if _is_torch_adam(self):
             for entry in self.optimizer.state.values():
@@ -47,6 +51,20 @@ def install() -> None:
     patched.state_dict, patched.load_state_dict = state_dict, load_state_dict
     patched._set_main_param_and_optimizer_states = set_states
     patched._holds_torch_adam_state = True
+
+
+def complete_options(groups: list[dict[str, Any]], defaults: dict[str, Any], *, torchs: bool) -> None:
+    """Give saved groups, in place, the options that this optimizer has and the one they were saved from had not.
+
+    Args:
+        defaults: This optimizer's own options.
+        torchs: Whether it is torch's, whose `step` may have a fraction; the others' kernels take integers alone.
+    """
+    for group in groups:
+        for option, value in defaults.items():
+            group.setdefault(option, value)
+        if not torchs and "step" in group:
+            group["step"] = int(group["step"])
 
 
 def _is_torch_adam(distributed_optimizer: Any) -> bool:

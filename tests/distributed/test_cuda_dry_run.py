@@ -1,0 +1,137 @@
+"""What can be known about a GPU without one: on which device tensors are made, and who waits for whom."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.program import run_ranks
+
+PROGRAM = "tests.distributed.cuda_dry_run"
+on_a_pretended_gpu = partial(run_ranks, PROGRAM, program=PROGRAM)
+
+Jobs = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path) -> Jobs:
+    """TGDPO with two live models, two steps of two micro-batches in bf16; and others that differ from it as named."""
+    folder = tmp_path_factory.mktemp("gpu")
+
+    def job(**changes: dict[str, Any]) -> dict[str, Any]:
+        settings: dict[str, dict[str, Any]] = {
+            "model": {"checkpoint": str(checkpoint), "guidance": str(checkpoint)},
+            "loss": {"type": "tgdpo"},
+            "data": {"train": str(pairs_file), "max_length": 128},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
+            "train": {"train_iters": 2, "global_batch_size": 4, "micro_batch_size": 2, "precision": "bf16"},
+        }
+        for group, values in copy.deepcopy(changes).items():
+            settings[group] = settings.get(group, {}) | values
+        return settings
+
+    scores = {"path": str(folder / "scores")}
+    packed = {"micro_batch_tokens": 128, "fixed_micro_batches": True}
+    two_tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    overlapped = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    without_guidance = {"guidance": None}
+    made = {
+        "plain": job(),
+        "more micro-batches": job(train={"micro_batch_size": 1}),
+        "more steps": job(train={"train_iters": 3}),
+        "divergence": job(loss={"type": "tdpo2"}, model=without_guidance, train={"recompute": "full"}),
+        "scoring": job(scores=scores),
+        "cached": job(scores=scores | {"source": "cached"}, train=packed | {"recompute": "selective"}),
+        "tensor": job(parallel=two_tensor, loss={"type": "tdpo2"}, model=without_guidance, train={"recompute": "full"}),
+        "pipeline": job(parallel={"pipeline_model_parallel_size": 2}),
+        "data": job(optimizer=overlapped),
+    }
+    for name, settings in made.items():
+        settings["train"]["output"] = str(folder / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_rank(jobs: Jobs) -> Jobs:
+    names = ["plain", "more micro-batches", "more steps", "divergence", "cached"]
+    found = on_a_pretended_gpu("run", 1, jobs=[jobs[name] for name in names], scoring=[jobs["scoring"]])
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, str]:
+    found: dict[str, str] = on_a_pretended_gpu("planted", 1)
+    return found
+
+
+def test_jobs_run_and_no_operation_joins_two_devices(one_rank: Jobs) -> None:
+    """A wrong device would have ended the job: reading, scoring, training, evaluating nothing, saving."""
+    assert {name: job["metrics"]["iteration"] for name, job in one_rank.items()} == {
+        name: 3 if name == "more steps" else 2 for name in one_rank
+    }
+
+
+def test_layouts_run_and_no_operation_joins_two_devices(jobs: Jobs) -> None:
+    names = ["tensor", "pipeline", "data"]
+    found = on_a_pretended_gpu("run", 2, jobs=[jobs[name] for name in names], scoring=[])
+    assert [job["metrics"]["iteration"] for job in found] == [2, 2, 2]
+
+
+def test_the_pretence_changes_no_number(jobs: Jobs, one_rank: Jobs, tmp_path: Path) -> None:
+    job = copy.deepcopy(jobs["plain"])
+    job["train"]["output"] = str(tmp_path / "on-cpu")
+    ((*_, last),) = run_ranks("tests.distributed.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[job])
+    for name in ("loss", "grad_norm", "rewards/margins", "token_rewards/mean"):
+        assert one_rank["plain"]["metrics"][name] == pytest.approx(last[name], rel=1e-5), name
+
+
+def test_a_micro_batch_never_waits_for_the_device(one_rank: Jobs) -> None:
+    assert Counter(one_rank["more micro-batches"]["waits"]) == Counter(one_rank["plain"]["waits"])
+
+
+def test_a_step_waits_for_the_device_three_times(one_rank: Jobs) -> None:
+    """For the number of pairs (Megatron asks whether it is 0), the gradient's norm, and the metrics."""
+    more = Counter(one_rank["more steps"]["waits"]) - Counter(one_rank["plain"]["waits"])
+    assert sorted(line.partition(":")[0] for line in more.elements()) == [
+        "clip_grads.py",
+        "finalize_model_grads.py",
+        "metrics.py",
+    ]
+
+
+def test_saving_takes_no_optimizer_state_back_to_the_device(one_rank: Jobs) -> None:
+    """It would need room for all of it there at once."""
+    gathers = [wait for wait in one_rank["plain"]["waits"] if wait.startswith("distrib_optimizer.py")]
+    assert gathers
+    assert {wait.rpartition(": ")[2] for wait in gathers} == {"copied to the host"}
+
+
+def test_attention_builds_no_plan_for_each_length() -> None:
+    """cuDNN's would, for every new segment length; it comes first on an H200 unless it is switched off."""
+    assert on_a_pretended_gpu("attention_kernels", 1) == {"flash": True, "cudnn": False}
+
+
+def test_what_is_wrong_on_a_gpu_is_noticed(planted: dict[str, str]) -> None:
+    assert planted == {
+        "a tensor made without its device": "WrongDeviceError",
+        "a buffer of another device, in place": "WrongDeviceError",
+        "a matrix product of both": "WrongDeviceError",
+        "a backward pass of both": "WrongDeviceError",
+        "a collective of the host's tensor": "WrongDeviceError",
+        "an array of the device's tensor": "TypeError",
+        "a number of the host": "",
+        "a tensor made like another": "",
+        "a view of a copy": "copied to the device",
+        "a number read": "a number is read",
+        "a choice made": "a number is read",
+        "a list of numbers read": "numbers are read, one by one",
+        "a boolean index": "a boolean index",
+        "a copy that waits": "copied to the device",
+        "a copy from memory that is not pinned": "copied from memory that is not pinned",
+        "a copy that does not wait": "",
+    }

@@ -1,0 +1,31 @@
+"""Measures and clips gradients without waiting for the device once per parameter.
+
+Without Transformer Engine or apex, megatron-core 0.16.1 reads the norm of every parameter's gradient on its own, and
+clips by making a scaled copy of each. torch does both for all of them at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def install() -> None:
+    """Replace Megatron's own fallbacks; does nothing where Transformer Engine or apex gave it better."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = _l2_norm, _scale
+
+
+def _l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Norm of all gradients together, on their device. [1] fp32."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors[0]))).view(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], scale: Any) -> None:
+    """Scale gradients in place: Megatron's clipping gives the same list as source and as target."""
+    torch._foreach_mul_(tensors[1], scale)
