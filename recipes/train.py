@@ -13,11 +13,15 @@ def main() -> None:
         if "RANK" not in os.environ:
             check_batch_layout(config, world_size=processes)
         # torch and Megatron take seconds to load: only for settings that are good.
+        from tgdpo_megatron import out_of_memory
         from tgdpo_megatron.platform.processes import job
         from tgdpo_megatron.train import train
 
         minutes = config.train.distributed_timeout_minutes
-        with job("recipes.train", processes=processes, timeout_minutes=minutes) as ranks:
+        with (
+            job("recipes.train", processes=processes, timeout_minutes=minutes) as ranks,
+            out_of_memory.explained("train", config, ranks),
+        ):
             train(config, ranks)
 
 

@@ -11,14 +11,11 @@ the worst by a reward model as the pair. Values, and where they are from:
 - Prompts: both cap them at 1800 tokens (in TGDPO's code that setting is never read). Here a sequence that is too long
   loses the start of its prompt.
 
-The layouts are ours, by arithmetic, and not measured. For N parameters, n = N/TP of them on a GPU, in bytes:
-
-    policy        6 n + 12 n/DP     bf16 weights, fp32 gradients; fp32 weights and moments, over data-parallel ranks
-    frozen model  2 n               each that runs live
-    activations   L (12 H + 4 H·groups/heads + 6 F)/TP per token, nothing recomputed; Gemma-2's two more norms: + 4 H
-
-With flash attention, recomputing core attention frees next to nothing, so nothing is recomputed; where memory is short,
-halve micro_batch_tokens (a pair needs at most 4096), then train.recompute=full. The head's tiles are small.
+The layouts are ours, by the arithmetic of `python -m tools.plan` (local layers, fullest rank, longest pairs), not
+measured on a GPU. Recomputing core attention alone frees next to nothing, so nothing is recomputed; where memory is
+short, halve micro_batch_tokens (a pair needs at most 4096), then train.recompute=full. For Gemma-2, which the planner
+does not know, by hand, for n = N/TP parameters on a GPU, in bytes: policy 6 n + 12 n/DP, a live frozen model 2 n,
+activations L (12 H + 4 H·groups/heads + 6 F + 4 H)/TP per token.
 """
 
 from tgdpo_megatron.config import (
@@ -34,13 +31,13 @@ from tgdpo_megatron.config import (
 
 def llama3_8b(loss: LossConfig, *, lr: float) -> Config:
     """Llama-3-8B at TP2 DP4."""
-    # N 8.03e9: policy 24.1 + 12.0, live reference 8.0, 8192 tokens × 2.23 MB = 18.3; 62.4 GB. TP1: 60.2 + 16.1 + 36.5.
+    # 65.4 GiB with DPO's live reference, 57.9 with cached scores; TP1 with it live: 118.
     return _one_epoch(loss, lr, tensor_parallel=2)
 
 
 def llama32_3b(loss: LossConfig, *, lr: float) -> Config:
     """Llama-3.2-3B at DP8."""
-    # N 3.21e9: policy 19.3 + 4.8, live reference 6.4, 8192 tokens × 2.52 MB = 20.7; 51.2 GB.
+    # 55.6 GiB with DPO's live reference, 49.5 with cached scores.
     return _one_epoch(loss, lr, tensor_parallel=1)
 
 

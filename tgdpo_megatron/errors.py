@@ -35,6 +35,19 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see {self.prog} --help.")
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory is left: torch's on a GPU or a CPU, Python's, or an NVIDIA library's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+_NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),  # NVIDIA's libraries
+)
+
+
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """Turn a user's mistake inside the block into one sentence on stderr and exit code 2, without a traceback.
@@ -70,8 +83,14 @@ def one_sentence_errors() -> Iterator[None]:
     sys.exit(code)
 
 
+_LOST_A_PEER = (
+    *("Connection closed by peer", "Connection reset", "Broken pipe"),  # gloo, and torch's store
+    *("remote process exited", "NCCL communicator was aborted"),  # NCCL
+)
+
+
 def _lost_a_peer(error: RuntimeError) -> bool:
-    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Broken pipe"))
+    return any(sign in str(error) for sign in _LOST_A_PEER)
 
 
 def _leave_message(message: str) -> None:

@@ -18,12 +18,12 @@ import yaml
 
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
 from tgdpo_megatron.config import Config, LossConfig
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, ran_out_of_memory
 
 _FIXED_IN_A_RUN = {
     "loss": tuple(LossConfig.model_fields),
     "data": ("max_length", "shuffle"),
-    "train": ("global_batch_size", "seed", "precision"),
+    "train": ("global_batch_size", "seed", "precision", "fp8", "fp8_recipe"),
     "optimizer": (
         "lr",
         "min_lr",
@@ -119,12 +119,12 @@ def what_is_kept(output: Path) -> str:
 
 @contextlib.contextmanager
 def removed_if_refused(folder: Path, *, is_first: bool) -> Iterator[None]:
-    """If the block refuses its input, leave no folder behind that was not there before."""
+    """If the block refuses its input, or runs out of memory, leave no folder behind that was not there before."""
     was_there = folder.exists()
     try:
         yield
-    except UserError:
-        if is_first and not was_there:
+    except Exception as error:
+        if (isinstance(error, UserError) or ran_out_of_memory(error)) and is_first and not was_there:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

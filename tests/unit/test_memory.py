@@ -1,0 +1,228 @@
+"""The memory planner without a model: published sizes, remedies, layouts, and what tools.plan prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.settings import RECIPES
+from tgdpo_megatron import memory
+from tgdpo_megatron.config import Config, check_batch_layout, complete, load
+from tgdpo_megatron.memory import GIB, plan
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.remedies import layouts, remedies, step_time
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA_8B = ModelDescription(32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, False, 5e5, None)
+LLAMA_3B = ModelDescription(28, 3072, 8192, 24, 8, 128, 128256, 131072, 1e-5, True, 5e5, 32.0)
+LLAMA_70B = replace(LLAMA_8B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
+
+
+def settings(*changes: str, recipe: str = "tgdpo_llama3_8b_pairrm") -> Config:
+    config = RECIPES[recipe]()
+    for change in changes:
+        config = changed_by(change, config)
+    return complete(config, where="test")
+
+
+PLAIN = ("parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false")
+
+
+@pytest.mark.parametrize(
+    ("description", "changes", "world_size", "gigabytes"),
+    [
+        (LLAMA_8B, PLAIN, 8, 60.2),
+        (LLAMA_8B, (), 8, 36.1),
+        (LLAMA_70B, ("parallel.tensor_model_parallel_size=8",), 64, 66.1),
+    ],
+)
+def test_policy_state_of_llamas_is_6n_and_12n_over_data_parallel_ranks(
+    description: ModelDescription, changes: tuple[str, ...], world_size: int, gigabytes: float
+) -> None:
+    """N of the published models, 8.03e9 and 70.6e9, by hand."""
+    parts = plan(settings(*changes), description, world_size=world_size).phase("weights and optimizer").parts
+    state = sum(parts[name] for name in ("policy weights", "gradients", "optimizer state"))
+    assert state / 1e9 == pytest.approx(gigabytes, abs=0.1)
+
+
+@pytest.mark.parametrize(("description", "kilobytes"), [(LLAMA_8B, 139), (LLAMA_70B, 274)])
+def test_transformer_engine_keeps_per_token_and_layer_what_is_published(
+    description: ModelDescription, kilobytes: float
+) -> None:
+    """2 (6 H + 2 K) + 6 F bytes, flash attention, nothing recomputed; here with its log-sum-exps."""
+    found = plan(settings(*PLAIN), description, world_size=8, transformer_engine=True, tokens=1000)
+    activations = found.phase("forward and backward").parts["activations"]
+    assert activations / 1000 / description.num_layers == pytest.approx(kilobytes * 1000, rel=0.01)
+
+
+def test_fp8_layers_hold_two_bytes_per_weight_of_their_products_more() -> None:
+    """Of Llama-3-8B's 8.030e9 weights, 1.051e9 are embedding and output, 0.3e6 norms."""
+    found = plan(settings(*PLAIN, "train.fp8=hybrid"), LLAMA_8B, world_size=8, transformer_engine=True)
+    plain = plan(settings(*PLAIN), LLAMA_8B, world_size=8, transformer_engine=True)
+    assert found.phases[0].bytes - plain.phases[0].bytes == pytest.approx(2 * 6.979e9, rel=1e-3)
+    kept, before = (of.phase("forward and backward").parts["activations"] for of in (found, plain))
+    assert 0.75 < kept / before < 0.95
+
+
+def test_running_out_where_it_should_do_says_that_something_else_takes_memory(checkpoint: Path) -> None:
+    import torch
+
+    from tgdpo_megatron.out_of_memory import available, sentence
+    from tgdpo_megatron.platform.processes import Ranks
+
+    config = settings(f"model.checkpoint={checkpoint}", recipe="dpo_tiny")
+    cpu = torch.device("cpu")
+    said = sentence("train", config, Ranks(0, 1, 0, cpu))
+    assert f"it can have {memory.size(available(cpu))}, which should do: other programs" in said
+
+
+def test_constants_are_those_of_the_model_and_of_scoring() -> None:
+    from tgdpo_megatron import score
+    from tgdpo_megatron.model import build, vocabulary
+
+    assert memory.VOCAB_MULTIPLE == build.VOCAB_MULTIPLE == vocabulary.MIN_TILE_COLUMNS
+    assert memory.TILE_ELEMENTS == vocabulary.TILE_ELEMENTS
+    assert memory.SCORED_AT_ONCE == score._SAMPLES_AT_ONCE
+
+
+def changed_by(change: str, config: Config) -> Config:
+    key, _, value = change.partition("=")
+    group, _, name = key.partition(".")
+    return load(config, {group: {name: value}}, where="test")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "description", "gibibytes"),
+    [
+        ("dpo_llama3_8b_pairrm", LLAMA_8B, 65.4),
+        ("tgdpo_llama3_8b_pairrm", LLAMA_8B, 57.9),
+        ("dpo_llama32_3b", LLAMA_3B, 55.6),
+        ("tgdpo_llama32_3b", LLAMA_3B, 49.5),
+    ],
+)
+def test_the_papers_settings_need_what_their_recipes_say_and_fit_80_gb(
+    recipe: str, description: ModelDescription, gibibytes: float
+) -> None:
+    needs = plan(settings(recipe=recipe), description, world_size=8).bytes / GIB
+    assert needs == pytest.approx(gibibytes, abs=0.06) and needs * GIB < 0.9 * 80e9
+    assert f"{gibibytes}" in (ROOT / "recipes" / "ultrafeedback.py").read_text()
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.endswith("_tiny")])
+@pytest.mark.parametrize("changes", [(), PLAIN, ("train.recompute=selective", "scores.source=live")])
+def test_a_remedy_is_a_setting_that_is_accepted_new_and_frees_what_it_says(
+    recipe: str, changes: tuple[str, ...]
+) -> None:
+    if "dpo_reg" in recipe or "simpo_reg" in recipe:
+        changes = tuple(change for change in changes if change != "scores.source=live")
+    config = settings(*changes, recipe=recipe)
+    before = plan(config, LLAMA_8B, world_size=8).bytes
+    found = remedies(config, LLAMA_8B, world_size=8)
+    assert found
+    for remedy in found:
+        changed = changed_by(remedy.change, config)
+        assert changed != config
+        check_batch_layout(changed, world_size=remedy.world_size)
+        assert before - plan(changed, LLAMA_8B, world_size=remedy.world_size).bytes == remedy.frees > 0
+
+
+def test_remedies_that_suffice_come_first_and_the_cheapest_of_them_before() -> None:
+    config = settings(*PLAIN, "scores.source=live")
+    needed = plan(config, LLAMA_8B, world_size=8).bytes
+    found = remedies(config, LLAMA_8B, world_size=8, available=needed - 10 * GIB)
+    assert found[0].change == "scores.source=cached" and found[0].slower < 1  # 10 N to 6 N operations
+    assert found[0].slower == pytest.approx(0.6, abs=0.01)
+    assert all(remedy.frees >= 10 * GIB for remedy in found)
+    assert [max(1, remedy.slower) for remedy in found] == sorted(max(1, remedy.slower) for remedy in found)
+
+
+def test_nothing_is_offered_that_is_there_or_cannot_be() -> None:
+    config = settings(*PLAIN, "train.recompute=full", "train.micro_batch_tokens=4094")
+    offered = {remedy.change.partition("=")[0] for remedy in remedies(config, LLAMA_8B, world_size=1)}
+    assert offered <= {"parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"}
+    divergence = settings(*PLAIN, "loss.type=tdpo2", recipe="dpo_llama3_8b_pairrm")
+    assert "scores.source=cached" not in {remedy.change for remedy in remedies(divergence, LLAMA_8B, world_size=8)}
+    prime = replace(LLAMA_8B, num_layers=31, num_attention_heads=1, num_query_groups=1)
+    assert not any("parallel" in remedy.change for remedy in remedies(config, prime, world_size=1))
+
+
+def test_full_recomputation_costs_a_third() -> None:
+    now, full = (
+        step_time(settings(*PLAIN, f"train.recompute={what}"), LLAMA_8B, world_size=8) for what in ("none", "full")
+    )
+    assert full / now == pytest.approx(4 / 3, abs=0.04)  # the head is not computed again
+
+
+def test_layouts_fit_are_accepted_and_leave_out_what_is_so_already() -> None:
+    config = settings("parallel.tensor_model_parallel_size=4")
+    found = layouts(config, LLAMA_70B, world_size=64, available=80 * GIB)
+    assert found
+    for words, needs in found:
+        changed = config
+        for change in words.split():
+            changed = changed_by(change, changed)
+        assert changed.parallel != config.parallel or changed.train != config.train
+        check_batch_layout(changed, world_size=64)
+        assert plan(changed, LLAMA_70B, world_size=64).bytes == needs.bytes <= 80 * GIB
+    assert "as it is" in dict(layouts(settings(), LLAMA_8B, world_size=8, available=80 * GIB))
+
+
+def test_a_plan_says_its_largest_parts_in_words() -> None:
+    found = plan(settings(), LLAMA_8B, world_size=8)
+    assert found.sentence().startswith(f"up to {found.bytes / GIB:.1f} GiB in 'forward and backward' with 8192 tokens")
+    assert found.sentence().index("activations") < found.sentence().index("gradients") < len(found.sentence())
+
+
+@pytest.fixture
+def config_alone(tmp_path: Path) -> Path:
+    """A HuggingFace folder without weights."""
+    shape: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return tmp_path
+
+
+def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.plan", "--recipe", "tgdpo_llama3_8b_pairrm", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
+    done = tool("--model", str(config_alone), "--nproc-per-node", "64", "--memory", "80", "scores.source=live")
+    assert done.returncode == 0, done.stderr
+    needs = plan(settings("scores.source=live"), LLAMA_70B, world_size=64)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("together"))
+    assert row.split()[1:] == [f"{phase.bytes / GIB:.2f}" for phase in needs.phases]
+    assert "does not fit" in done.stdout and "scores.source=cached frees" in done.stdout
+    assert "parallel.tensor_model_parallel_size=8" in done.stdout.split("layouts of 64 ranks that fit")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--memory", "0"], "--memory must be more than 0 GiB, not 0.0."),
+        ([], "model.checkpoint is not set; give it, or --model with a HuggingFace folder."),
+        (["--model", "nowhere"], "nowhere: no such model folder."),
+        (["--memry", "80"], "command line: unrecognized arguments: --memry; see python -m tools.plan --help."),
+        (["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder."),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    done = tool("--nproc-per-node", "8", *arguments)
+    assert (done.returncode, done.stderr) == (2, f"error: {sentence}\n")

@@ -1,0 +1,428 @@
+"""How much memory a configuration needs on its fullest rank, phase by phase, before anything is built.
+
+Sums of what this program really holds, compared with tensors counted on a CPU (tests/distributed/test_memory.py). What
+differs on a GPU, or with Transformer Engine, whose layers keep less, is from their source, not measured. Left out: the
+CUDA context, libraries' workspaces, communication buffers, gaps of the allocator.
+
+Legend: T tokens of a micro-batch, R labelled ones, H hidden size, F feed-forward channels, A query and K key (or value)
+channels of a layer, V vocabulary, n parameters of a rank. F, A, K and V are one tensor-parallel rank's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from tgdpo_megatron.config import Config, check_layout
+from tgdpo_megatron.model.description import ModelDescription
+
+Program = Literal["train", "score"]
+Device = Literal["cpu", "cuda"]
+
+GIB = 1 << 30
+ROOM = 0.88
+"""Share of a card that a plan may take: the rest is CUDA's, the libraries', and gaps of the allocator. A judgement."""
+# Also in model/build.py, model/vocabulary.py and score.py: this module is read before torch is.
+VOCAB_MULTIPLE = 128
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+SCORED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is there at once in one phase of a program.
+
+    Attributes:
+        parts: Bytes by name.
+    """
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one rank.
+
+    Attributes:
+        stage: Its place in the pipeline.
+        tokens: T, the tokens of a micro-batch.
+        phases: What is there at rest, and at the peak of each phase.
+    """
+
+    stage: int
+    tokens: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def fullest(self) -> Phase:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def bytes(self) -> int:
+        """What the rank needs."""
+        return self.fullest.bytes
+
+    def phase(self, name: str) -> Phase:
+        """The phase of that name."""
+        return next(phase for phase in self.phases if phase.name == name)
+
+    def sentence(self) -> str:
+        """The need and its parts in words, largest first."""
+        parts = sorted(self.fullest.parts.items(), key=lambda part: -part[1])
+        named = ", ".join(f"{name} {size(amount)}" for name, amount in parts if amount >= 0.005 * self.bytes)
+        return f"up to {size(self.bytes)} in '{self.fullest.name}' with {self.tokens} tokens at once ({named})"
+
+
+def size(amount: float) -> str:
+    """Bytes in words, three digits."""
+    for unit, bytes_ in {"GiB": GIB, "MiB": 1 << 20}.items():
+        if amount >= bytes_:
+            return f"{amount / bytes_:.{max(0, 2 - int(math.log10(amount / bytes_)))}f} {unit}"
+    return f"{amount / 1024:.0f} KiB"
+
+
+def most_tokens(config: Config, description: ModelDescription, program: Program = "train") -> int:
+    """The most tokens that the configuration lets through the model at once. The last of a sequence is not read."""
+    pairs = config.train.micro_batch_size if config.train.micro_batch_tokens is None else SCORED_AT_ONCE
+    if program == "score":
+        pairs = min(pairs, SCORED_AT_ONCE)
+    elif config.train.micro_batch_tokens is not None:
+        return config.train.micro_batch_tokens
+    most = -(-pairs * longest_pair(config, description) // config.token_multiple) * config.token_multiple
+    return min(most, config.train.micro_batch_tokens or most)
+
+
+def longest_pair(config: Config, description: ModelDescription) -> int:
+    """The most tokens that one pair can have."""
+    sequences = 1 if config.loss.type == "sft" else 2
+    return sequences * (min(config.data.max_length, description.max_position_embeddings) - 1)
+
+
+def plan(
+    config: Config,
+    description: ModelDescription,
+    *,
+    world_size: int,
+    program: Program = "train",
+    device: Device = "cuda",
+    transformer_engine: bool = False,
+    tokens: int | None = None,
+    labelled: int | None = None,
+    micro_batches: int | None = None,
+    stage: int | None = None,
+) -> Plan:
+    """The memory of the fullest rank, or of the ranks of one pipeline stage. Frozen models have the policy's shape.
+
+    Args:
+        world_size: Ranks.
+        transformer_engine: Whether the layers are Transformer Engine's, and the optimizer its or apex's.
+        tokens: T. Default: the most that the configuration allows.
+        labelled: R. Default: all of T.
+        micro_batches: Of a data-parallel rank, per step. Default: as many as it takes if every pair is a longest one.
+        stage: Pipeline stage. Default: the fullest.
+
+    Returns:
+        In training three phases: `weights and optimizer`, what stays between steps once Adam's moments are there (after
+        the first); `forward and backward` and `optimizer step`, the peaks of a later step. In scoring two: `weights`
+        and `scoring`.
+
+    Raises:
+        UserError: As check_layout.
+    """
+    rank = Sizes(
+        config,
+        description,
+        program,
+        world_size,
+        device=device,
+        transformer_engine=transformer_engine,
+        tokens=tokens,
+        labelled=labelled,
+        micro_batches=micro_batches,
+    )
+    stages = range(config.parallel.pipeline_model_parallel_size) if stage is None else [stage]
+    plans = [Plan(place, rank.tokens, tuple(_phases(rank, place, program))) for place in stages]
+    return max(plans, key=lambda found: found.bytes)
+
+
+class Sizes:
+    """Sizes of one rank's tensors. Elements, unless said otherwise."""
+
+    def __init__(
+        self,
+        config: Config,
+        description: ModelDescription,
+        program: Program,
+        world_size: int,
+        *,
+        device: Device = "cuda",
+        transformer_engine: bool = False,
+        tokens: int | None = None,
+        labelled: int | None = None,
+        micro_batches: int | None = None,
+    ) -> None:
+        self.config, self.description = config, description
+        self.device, self.transformer_engine = device, transformer_engine
+        self.fp8 = program == "train" and transformer_engine and config.train.fp8 is not None
+        parallel, loss = config.parallel, config.loss
+        tensor = parallel.tensor_model_parallel_size
+        self.data_parallel = check_layout(config, world_size=world_size)
+        self.pipeline = parallel.pipeline_model_parallel_size
+        self.virtual = parallel.virtual_pipeline_model_parallel_size or 1
+        self.width = 2 if config.train.precision == "bf16" else 4  # bytes of a weight or an activation
+        if program == "score":
+            self.models = len(loss.frozen_models)
+        else:
+            self.models = 1 + (len(loss.carried) if config.scores.source == "live" else 0)
+
+        self.tokens = tokens if tokens is not None else most_tokens(config, description, program)
+        self.labelled = labelled if labelled is not None else self.tokens
+        pairs = -(-config.train.global_batch_size // self.data_parallel)
+        at_once = max(1, most_tokens(config, description) // longest_pair(config, description))
+        self.micro_batches = micro_batches if micro_batches is not None else -(-pairs // at_once)
+
+        self.hidden = description.hidden_size
+        self.channels = description.kv_channels
+        self.heads = description.num_attention_heads / tensor
+        self.queries = self.heads * self.channels
+        self.keys = description.num_query_groups / tensor * self.channels
+        self.feed_forward = description.ffn_hidden_size / tensor
+        self.layers = description.num_layers // self.pipeline
+        multiple = VOCAB_MULTIPLE * tensor
+        self.padded_vocabulary = -(-description.vocab_size // multiple) * multiple / tensor
+        self.vocabulary = min(description.vocab_size, self.padded_vocabulary)
+        self.streams = self.hidden / tensor if parallel.sequence_parallel else self.hidden
+        """Hidden channels per token that one rank holds between matrix products."""
+        self.gathered = self.hidden if parallel.sequence_parallel else 0
+        """What sequence parallelism gathers for a matrix product."""
+
+    def parameters(self, stage: int) -> float:
+        """n, of one model."""
+        hidden = self.hidden
+        total = self.layers * (self.layer_matrices + 2 * hidden)
+        matrices = int(stage == 0) + int(stage == self.pipeline - 1)
+        if self.description.tie_word_embeddings:
+            matrices = min(1, matrices)
+        return total + matrices * self.padded_vocabulary * hidden + (hidden if stage == self.pipeline - 1 else 0)
+
+    @property
+    def layer_matrices(self) -> float:
+        """Parameters of a layer's linear products."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.feed_forward)
+
+    @property
+    def largest_matrix(self) -> float:
+        """Parameters of the largest single weight."""
+        return self.hidden * max(2 * self.feed_forward, self.queries + 2 * self.keys, self.padded_vocabulary)
+
+    @property
+    def norm(self) -> float:
+        """Bytes per hidden channel that a norm keeps: its input, and its output (FP8 for an FP8 layer); on a CPU, where
+        torch composes it of smaller operations, also the normalised input, in fp32."""
+        if self.fp8:
+            return self.width + 1
+        if self.device == "cuda":
+            return 2 * self.width
+        return 12 if self.width == 4 else 10
+
+    @property
+    def layer_input(self) -> float:
+        """Bytes per token of what a layer is given."""
+        return self.streams * self.width
+
+    def layer(self, recompute: str) -> float:
+        """Bytes per token that one layer keeps for backward."""
+        if recompute == "full":
+            return self.layer_input
+        norms = 2 * (self.norm * self.streams + 4)
+        statistics = 4 * self.heads
+        if self.transformer_engine:
+            attention = (2 * self.queries + 2 * self.keys) * self.width + (statistics if recompute == "none" else 0)
+            if self.fp8:  # linear layers keep their input in FP8; attention keeps its result, which is one, in bf16
+                return norms + attention + self.queries + 5 * self.feed_forward
+            return norms + attention + 3 * self.feed_forward * self.width
+        # Queries and keys before (the values are a view of the same matrix product) and after the rotation, the
+        # rotation's cosines and sines for both, and attention's result joined for the output matrix.
+        attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width
+        if recompute == "none":  # and each segment's result, with its log-sum-exps
+            attention += self.queries * self.width + statistics
+        return norms + attention + 4 * self.feed_forward * self.width
+
+    @property
+    def scan(self) -> int:
+        """Bytes per logit while the head goes forward over a tile: the logits, and, where these have 16 bits, their
+        exponentials in fp32."""
+        return 4 if self.width == 4 else 6
+
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches, of all of the rank's layers, that wait for their backward at once."""
+        behind = self.pipeline - stage - 1
+        if self.virtual == 1:
+            return min(self.micro_batches, behind + 1)
+        chunks = 2 * behind + (self.virtual - 1) * self.pipeline + 1
+        return min(self.micro_batches * self.virtual, chunks) / self.virtual
+
+
+def _phases(rank: Sizes, stage: int, program: Program) -> Iterable[Phase]:
+    """The phases of a program on one stage."""
+    parameters = rank.parameters(stage)
+    if program == "score":
+        weights = {"frozen weights": rank.models * parameters * rank.width}
+        scoring = {"batches": _batches(rank), "working memory": _forward_peak(rank, stage, rank.models)}
+        yield _phase("weights", weights)
+        yield _phase("scoring", weights | scoring)
+        return
+    shards = rank.data_parallel if rank.config.optimizer.use_distributed_optimizer else 1
+    resting = {
+        "policy weights": parameters * rank.width,
+        "gradients": parameters * 4,
+        # Adam's two moments, and a master copy of bf16 weights.
+        "optimizer state": parameters * (12 if rank.width == 2 else 8) / shards,
+        "frozen weights": (rank.models - 1) * parameters * rank.width,
+        # Weights of linear layers as the products take them, one as they are, one transposed.
+        "FP8 weights": 2 * rank.layers * rank.layer_matrices if rank.fp8 else 0,
+    }
+    left_over = {"left of the last pass": _left_over(rank, stage)}
+    yield _phase("weights and optimizer", resting | left_over)
+    moving = {
+        "activations": rank.tokens * _kept(rank, stage),
+        "batches": _batches(rank),
+        "working memory": _training_peak(rank, stage),
+    }
+    yield _phase("forward and backward", resting | moving)
+    updating = {"batches": _batches(rank), "working memory": _update(rank, stage, shards)}
+    yield _phase("optimizer step", resting | left_over | updating)
+
+
+def _phase(name: str, parts: dict[str, float]) -> Phase:
+    return Phase(name, {part: round(amount) for part, amount in parts.items() if amount})
+
+
+def _receiving_chunks(rank: Sizes, stage: int) -> int:
+    """Chunks of the model on this stage that get hidden states from another."""
+    return rank.virtual - (1 if stage == 0 else 0) if rank.pipeline > 1 else 0
+
+
+def _left_over(rank: Sizes, stage: int) -> float:
+    """Bytes that Megatron holds on to between steps: what the last micro-batch received, and its gradient; and the
+    buffer in which sequence parallelism gathers."""
+    received = _receiving_chunks(rank, stage) * rank.models * rank.layer_input
+    return rank.tokens * (2 * received + rank.gathered * rank.width)
+
+
+def _batches(rank: Sizes) -> float:
+    """Tokens, positions, rows, labels, pairs and sides of all micro-batches, 8 bytes each, and cached scores."""
+    scores = len(rank.config.loss.scores) if rank.config.scores.source == "cached" else 0
+    return rank.micro_batches * (16 * rank.tokens + (32 + 4 * scores) * rank.labelled)
+
+
+def _kept(rank: Sizes, stage: int) -> float:
+    """Bytes per token that wait for backward on a stage, for all micro-batches in flight."""
+    recompute = rank.config.train.recompute
+    kept = rank.layers * rank.layer(recompute)
+    if recompute == "full":
+        kept += 4 * rank.channels  # the rotary table, which all layers share
+    # What came in from another stage; the policy's part of it is its first layer's input.
+    kept += _receiving_chunks(rank, stage) * (rank.models - 1) * rank.layer_input
+    if rank.device == "cpu" and rank.pipeline > 1:  # what went out; on a GPU Megatron frees it
+        sending = rank.virtual - (1 if stage == rank.pipeline - 1 else 0)
+        kept += sending * rank.models * rank.layer_input
+    return kept * rank.in_flight(stage)
+
+
+def _training_peak(rank: Sizes, stage: int) -> float:
+    """Bytes for a moment, beside what waits for backward, at the worst moment of a training pass."""
+    tokens, width, hidden = rank.tokens, rank.width, rank.hidden
+    recompute = rank.config.train.recompute
+    # Computed again in backward: what a layer would have kept, and its output.
+    again = rank.layer("none") if recompute == "full" else 0.0
+    if recompute == "selective":
+        again = rank.layer("none") - rank.layer("selective")
+    gradient = tokens * rank.layer_input
+    gather = tokens * rank.gathered * width
+    last = stage == rank.pipeline - 1
+    # Backward of the output matrix of a feed-forward block, of its activation, of its input matrix: gradients of what
+    # the block keeps, which is freed on the way, and of weights, before they are added to Megatron's.
+    wide = tokens * rank.feed_forward * width
+    kept_products = 3 if rank.transformer_engine else 4
+    matrix = hidden * rank.feed_forward * width
+    backward = max(
+        gradient + gather + wide + matrix,
+        gradient + 2 * wide,
+        gradient + gather + tokens * hidden * width + (2 - kept_products) * wide + 2 * matrix,
+    )
+    moments = [tokens * again + backward + gather]
+    kept = tokens * _kept(rank, stage)
+    if stage == 0:  # the embedding's gradient, when one micro-batch is through
+        moments.append(rank.padded_vocabulary * hidden * width + gradient - kept / rank.in_flight(stage))
+    if rank.device == "cpu" and rank.config.optimizer.use_distributed_optimizer:
+        moments.append(4 * rank.parameters(stage) - kept)  # gloo reduces a copy of the gradients, at the end
+    if rank.models > 1:
+        policys = tokens * rank.norm * rank.streams if last else gradient
+        others = (rank.models - 2) * gradient
+        if rank.models > 2 and _receiving_chunks(rank, stage):  # the last model still has what the pass before received
+            others += 2 * rank.models * gradient
+        moments.append(policys + _layers_forward(rank) + others)
+    if last:
+        moments += [gather + moment for moment in _head(rank)]
+    # Interleaved chunks receive ahead, both ways, and what another chunk received in the pass before is still there.
+    ahead = 4 * rank.models * gradient if rank.virtual > 1 else 0
+    return max(moments) + ahead + gather  # Megatron keeps the buffer in which it gathers
+
+
+def _forward_peak(rank: Sizes, stage: int, models: int) -> float:
+    """Bytes for a moment in a pass without backward."""
+    outputs = (models - 1 + (models if rank.pipeline > 1 else 0)) * rank.tokens * rank.layer_input
+    moments = [outputs + _layers_forward(rank)]
+    if stage == rank.pipeline - 1:
+        states = models * (rank.tokens * rank.layer_input + rank.labelled * rank.hidden * rank.width)
+        moments.append(states + rank.tokens * rank.gathered * rank.width + _tile(rank) * rank.scan)
+    return max(moments)
+
+
+def _layers_forward(rank: Sizes) -> float:
+    """Bytes of one layer's forward without a graph, in its feed-forward block, with the states around it."""
+    products = 3 if rank.transformer_engine else 4
+    return rank.tokens * (products * rank.feed_forward * rank.width + 5 * rank.layer_input)
+
+
+def _tile(rank: Sizes) -> float:
+    """Logits that the head has at once."""
+    return min(rank.labelled * rank.vocabulary, max(VOCAB_MULTIPLE * rank.labelled, TILE_ELEMENTS[rank.device]))
+
+
+def _head(rank: Sizes) -> list[float]:
+    """Bytes of the final norm and the head at their worst moments, forward and backward."""
+    states = rank.labelled * rank.hidden * rank.width  # hidden states of labelled tokens
+    tile = _tile(rank)
+    whole = tile == rank.labelled * rank.vocabulary  # then it is kept
+    narrow = rank.width == 2
+    norms = rank.models * rank.tokens * rank.layer_input + rank.tokens * (rank.norm - rank.width) * rank.streams
+    divergence = "divergence" in rank.config.loss.method.reads
+    forward = norms + rank.models * states + tile * rank.scan
+    gradient = rank.labelled * rank.hidden * 4
+    product = max(states, tile / rank.labelled * rank.hidden * rank.width) if narrow else 0
+    backward = norms + 2 * states + gradient + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
+    if not divergence:
+        return [forward, backward]
+    kept = 4 * tile if whole else 0
+    both = norms + 2 * states + kept
+    return [forward, both + tile * (10 if narrow else 8), both + gradient + tile * (10 if narrow else 8) + product]
+
+
+def _update(rank: Sizes, stage: int, shards: int) -> float:
+    """Bytes of Adam's copies for a moment."""
+    if rank.transformer_engine:
+        return 0.0
+    if rank.device == "cuda":  # torch's AdamW takes the root of all second moments at once
+        return 4 * rank.parameters(stage) / shards
+    return 2 * 4 * min(rank.largest_matrix, rank.parameters(stage) / shards)

@@ -1,0 +1,191 @@
+"""What would lower a configuration's memory, and what it costs in time: single changes, and whole layouts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tgdpo_megatron.config import Config, check_batch_layout, check_layout, load
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.memory import Device, Plan, Program, Sizes, longest_pair, plan, size
+from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change of a setting that saves memory.
+
+    Attributes:
+        change: `key=value`, as on the command line.
+        frees: Bytes, on the fullest rank.
+        slower: Time of a step, relative to now; below 1 where it gets faster. An estimate from operation counts.
+        cost: The same in words.
+        world_size: Ranks it takes.
+    """
+
+    change: str
+    frees: int
+    slower: float
+    cost: str
+    world_size: int
+
+    def sentence(self) -> str:
+        """The change, what it frees, and what it costs."""
+        return f"{self.change} frees {size(self.frees)} ({self.cost})"
+
+
+def remedies(
+    config: Config,
+    description: ModelDescription,
+    *,
+    world_size: int,
+    available: int | None = None,
+    program: Program = "train",
+    device: Device = "cuda",
+    transformer_engine: bool = False,
+) -> list[Remedy]:
+    """The three cheapest single changes that save memory: first those that suffice, by the time that they cost.
+
+    Args:
+        available: Bytes that a rank may use. Those that do not suffice, or all without this, are ordered by time for
+            each byte saved; what takes more ranks comes last.
+    """
+    where: dict[str, Any] = {"program": program, "device": device, "transformer_engine": transformer_engine}
+    now = plan(config, description, world_size=world_size, **where).bytes
+    time = step_time(config, description, world_size=world_size)
+    found = []
+    for change, words, ranks in _candidates(config, description, program, world_size):
+        changed = _changed(config, change)
+        if not _accepted(changed, description, program, ranks):
+            continue
+        frees = now - plan(changed, description, world_size=ranks, **where).bytes
+        slower = step_time(changed, description, world_size=ranks) / time
+        if frees > 0.03 * now:
+            found.append(Remedy(change, frees, slower, _cost(words, slower, program), ranks))
+
+    def order(remedy: Remedy) -> tuple[Any, ...]:
+        suffices = available is not None and now - remedy.frees <= available
+        cost = max(0.0, remedy.slower - 1)
+        return remedy.world_size > world_size, not suffices, cost if suffices else cost / remedy.frees, -remedy.frees
+
+    return sorted(found, key=order)[:3]
+
+
+def _candidates(
+    config: Config, description: ModelDescription, program: Program, world_size: int
+) -> Iterator[tuple[str, str, int]]:
+    """Changes that may help: `key=value`, what to say of it, ranks it takes."""
+    parallel, train = config.parallel, config.train
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if program == "train":
+        if config.scores.source == "live" and config.loss.carried and "divergence" not in config.loss.method.reads:
+            yield "scores.source=cached", "after one run of recipes.score", world_size
+        if not config.optimizer.use_distributed_optimizer and world_size > parallel.model_parallel_size:
+            yield "optimizer.use_distributed_optimizer=true", "", world_size
+        if train.recompute == "none":
+            yield "train.recompute=selective", "", world_size
+        if train.recompute != "full":
+            yield "train.recompute=full", "", world_size
+    if train.micro_batch_tokens is not None:
+        multiple = config.token_multiple
+        least = -(-longest_pair(config, description) // multiple) * multiple
+        fewer = max(least, train.micro_batch_tokens // (2 * multiple) * multiple)
+        if fewer < train.micro_batch_tokens:
+            yield f"train.micro_batch_tokens={fewer}", "smaller matrix products", world_size
+    elif train.micro_batch_size > 1:
+        yield f"train.micro_batch_size={train.micro_batch_size // 2}", "smaller matrix products", world_size
+    if tensor > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=true", "", world_size
+    for name, factor in {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}.items():
+        fits = world_size % (2 * parallel.model_parallel_size) == 0
+        ranks = world_size if fits else 2 * world_size
+        yield f"parallel.{name}={2 * factor}", "" if fits else f"takes {ranks} ranks", ranks
+
+
+def _changed(config: Config, change: str) -> Config:
+    key, _, value = change.partition("=")
+    group, _, name = key.partition(".")
+    return load(config, {group: {name: value}}, where="the planner")
+
+
+def _accepted(config: Config, description: ModelDescription, program: Program, world_size: int) -> bool:
+    try:
+        check_model_layout(description, config.parallel)
+        if config.train.fp8:
+            check_fp8_sizes(description, config)
+        (check_batch_layout if program == "train" else check_layout)(config, world_size=world_size)
+    except UserError:
+        return False
+    return True
+
+
+def _cost(words: str, slower: float, program: Program) -> str:
+    change = f"{abs(slower - 1):.0%} {'more' if slower > 1 else 'less'} time per step"
+    if program == "score" or abs(slower - 1) < 0.005:
+        return words or "costs next to nothing"
+    return ", ".join(filter(None, [words, f"about {change}"]))
+
+
+def step_time(config: Config, description: ModelDescription, *, world_size: int) -> float:
+    """Time of a training step, to compare settings by: an estimate, not a measurement.
+
+    Operations of a rank, times the idle share of the pipeline, times the traffic of tensor parallelism with nothing
+    hidden (370 GB/s against half of 989 TFLOP/s). FLOPs of all layers per token and step.
+    """
+    rank = Sizes(config, description, "train", world_size)
+    hidden, tensor = rank.hidden, config.parallel.tensor_model_parallel_size
+    matrices = tensor * rank.layer_matrices
+    attention = 2 * rank.queries * tensor * min(config.data.max_length, description.max_position_embeddings)
+    again = {"none": 0.0, "selective": attention, "full": 2 * matrices + attention}[config.train.recompute]
+    forward = 2 * matrices + attention
+    layer = (rank.models + 2) * forward + again
+    traffic = 10 * 2 * hidden * (tensor - 1) / 370e9 * 494e12 / (6 * matrices)
+    idle = (rank.pipeline - 1) / (rank.virtual * rank.micro_batches)
+    head = (rank.models + 3) * 2 * hidden * description.vocab_size  # backward computes its logits again
+    return (description.num_layers * layer * (1 + traffic) + head) * (1 + idle) / world_size
+
+
+def layouts(
+    config: Config,
+    description: ModelDescription,
+    *,
+    world_size: int,
+    available: int,
+    device: Device = "cuda",
+    transformer_engine: bool = False,
+) -> list[tuple[str, Plan]]:
+    """Layouts of the same ranks that fit, fastest first: what is to change, `key=value ...`, and what each needs.
+
+    Tensor and pipeline sizes and recomputation are tried; everything else stays as it is.
+    """
+    found = []
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    for tensor, pipeline, recompute in itertools.product(sizes, sizes, ("none", "selective", "full")):
+        parallel = {
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+            "virtual_pipeline_model_parallel_size": None,
+            "sequence_parallel": tensor > 1,
+        }
+        changes: dict[str, dict[str, Any]] = {"parallel": parallel, "train": {"recompute": recompute}}
+        changed = load(config, changes, where="the planner")
+        if not _accepted(changed, description, "train", world_size):
+            continue
+        needs = plan(changed, description, world_size=world_size, device=device, transformer_engine=transformer_engine)
+        if needs.bytes <= available:
+            found.append((step_time(changed, description, world_size=world_size), _difference(config, changes), needs))
+    return [(words, needs) for _, words, needs in sorted(found, key=lambda layout: (layout[0], layout[2].bytes))]
+
+
+def _difference(config: Config, changes: dict[str, dict[str, Any]]) -> str:
+    """What of some changes is not so already, as on the command line."""
+    different = [
+        f"{group}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for group, values in changes.items()
+        for name, value in values.items()
+        if value != getattr(getattr(config, group), name)
+    ]
+    return " ".join(different) or "as it is"
