@@ -25,7 +25,7 @@ from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
-from tgdpo_megatron.report.metrics import add_up, names_for
+from tgdpo_megatron.report.metrics import add_up, averages, names_for
 from tgdpo_megatron.scores.contrastive import SIDES, contrastive_sequences, read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.scores.store import TokenScores
@@ -33,7 +33,6 @@ from tgdpo_megatron.train import forward_step
 from tools.demo import SFT_LR
 
 PROMPTS = Path(__file__).with_name("credit_prompts.yaml")
-CPU = torch.device("cpu")
 _AT_ONCE = 64
 
 Result = dict[str, Any]
@@ -51,7 +50,7 @@ def prepare(folder: Path, seed: int, effort: Effort) -> Result:
     config.train.train_iters, config.train.seed, config.optimizer.lr = effort.sft_steps, seed, SFT_LR
     config.optimizer.lr_warmup_iters = min(10, effort.sft_steps - 1)
     engine = _build(config, world.random_start, frozen=[])
-    _train(engine, world.data("sft"), None)
+    take_steps(engine, world.data("sft"), None)
     manifest = replace(read_manifest(world.random_start), iteration=effort.sft_steps)
     save_checkpoint(
         world.start, engine.chunks, engine.optimizer, engine.scheduler, companions=world.random_start, manifest=manifest
@@ -63,7 +62,7 @@ def prepare(folder: Path, seed: int, effort: Effort) -> Result:
 
     more_sft = _config(replace(GUIDANCE, loss=LossConfig(type="sft")), seed, effort)
     engine = _build(more_sft, world.start, frozen=[])
-    _train(engine, world.data("train"), None)
+    take_steps(engine, world.data("train"), None)
     _add_scores(engine, world, "sft_guidance")
 
     guided = run(folder, seed, GUIDANCE, effort, and_then=lambda engine: _add_scores(engine, world, "guidance"))
@@ -113,13 +112,13 @@ def run(
             after, likeliest = read_tokens(engine, validation)
             accuracy[step], exact[step] = preference_accuracy(after, marks), exact_match(likeliest, marks)
 
-    losses = _train(engine, data, scores, evaluate)
+    steps = take_steps(engine, data, scores, evaluate)
     if and_then:
         and_then(engine)
     return {
         "seed": seed,
         "method": method.name,
-        "losses": losses,
+        "losses": [step["loss"] for step in steps],
         "accuracy": accuracy,
         "exact": exact,
         "moved": moved(before["reference"], after, marks),
@@ -161,14 +160,21 @@ def _build(config: Config, start: Path, *, frozen: list[Path]) -> Engine:
     return build_engine(config, describe(start), start=start, frozen=frozen)
 
 
-def _train(
+def take_steps(
     engine: Engine,
     data: PreparedPairs,
     scores: TokenScores | None,
     after_step: Callable[[int], None] = lambda step: None,
-) -> list[float]:
-    """All steps, as recipes.train takes them. Returns the loss of each."""
-    config, losses = engine.config, []
+    *,
+    find_scales: bool = False,
+) -> list[dict[str, float]]:
+    """All steps, as recipes.train takes them. Returns the metrics of each.
+
+    Args:
+        find_scales: Before the first step, as recipes.train does for delayed FP8 scaling.
+    """
+    config, metrics = engine.config, []
+    device = next(engine.chunks[0].parameters()).device
     step = partial(forward_step, config=config, formula=formula(config.loss))
     sides = (CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED)
     names = names_for(config.loss)
@@ -180,13 +186,15 @@ def _train(
             seed=config.train.seed,
             shuffle=True,
         )
+        made = rank_batches(data, picked, config, sides=sides, rank=0, ranks=1, device=device, scores=scores)
+        if find_scales and iteration == 0:
+            engine.find_scales(step, made)
         engine.zero_grad()
-        made = rank_batches(data, picked, config, sides=sides, rank=0, ranks=1, device=CPU, scores=scores)
-        totals = add_up(engine.over(step, made)(), names=names, counts_here=True, device=CPU)
+        totals = add_up(engine.over(step, made)(), names=names, counts_here=True, device=device)
         engine.update()
-        losses.append(totals["loss"] / totals["pairs"])
+        metrics.append(averages(totals))
         after_step(iteration + 1)
-    return losses
+    return metrics
 
 
 def _add_scores(engine: Engine, world: World, name: str) -> None:

@@ -17,6 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.methods import GIVEN_BY, METHODS, SCORE_NAMES, SOURCES, Method, SequenceWeight, reward_options
 
+FP8_MULTIPLE, FP8_BLOCK = 16, 128
+"""FP8 matrix products take sizes that are multiples of the first. Where scaling is blockwise and ranks split the
+sequence, Transformer Engine gathers only whole blocks: the second."""
+
+FP8_FORMATS = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3"}
+"""The format that goes with each recipe: Transformer Engine's defaults."""
+
 LayoutName = Literal[
     "trl",
     "trl_messages",
@@ -258,6 +265,12 @@ class TrainConfig(_Group):
     """Pad every micro-batch to micro_batch_tokens, so that pipeline stages need not tell each other its size."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model. Log-probs and losses are always fp32."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """FP8 format of the policy's linear layers, in training: `hybrid` (gradients in e5m2) or `e4m3` throughout. Frozen
+    models, attention, norms and the head stay in bf16 or fp32 (docs/fp8.md). Needs Transformer Engine."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] | None = None
+    """How FP8 numbers are scaled: by each tensor's own largest value, by the largest of earlier micro-batches, or
+    by blocks (with fp8=e4m3). Default: tensorwise where fp8 is set."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping: nothing, core attention, or whole layers."""
     seed: int = 42
@@ -272,6 +285,11 @@ class TrainConfig(_Group):
     """Continue the run in `output` from its newest checkpoint."""
     distributed_timeout_minutes: int = Field(10, ge=1)
     """A collective that takes longer ends the job."""
+
+    @property
+    def recipe_of_fp8(self) -> str | None:
+        """`fp8_recipe`, its default filled in; None without FP8."""
+        return (self.fp8_recipe or "tensorwise") if self.fp8 else None
 
 
 class Config(_Group):
@@ -289,6 +307,20 @@ class Config(_Group):
     def reference_checkpoint(self) -> Path | None:
         """The frozen reference: `model.reference`, or the policy's own start."""
         return self.model.reference or self.model.checkpoint
+
+    @property
+    def fp8_multiple(self) -> int:
+        """What FP8 wants the tokens on a rank, and the hidden channels, to be a multiple of; 1 without FP8."""
+        if self.train.fp8 is None:
+            return 1
+        in_blocks = self.train.fp8_recipe == "blockwise" and self.parallel.sequence_parallel
+        return FP8_BLOCK if in_blocks else FP8_MULTIPLE
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens of a micro-batch are padded to a multiple of this, so that ranks and FP8 can divide them."""
+        ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return ranks * self.fp8_multiple
 
 
 def complete(config: Config, *, where: str) -> Config:
@@ -336,8 +368,26 @@ def complete(config: Config, *, where: str) -> Config:
             )
     if loss.static_weight is not None and loss.sequence_weight != "static":
         raise UserError(f"{where}: loss.static_weight={loss.static_weight} needs loss.sequence_weight=static.")
+    train = config.train
+    if train.fp8_recipe and not train.fp8:
+        raise UserError(
+            f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set it to hybrid."
+        )
+    if train.fp8 and train.precision != "bf16":
+        raise UserError(
+            f"{where}: train.fp8={train.fp8} needs train.precision=bf16, which the other layers keep; set it."
+        )
     filled = loss.options | loss.reward_options | ({"token_rewards": loss.source} if loss.source else {})
-    return config.model_copy(update={"loss": loss.model_copy(update=filled)})
+    if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
+        raise UserError(
+            f"{where}: train.fp8_recipe=blockwise takes train.fp8=e4m3, Transformer Engine's own choice for it; set it."
+        )
+    return config.model_copy(
+        update={
+            "loss": loss.model_copy(update=filled),
+            "train": train.model_copy(update={"fp8_recipe": train.recipe_of_fp8}),
+        }
+    )
 
 
 def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
@@ -431,11 +481,14 @@ def check_layout(config: Config, *, world_size: int) -> int:
             f"(tensor {tensor} × pipeline {parallel.pipeline_model_parallel_size}); "
             "change --nproc-per-node or the parallel sizes."
         )
-    if parallel.sequence_parallel and train.micro_batch_tokens is not None and train.micro_batch_tokens % tensor:
+    if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
+        causes = [f"FP8's {config.fp8_multiple}"] if train.fp8 else []
+        if parallel.sequence_parallel:
+            causes.append(f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits them")
         raise UserError(
-            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
-            f"parallel.tensor_model_parallel_size={tensor}, over which parallel.sequence_parallel splits them; "
-            "round it up."
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
+            f"({' × '.join(causes)}); round it up to "
+            f"{-(-train.micro_batch_tokens // config.token_multiple) * config.token_multiple}."
         )
     return world_size // parallel.model_parallel_size
 

@@ -47,6 +47,11 @@ class Engine:
         stacked = 1 + len(self.chunks[0].frozen)
         return pipeline_pass(self.policy, forward_step, batches, self.config, stacked=stacked, **settings)
 
+    def find_scales(self, forward_step: Callable[..., Any], batches: Sequence[Batch]) -> None:
+        """One training pass whose gradients are dropped: delayed FP8 scaling takes its scales from earlier ones."""
+        self.over(forward_step, batches)()
+        self.zero_grad()
+
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
         for model in self.policy:
@@ -87,7 +92,8 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
     chunks = build_model(description, megatron)
     if start is not None:
         load_weights(chunks, start)
-    carried = [build_model(description, megatron) for _ in frozen]
+    untrained = transformer_config(description, config, trained=False)
+    carried = [build_model(description, untrained) for _ in frozen]
     for model, folder in zip(carried, frozen, strict=True):
         load_weights(model, folder)
     for place, chunk in enumerate(chunks):

@@ -12,7 +12,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepare
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
-from tgdpo_megatron.model.description import ModelDescription, check_model_layout
+from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 from tgdpo_megatron.scores.contrastive import read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
@@ -58,6 +58,7 @@ def check_models(config: Config) -> Models:
     policy_folder = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     policy, description = read_manifest(policy_folder), describe(policy_folder)
     check_model_layout(description, config.parallel)
+    check_fp8_sizes(description, config)
     reference = policy
     if config.model.reference is not None:
         reference = _companion(config.model.reference, "reference", policy)
@@ -182,11 +183,10 @@ def _check_budget(config: Config, pairs: PreparedPairs, source: Path) -> None:
     longest = int(lengths.max())
     if budget is None or longest <= budget:
         return
-    multiple = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    enough = -(-longest // config.token_multiple) * config.token_multiple
     raise UserError(
         f"{source}: the longest pair ({pairs.name(int(lengths.argmax()))}) has {longest} tokens and does not fit "
-        f"train.micro_batch_tokens={budget}; raise it to {-(-longest // multiple) * multiple} or more, or lower "
-        "data.max_length."
+        f"train.micro_batch_tokens={budget}; raise it to {enough} or more, or lower data.max_length."
     )
 
 

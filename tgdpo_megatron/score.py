@@ -98,6 +98,7 @@ def score(config: Config, ranks: Ranks) -> None:
     """
     config = config.model_copy(deep=True)
     config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and nothing is kept for backward
+    config.train.fp8 = config.train.fp8_recipe = None  # for the policy alone, see docs/fp8.md
     data_parallel_size = check_layout(config, world_size=ranks.world_size)
     inputs.check_cacheable(config)
     wanted = list(config.loss.log_prob_scores)
@@ -242,7 +243,7 @@ def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[Pref
     loaded = []
     for folder, description in zip(checkpoints.values(), descriptions, strict=True):
         check_model_layout(description, config.parallel)
-        chunks = build_model(description, transformer_config(description, config))
+        chunks = build_model(description, transformer_config(description, config, trained=False))
         load_weights(chunks, folder)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula, inputs_of
+from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
 from tgdpo_megatron.scores.store import TokenScores
@@ -49,6 +50,7 @@ def train(config: Config, ranks: Ranks) -> None:
     """
     # Everything that can be wrong with the inputs is found here, before a model is built.
     data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
+    check_fp8(config.train)
     checkpoint = inputs.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
     models = inputs.check_models(config)
     frozen = inputs.carried_checkpoints(config)
@@ -109,8 +111,10 @@ def train(config: Config, ranks: Ranks) -> None:
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
-        engine.zero_grad()
         micro_batches = cut(data, picked, scores=scores)
+        if iteration == first and config.train.fp8_recipe == "delayed":
+            engine.find_scales(step, micro_batches)
+        engine.zero_grad()
         totals = add(engine.over(step, micro_batches)())
         where = f"step {iteration + 1} ({_name_samples(data, picked)})"
         _check_finite(totals, f"the loss of {where}", output)
@@ -122,6 +126,7 @@ def train(config: Config, ranks: Ranks) -> None:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "num_tokens": totals["tokens"],
+            "num_padding_tokens": totals["padding"],
             "perf/seconds_per_step": time.monotonic() - started,
         }
         done = iteration + 1
@@ -172,7 +177,9 @@ def preference_loss(
     scores = batch.scores | dict(zip(names, live, strict=True))
     inputs = inputs_of(config.loss, batch.pairs, **scores)
     losses, margins = formula(policy, batch.pairs, **inputs)
-    sums = micro_batch_sums(config.loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach())
+    sums = micro_batch_sums(
+        config.loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach(), padding=batch.padding
+    )
     pairs = torch.full((), batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
     return losses.sum(), pairs, sums
 

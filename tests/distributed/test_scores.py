@@ -75,9 +75,15 @@ def test_scores_are_huggingfaces_log_probs(
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+FILLED = {"micro_batch_tokens": 112, "fixed_micro_batches": True}
+
+
 def test_training_on_scores_from_files_equals_training_beside_the_models(
     models: dict[str, Path], pairs_file: Path, tmp_path: Path
 ) -> None:
+    from tgdpo_megatron.data.order import global_batch
+    from tgdpo_megatron.data.prepare import load_prepared
+
     if "wider" in os.environ["PYTEST_CURRENT_TEST"]:
         pytest.skip("a guidance model of another width cannot run beside the policy")
     common = {
@@ -90,13 +96,22 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
     jobs = [
         {**common, "scores": {"source": "cached", **store}, "train": {**train, "output": str(tmp_path / "cached")}},
         {**common, "train": {**train, "output": str(tmp_path / "live")}},
+        {**common, "train": {**train, **FILLED, "output": str(tmp_path / "filled")}},
     ]
     scoring = [{**common, "scores": store, "train": train}]
-    cached, live = run_ranks(
+    cached, live, filled = run_ranks(
         "tests.distributed.jobs", "score_and_train", 2, recipe="tgdpo_tiny", scoring=scoring, jobs=jobs
     )
     for name in ("loss", "tgdpo/margins", "tgdpo/weight_std", "rewards/margins"):
         assert [line[name] for line in cached] == pytest.approx([line[name] for line in live], abs=1e-6), name
+    assert [line["loss"] for line in filled] == pytest.approx([line["loss"] for line in live], abs=1e-6)
+    # And what only fills micro-batches is counted: with the pairs' own tokens it makes whole micro-batches.
+    data = load_prepared(next((tmp_path / "filled" / "data").glob("train-*")))
+    for step, line in enumerate(filled):
+        picked = global_batch(step, num_pairs=len(data), global_batch_size=4, seed=42, shuffle=True)
+        filling = line["num_padding_tokens"]
+        assert filling > 0 and (filling + data.lengths((0, 1))[picked].sum()) % FILLED["micro_batch_tokens"] == 0
+    assert all(line["num_padding_tokens"] == 0 for line in live)
 
 
 def test_adding_pairs_scores_only_these_and_leaves_what_is_there(

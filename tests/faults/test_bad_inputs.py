@@ -140,6 +140,16 @@ def test_a_value_out_of_range_is_refused_before_anything_is_loaded(train: Callab
     assert not (tmp_path / "run").exists()
 
 
+def test_fp8_without_a_gpu_is_refused_and_leaves_nothing(train: Callable[..., Said], tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = train("train.precision=bf16", "train.fp8=hybrid")
+    assert_refused(said, "train.fp8=hybrid cannot be computed here: there is no GPU; leave it out (train.fp8=null)")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tool_called_wrongly_says_so_in_one_sentence() -> None:
     said = say("tools.convert_hf_to_megatron", "only-one-folder")
     assert_refused(said, "megatron_folder")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
+from tgdpo_megatron.data.batch import make_batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
@@ -87,8 +89,24 @@ def test_alignment_padding_is_a_segment_of_its_own_without_labels(align: int, da
     assert len(plain.tokens) == 14 and len(padded.tokens) % align == 0 and len(padded.tokens) < 14 + align
     assert padded.tokens[:14].tolist() == plain.tokens.tolist()
     assert padded.segment_lengths[:4] == plain.segment_lengths
-    assert sum(padded.segment_lengths[4:]) == len(padded.tokens) - 14
+    assert sum(padded.segment_lengths[4:]) == padded.padding == len(padded.tokens) - 14
     assert padded.rows.tolist() == plain.rows.tolist() and padded.labels.tolist() == plain.labels.tolist()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_fp8_fills_every_micro_batch_of_every_rank_to_what_it_divides_and_counts_it(
+    recipe: str, data: PreparedPairs
+) -> None:
+    train = TrainConfig(fp8="hybrid", fp8_recipe=recipe, micro_batch_size=1)
+    config = Config(parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), train=train)
+    cut = partial(rank_batches, data, np.arange(3), sides=(CHOSEN, REJECTED), ranks=2, device=torch.device("cpu"))
+    for rank in (0, 1):
+        plain = cut(Config(train=train.model_copy(update={"fp8": None})), rank=rank)
+        for with_fp8, without in zip(cut(config, rank=rank), plain, strict=True):
+            assert len(with_fp8.tokens) == {"blockwise": 256}.get(recipe, 32)
+            real = sum(without.segment_lengths) if without.samples else 0
+            assert with_fp8.padding == len(with_fp8.tokens) - real
+            assert with_fp8.labels.tolist() == without.labels.tolist()
 
 
 def test_a_batch_that_is_aligned_already_gets_no_padding(data: PreparedPairs) -> None:

@@ -14,9 +14,10 @@ from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.platform.checks import (
     CHECKED_MEGATRON_VERSIONS,
+    check_attention,
     check_packages,
-    check_packed_attention,
     refuse_silent_traps,
+    why_no_fp8,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +84,91 @@ def test_an_unchecked_megatron_core_is_refused_with_both_versions(tmp_path: Path
     assert all(version in done.stderr for version in CHECKED_MEGATRON_VERSIONS)
 
 
+def pretend_installed(folder: Path, name: str, version: str) -> None:
+    """What importlib.metadata reads of an installed package."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize("version", ["1.13.0", "2.8.0", "2.12.0", "2.20.2"])
+def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_it_takes(
+    version: str, tmp_path: Path
+) -> None:
+    pretend_installed(tmp_path, "transformer_engine", version)
+    done = start_with(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: Transformer Engine {version} is not one that megatron-core 0.16.1 takes (<2.12.0,>=2.9.0a0); install "
+        "one of those, or uninstall it to run on Megatron's local layers.\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.11.0", "2.9.0+70f53666"])
+def test_a_transformer_engine_that_megatron_takes_is_accepted(version: str, tmp_path: Path) -> None:
+    pretend_installed(tmp_path, "transformer_engine", version)
+    assert start_with(tmp_path).returncode == 0
+
+
+# ---------------------------------------------------------------- FP8
+
+
+HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "installed", "reason"),
+    [
+        ("tensorwise", None, None, False, "there is no GPU"),
+        ("tensorwise", HOPPER, "13.0", False, "Transformer Engine's, which is not installed"),
+        ("tensorwise", AMPERE, "13.0", True, "capability is 8.0, FP8 needs 8.9"),
+        ("tensorwise", ADA, "12.4", True, None),
+        ("delayed", HOPPER, "12.4", True, None),
+        ("blockwise", ADA, "13.0", True, "capability is 8.9, train.fp8_recipe=blockwise needs 9.0"),
+        ("blockwise", HOPPER, "12.8", True, "built for CUDA 12.8, train.fp8_recipe=blockwise needs 12.9"),
+        ("blockwise", HOPPER, "12.9", True, None),
+        ("blockwise", (10, 0), "13.0", True, None),
+    ],
+)
+def test_fp8_is_refused_where_transformer_engine_would_not_compute_it(
+    recipe: str, capability: Any, cuda: str | None, installed: bool, reason: str | None
+) -> None:
+    said = why_no_fp8(recipe, capability=capability, cuda=cuda, transformer_engine=installed)
+    assert said is None if reason is None else said is not None and reason in said
+
+
+def test_fp8_is_for_the_policy_alone(describe: Any) -> None:
+    """Megatron itself would leave FP8 out in silence where there is no Transformer Engine."""
+    import torch
+
+    from tgdpo_megatron.model.build import transformer_config
+
+    settings = Config(train=TrainConfig(fp8="hybrid"))
+    assert transformer_config(describe, settings, trained=False).fp8 is None
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="train.fp8=hybrid cannot be computed here: there is no GPU; leave it out"):
+            transformer_config(describe, settings)
+
+
+def test_fp8_is_refused_for_a_model_whose_sizes_it_does_not_divide(describe: Any) -> None:
+    from dataclasses import replace
+
+    from tgdpo_megatron.model.description import check_fp8_sizes
+
+    fp8 = TrainConfig(fp8="hybrid", fp8_recipe="blockwise")
+    one, two = ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2)
+    gathered = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    sizes = {"hidden_size": 192, "ffn_hidden_size": 368, "num_attention_heads": 4, "num_query_groups": 2}
+    model = replace(describe, **sizes, kv_channels=48)
+    check_fp8_sizes(model, Config(parallel=one, train=fp8))
+    with pytest.raises(UserError, match="multiples of 16, the model has 40 hidden channels; leave train.fp8 out"):
+        check_fp8_sizes(replace(model, hidden_size=40), Config(parallel=one, train=fp8))
+    with pytest.raises(UserError, match="multiples of 16, the model has 184 feed-forward channels on each of 2"):
+        check_fp8_sizes(model, Config(parallel=two, train=fp8))
+    with pytest.raises(UserError, match="multiples of 128, the model has 192 hidden channels"):
+        check_fp8_sizes(model, Config(parallel=gathered, train=fp8))
+
+
 # ---------------------------------------------------------------- silent traps
 
 
@@ -132,20 +218,24 @@ def test_unmarked_tensor_parallel_weights_are_refused(interleaved: Any) -> None:
         refuse_silent_traps(interleaved)
 
 
-def test_packing_is_refused_where_no_attention_kernel_separates_segments(
-    describe: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_an_attention_kernel_that_is_switched_off_is_refused_by_name(
+    name: str, describe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tgdpo_megatron.model import build
+    from tgdpo_megatron.model.build import transformer_config
 
-    monkeypatch.setattr(build, "HAVE_TRANSFORMER_ENGINE", True)
-    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
-    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    with pytest.raises(UserError, match="cannot keep packed sequences apart; unset one of them"):
-        build.transformer_config(describe, Config())
-    monkeypatch.delenv("NVTE_FUSED_ATTN")
-    check_packed_attention("bf16")
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=f"{name}=0: .* unset {name}"):
+        transformer_config(describe, Config())
+    monkeypatch.setenv(name, "1")
+    transformer_config(describe, Config())
+
+
+def test_fp32_with_transformer_engine_is_refused() -> None:
+    check_attention("fp32", transformer_engine=False)
+    check_attention("bf16", transformer_engine=True)
     with pytest.raises(UserError, match="set train.precision=bf16"):
-        check_packed_attention("fp32")
+        check_attention("fp32", transformer_engine=True)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

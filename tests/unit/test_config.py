@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.settings import RECIPES, read_command_line
-from tgdpo_megatron.config import Config, LossConfig, check_batch_layout, check_layout, complete, load
+from tgdpo_megatron.config import FP8_FORMATS, Config, LossConfig, check_batch_layout, check_layout, complete, load
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.methods import METHODS, SOURCES
 
@@ -317,8 +317,33 @@ def test_scoring_is_not_refused_for_what_only_training_reads(changes: list[str])
 def test_a_token_budget_must_split_over_ranks_only_where_the_sequence_does() -> None:
     changes = ["parallel.tensor_model_parallel_size=2", "train.micro_batch_tokens=63"]
     assert check_layout(settings(*changes), world_size=2) == 1
-    with pytest.raises(UserError, match="micro_batch_tokens=63 is not a multiple of .*=2, over which"):
+    with pytest.raises(UserError, match="micro_batch_tokens=63 is not a multiple of 2 .*=2, over which .* up to 64"):
         check_layout(settings(*changes, "parallel.sequence_parallel=true"), world_size=2)
+
+
+@pytest.mark.parametrize(("recipe", "of_a_rank"), [("tensorwise", 16), ("delayed", 16), ("blockwise", 128)])
+def test_a_token_budget_must_be_one_that_fp8_can_divide_on_every_rank(recipe: str, of_a_rank: int) -> None:
+    """Transformer Engine 2.11: 16 for every product; whole blocks of 128 where ranks gather blockwise tokens."""
+    fp8 = ["train.precision=bf16", f"train.fp8={FP8_FORMATS[recipe]}", f"train.fp8_recipe={recipe}"]
+    two_ranks = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    assert settings(*fp8).token_multiple == 16 and settings(*fp8, *two_ranks).token_multiple == 2 * of_a_rank
+    assert check_layout(settings(*fp8, "train.micro_batch_tokens=80"), world_size=1) == 1
+    with pytest.raises(UserError, match="=88 is not a multiple of 16 .FP8's 16.; round it up to 96"):
+        check_layout(settings(*fp8, "train.micro_batch_tokens=88"), world_size=1)
+    with pytest.raises(UserError, match=f"FP8's {of_a_rank} × .*; round it up to {4 * of_a_rank}"):
+        check_layout(settings(*fp8, *two_ranks, f"train.micro_batch_tokens={3 * of_a_rank}"), world_size=2)
+
+
+def test_fp8_takes_its_recipe_from_the_default_and_bf16_beneath_it() -> None:
+    filled = settings("train.precision=bf16", "train.fp8=hybrid")
+    assert filled.train.fp8_recipe == "tensorwise"
+    assert settings().train.fp8 is settings().train.fp8_recipe is None
+    with pytest.raises(UserError, match="train.fp8_recipe=delayed is not read without train.fp8"):
+        settings("train.fp8_recipe=delayed")
+    with pytest.raises(UserError, match="blockwise takes train.fp8=e4m3"):
+        settings("train.precision=bf16", "train.fp8=hybrid", "train.fp8_recipe=blockwise")
+    with pytest.raises(UserError, match="train.fp8=e4m3 needs train.precision=bf16"):
+        settings("train.precision=fp32", "train.fp8=e4m3")
 
 
 @pytest.mark.parametrize(

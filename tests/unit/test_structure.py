@@ -34,6 +34,16 @@ def _imported(path: Path, files: dict[str, Path]) -> set[str]:
     return found & set(files)
 
 
+def test_the_library_knows_nothing_of_what_is_built_on_it() -> None:
+    """Not inside functions either."""
+    for path in (ROOT / "tgdpo_megatron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in named:
+                assert name.partition(".")[0] not in ("recipes", "tools", "bench", "tests"), f"{path}: {name}"
+
+
 def test_no_module_imports_itself_through_others() -> None:
     imports = module_imports()
     reached: dict[str, set[str]] = {name: set(direct) for name, direct in imports.items()}

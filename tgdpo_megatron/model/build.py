@@ -10,36 +10,53 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from tgdpo_megatron.config import Config
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
-from tgdpo_megatron.platform.checks import check_packed_attention, refuse_silent_traps
+from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
 
 # Each rank's share of the vocabulary is padded to a multiple of this, Megatron's default.
 VOCAB_MULTIPLE = 128
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
+# Its layers compute on GPUs alone.
+HAVE_TRANSFORMER_ENGINE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+if HAVE_TRANSFORMER_ENGINE:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # Megatron would go on with mocks of it
+        why = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        raise UserError(
+            f"Transformer Engine is installed but does not load ({why}); mend it, or uninstall it (transformer-engine "
+            "and its cu and torch parts) to run on Megatron's local layers."
+        ) from None
 
-    HAVE_TRANSFORMER_ENGINE = True
-except Exception:  # without a GPU an installed Transformer Engine does not load; there it counts as absent
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
-        raise
-    HAVE_TRANSFORMER_ENGINE = False
 
-
-def transformer_config(description: ModelDescription, settings: Config) -> TransformerConfig:
+def transformer_config(description: ModelDescription, settings: Config, *, trained: bool = True) -> TransformerConfig:
     """Megatron's configuration of this model at this layout.
 
+    Args:
+        trained: Whether it is the policy's. Only the policy computes in FP8.
+
     Raises:
-        UserError: A setting known to give wrong numbers without an error, or no kernel for packed sequences.
+        UserError: A setting known to give wrong numbers without an error, no kernel for packed sequences, or FP8
+            where it cannot be had.
     """
-    if HAVE_TRANSFORMER_ENGINE:
-        check_packed_attention(settings.train.precision)
+    check_attention(settings.train.precision, transformer_engine=HAVE_TRANSFORMER_ENGINE)
     parallel = settings.parallel
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    fp8: dict[str, Any] = {}
+    if trained and settings.train.fp8:
+        check_fp8(settings.train)
+        fp8 = {
+            "fp8": settings.train.fp8,
+            "fp8_recipe": settings.train.recipe_of_fp8,
+            # Read by the delayed recipe alone: the largest value of the last 1024 micro-batches.
+            "fp8_amax_history_len": 1024,
+            "fp8_amax_compute_algo": "max",
+        }
     recompute: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -87,6 +104,7 @@ def transformer_config(description: ModelDescription, settings: Config) -> Trans
         persist_layer_norm=HAVE_TRANSFORMER_ENGINE,
         attention_softmax_in_fp32=True,
         **recompute[settings.train.recompute],
+        **fp8,
     )
     refuse_silent_traps(config)
     return config
@@ -119,6 +137,12 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         # The head takes the weight and multiplies by itself. It gets it by calling the layer, so that Megatron's
         # hook waits for weights that are still being gathered.
         model.output_layer.forward = lambda: model.output_layer.weight
+    for module in model.modules():
+        # Transformer Engine's linear layers can add weight gradients into fp32 `main_grad` by themselves. Megatron's
+        # switch for it also asks for apex, for layers of its own. In FP8 the first micro-batch of a pass overwrites
+        # instead of adding: gradients must have been zeroed before every training pass, as train does.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
     model.description = description
     model.uses_transformer_engine = HAVE_TRANSFORMER_ENGINE
     if torch.cuda.is_available():

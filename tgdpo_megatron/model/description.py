@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.config import FP8_MULTIPLE, Config, ParallelConfig
 from tgdpo_megatron.errors import UserError
 
 
@@ -75,6 +75,10 @@ def read_description(folder: Path) -> ModelDescription:
 
 def _llama(config: dict[str, Any], path: Path) -> ModelDescription:
     heads = config["num_attention_heads"]
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    for name in (*sizes, "max_position_embeddings"):
+        if not config[name] > 0:
+            raise UserError(f"{path}: {name}={config[name]} is not a size.")
     base, factor = _rope(config, path)
     return ModelDescription(
         num_layers=config["num_hidden_layers"],
@@ -129,3 +133,28 @@ def check_model_layout(description: ModelDescription, parallel: ParallelConfig) 
             f"{parallel.virtual_pipeline_model_parallel_size or 1}) do not divide the model's "
             f"{description.num_layers} layers; choose a divisor."
         )
+
+
+def check_fp8_sizes(description: ModelDescription, config: Config) -> None:
+    """Refuse a model whose linear layers, cut over the tensor-parallel ranks, FP8 matrix products do not take.
+
+    Raises:
+        UserError: Naming the size and what must divide it.
+    """
+    if config.train.fp8 is None:
+        return
+    tensor = config.parallel.tensor_model_parallel_size
+    queries = description.num_attention_heads * description.kv_channels
+    keys = description.num_query_groups * description.kv_channels
+    each = f"on each of {tensor} tensor-parallel ranks"
+    for what, number, multiple in (
+        ("hidden channels", description.hidden_size, config.fp8_multiple),
+        (f"feed-forward channels {each}", description.ffn_hidden_size // tensor, FP8_MULTIPLE),
+        (f"query channels {each}", queries // tensor, FP8_MULTIPLE),
+        (f"query, key and value channels {each}", (queries + 2 * keys) // tensor, FP8_MULTIPLE),
+    ):
+        if number % multiple:
+            raise UserError(
+                f"train.fp8={config.train.fp8} needs sizes that are multiples of {multiple}, the model has {number} "
+                f"{what}; leave train.fp8 out, or change the layout."
+            )

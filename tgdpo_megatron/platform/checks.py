@@ -8,13 +8,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
+from tgdpo_megatron.config import TrainConfig
 from tgdpo_megatron.errors import UserError
 
 CHECKED_MEGATRON_VERSIONS = ("0.16.1",)
 
 
 def check_packages() -> None:
-    """Refuse a megatron-core that was not checked, and an `apex` that is not NVIDIA's.
+    """Refuse a megatron-core that was not checked, a Transformer Engine it does not take, a foreign `apex`.
 
     Raises:
         UserError: Naming the package found and the one to install.
@@ -28,7 +31,28 @@ def check_packages() -> None:
             f"megatron-core {version} was not checked with this project; install one of "
             f"{', '.join(CHECKED_MEGATRON_VERSIONS)}."
         )
+    check_transformer_engine()
     check_apex()
+
+
+def check_transformer_engine() -> None:
+    """Refuse a Transformer Engine outside the versions that the installed megatron-core names in its own metadata.
+
+    Raises:
+        UserError: Naming the version found and those accepted.
+    """
+    try:
+        found = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return
+    wanted = [Requirement(line) for line in metadata.requires("megatron-core") or ()]
+    for requirement in wanted:
+        accepted = requirement.specifier
+        if requirement.name == "transformer-engine" and not accepted.contains(found, prereleases=True):
+            raise UserError(
+                f"Transformer Engine {found} is not one that megatron-core {metadata.version('megatron-core')} takes "
+                f"({accepted}); install one of those, or uninstall it to run on Megatron's local layers."
+            )
 
 
 def check_apex() -> None:
@@ -49,25 +73,66 @@ def check_apex() -> None:
         )
 
 
-def check_packed_attention(precision: str) -> None:
-    """Refuse Transformer Engine without a kernel that keeps packed sequences apart.
-
-    Its unfused attention knows one mask for a whole batch, not the borders of a pack; the others compute in 16 bits.
+def check_attention(precision: str, *, transformer_engine: bool) -> None:
+    """Refuse an attention that packed sequences cannot use.
 
     Raises:
-        UserError: Where the precision or the environment rules both other kernels out.
+        UserError: fp32 with Transformer Engine, which then has only an attention whose memory grows with the square of
+            a pack; or one of its kernels switched off, which Megatron asserts against.
     """
-    if precision == "fp32":
+    if transformer_engine and precision == "fp32":
         raise UserError(
-            "train.precision=fp32: Transformer Engine's attention kernels that keep packed sequences apart compute in "
-            "16 bits; set train.precision=bf16."
+            "train.precision=fp32: Transformer Engine's attention kernels for packed sequences compute in 16 bits; set "
+            "train.precision=bf16."
         )
-    switched_off = [name for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN") if os.environ.get(name) == "0"]
-    if len(switched_off) == 2:
-        raise UserError(
-            "NVTE_FLASH_ATTN=0 and NVTE_FUSED_ATTN=0 leave Transformer Engine only an attention that cannot keep "
-            "packed sequences apart; unset one of them."
-        )
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        if (value := os.environ.get(name, "1")) != "1":
+            raise UserError(f"{name}={value}: megatron-core wants to choose among all attention kernels; unset {name}.")
+
+
+def check_fp8(train: TrainConfig) -> None:
+    """Refuse FP8 that this process cannot compute. Without Transformer Engine, Megatron would leave it out in silence.
+
+    Raises:
+        UserError: Naming what is missing.
+    """
+    if train.fp8 is None:
+        return
+    import torch
+
+    cuda = torch.cuda.is_available()
+    reason = why_no_fp8(
+        train.recipe_of_fp8 or "tensorwise",
+        capability=torch.cuda.get_device_capability() if cuda else None,
+        cuda=torch.version.cuda,
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
+    if reason:
+        raise UserError(f"train.fp8={train.fp8} cannot be computed here: {reason}; leave it out (train.fp8=null).")
+
+
+def why_no_fp8(
+    recipe: str, *, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: bool
+) -> str | None:
+    """What keeps an FP8 recipe from running, or None. The limits are those of Transformer Engine 2.11's own checks.
+
+    Args:
+        capability: The GPU's compute capability; None without a GPU.
+        cuda: The CUDA version torch was built for.
+    """
+    if capability is None:
+        return "there is no GPU"
+    if not transformer_engine:
+        return "its layers are Transformer Engine's, which is not installed"
+    numbers = ".".join(map(str, capability))
+    if capability < (8, 9):
+        return f"the GPU's compute capability is {numbers}, FP8 needs 8.9 (Ada) or more"
+    if recipe == "blockwise":
+        if capability < (9, 0):
+            return f"the GPU's compute capability is {numbers}, train.fp8_recipe=blockwise needs 9.0 (Hopper) or more"
+        if tuple(map(int, (cuda or "0.0").split("."))) < (12, 9):
+            return f"torch was built for CUDA {cuda}, train.fp8_recipe=blockwise needs 12.9 or more"
+    return None
 
 
 def refuse_silent_traps(config: Any) -> None:

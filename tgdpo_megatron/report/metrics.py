@@ -31,18 +31,27 @@ _WEIGHT_BORDERS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 @torch.no_grad()
 def micro_batch_sums(
-    loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Mapping[str, Tensor], losses: Tensor, margins: Tensor
+    loss: LossConfig,
+    pairs: Pairs,
+    policy: Tensor,
+    inputs: Mapping[str, Tensor],
+    losses: Tensor,
+    margins: Tensor,
+    *,
+    padding: int = 0,
 ) -> Sums:
     """Sums of everything reported, over one micro-batch. Scalars, on the device.
 
     Args:
         inputs: What the method read beside the policy's token log-probs, each [R].
+        padding: Tokens that only fill the micro-batch.
     """
     logps = pairs.sums(policy)
     sums = {
         # Filled on the device: a tensor made of a Python number would be copied there, and waited for.
         "pairs": losses.new_full((), pairs.num_pairs),
         "tokens": losses.new_full((), len(policy)),
+        "padding": losses.new_full((), padding),
         "loss": losses.sum(),
         "not_finite": (~torch.isfinite(losses)).sum().float(),
         "logps/chosen": logps[:, 0].sum(),
@@ -143,7 +152,7 @@ def names_for(loss: LossConfig) -> list[str]:
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
     """Divide sums by pairs, or by tokens, and finish what needs two moments."""
     pairs, tokens = max(1.0, sums["pairs"]), max(1.0, sums["tokens"])
-    skipped = ("pairs", "tokens", "not_finite")
+    skipped = ("pairs", "tokens", "padding", "not_finite")
     metrics = {
         name: value / (tokens if name.startswith(_PER_TOKEN) else pairs)
         for name, value in sums.items()
