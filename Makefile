@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export PYTHONWARNINGS := ignore
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check parity bench credit real clean
+.PHONY: setup demo test check parity bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)
 
@@ -14,6 +14,9 @@ $(STAMP): requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $(STAMP)
+
+# Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
+demo test check parity bench credit fp8 real: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
@@ -36,8 +39,36 @@ bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limi
 credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs
 	$(RUN) -m bench.credit $(if $(FAST),--fast --json runs/credit.json,--json results/credit.json --picture docs/images/credit.svg) --report runs/credit.html
 
+fp8: $(STAMP)  ## what FP8 does to log-probs, token weights and training, emulated on the CPU; docs/fp8.md's tables
+	OMP_NUM_THREADS=1 $(RUN) -m bench.fp8 $(if $(FAST),--fast,--json results/fp8.json --picture docs/images/fp8.svg --page docs/fp8.md)
+
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real
 
+# GPU_PYTHON is the machine's Python with torch. WHEELS=folder installs without network; TE=0 leaves Transformer Engine out.
+GPU_PYTHON ?= python3
+GPU_VENV := .venv-gpu
+RESULTS ?= results
+
+gpu:  ## on a GPU machine: the environment, the measurements, the GPU tests; elsewhere says why not
+	@if nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+	$(MAKE) --no-print-directory gpu-env && $(MAKE) --no-print-directory --keep-going gpu-bench gpu-tests gpu-fp8; \
+	else echo "make gpu: skipped, because nvidia-smi finds no GPU on this machine."; fi
+
+gpu-env:
+	$(GPU_PYTHON) -m tools.gpu_environment $(GPU_VENV) $(WHEELS:%=--wheels %) $(if $(filter 0,$(TE)),--no-transformer-engine)
+
+gpu-bench:
+	$(GPU_VENV)/bin/python -W ignore -m bench.gpu --json $(RESULTS)/gpu.json
+
+gpu-tests:
+	$(GPU_VENV)/bin/python -W ignore -m pytest -v -m gpu --junitxml=$(RESULTS)/gpu-tests.xml tests/gpu
+
+gpu-fp8:
+	$(GPU_VENV)/bin/python -W ignore -m bench.fp8 --json $(RESULTS)/fp8-gpu.json
+
+gpu-wheels: $(STAMP)  ## what `make gpu` needs on a machine without network: HAVE=pip-list.txt leaves out, SPLIT=MiB cuts
+	$(RUN) -m tools.gpu_wheels wheels $(HAVE:%=--have %) $(SPLIT:%=--split %) $(if $(filter 0,$(TE)),--no-transformer-engine)
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(GPU_VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -14,19 +14,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.process import cpu_seconds, one_rank
+from bench.process import cpu_seconds, one_rank, peak_bytes, reset_peak, resident_bytes
 from bench.rows import Row, paired, program
 
 TOKENS, HIDDEN, VOCABULARY, LABELLED, REPEATS = 2048, 512, 32000, 0.69, 7
 CHUNK_ROWS = 256
+CPU = torch.device("cpu")
+ROUNDING = 0.02
+"""bf16 products in another order: a few units in the last of 8 bits, relative to the largest."""
 MEMORY_TARGETS = {2048: 0.35, 8192: 0.15}
 
 
@@ -41,15 +44,23 @@ class Problem:
     upstream: Any
 
 
-def make_problem(tokens: int = TOKENS) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, 1, HIDDEN, generator=generator).bfloat16().requires_grad_()
-    weight: Any = torch.nn.Parameter((0.05 * torch.randn(VOCABULARY, HIDDEN, generator=generator)).bfloat16())
-    weight.main_grad = torch.zeros(VOCABULARY, HIDDEN)
+def make_problem(
+    tokens: int = TOKENS,
+    *,
+    width: int = HIDDEN,
+    vocabulary: int = VOCABULARY,
+    labelled: float = LABELLED,
+    device: torch.device = CPU,
+) -> Problem:
+    generator = torch.Generator(device).manual_seed(0)
+    here: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(tokens, 1, width, **here).bfloat16().requires_grad_()
+    weight: Any = torch.nn.Parameter((0.05 * torch.randn(vocabulary, width, **here)).bfloat16())
+    weight.main_grad = torch.zeros(vocabulary, width, device=device)
     weight.grad_added_to_main_grad = False
-    rows = torch.randperm(tokens, generator=generator)[: int(LABELLED * tokens)].sort().values
-    labels = torch.randint(0, VOCABULARY, (len(rows),), generator=generator)
-    return Problem(hidden, weight, rows, labels, torch.randn(len(rows), generator=generator))
+    rows = torch.randperm(tokens, **here)[: int(labelled * tokens)].sort().values
+    labels = torch.randint(0, vocabulary, (len(rows),), **here)
+    return Problem(hidden, weight, rows, labels, torch.randn(len(rows), **here))
 
 
 def ours(problem: Problem) -> Tensor:
@@ -62,7 +73,7 @@ def ours(problem: Problem) -> Tensor:
         [(problem.hidden, problem.weight)],
         problem.rows,
         problem.labels,
-        vocab_size=VOCABULARY,
+        vocab_size=problem.weight.size(0),
         sequence_parallel=False,
         group=parallel_state.get_tensor_model_parallel_group(),
     )[0]
@@ -134,9 +145,9 @@ def chunked(problem: Problem) -> Tensor:
 
 def _for_all_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
     """Labels and upstream gradients of all tokens, 0 where there is no label. Both [tokens]."""
-    labels = torch.zeros(problem.hidden.size(0), dtype=torch.int64)
+    labels = problem.labels.new_zeros(problem.hidden.size(0))
     labels[problem.rows] = problem.labels
-    upstream = torch.zeros(problem.hidden.size(0))
+    upstream = problem.upstream.new_zeros(problem.hidden.size(0))
     upstream[problem.rows] = problem.upstream
     return labels, upstream
 
@@ -200,31 +211,18 @@ def measure_memory(method: str, tokens: int) -> int:
     with one_rank():
         METHODS[method](make_problem(tokens=16))  # loads kernels
         problem = make_problem(tokens)
-        before = _resident()
-        _reset_peak()
+        before = resident_bytes()
+        reset_peak()
         METHODS[method](problem)
-        return _peak() - before
-
-
-def _resident() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # 5: forget the peak so far, see proc(5)
-
-
-def _peak() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+        return peak_bytes() - before
 
 
 def _seconds() -> dict[str, list[float]]:
     """CPU seconds of each method, repeats in turn, after checking that they agree."""
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     with one_rank():
-        _check_agreement()
+        apart = differences(METHODS, partial(make_problem, tokens=256))
+        assert max(apart.values()) < ROUNDING, apart
         problem = make_problem()
         for repeat in range(1 + REPEATS):
             for name, method in METHODS.items():
@@ -235,17 +233,22 @@ def _seconds() -> dict[str, list[float]]:
     return seconds
 
 
-def _check_agreement() -> None:
+def differences(methods: Mapping[str, Callable[[Problem], Tensor]], make: Callable[[], Problem]) -> dict[str, float]:
+    """Largest differences of log-probs and gradients between `ours` and the others, relative to the largest value."""
     found = {}
-    for name, method in METHODS.items():
-        problem = make_problem(tokens=256)
-        found[name] = (method(problem), problem.hidden.grad.float(), problem.weight.main_grad)
-    whats = ("log-probs", "hidden gradient", "weight gradient")
-    for other in found.keys() - {"ours"}:
-        for mine, theirs, what in zip(found["ours"], found[other], whats, strict=True):
-            # bf16 products in another order: a few units in the last of 8 bits, relative to the largest.
-            difference = float((mine - theirs).abs().max() / theirs.abs().max())
-            assert difference < 0.02, f"{what} differ by {difference:.3f} between ours and {other}"
+    for name, method in methods.items():
+        problem = make()
+        logps = method(problem)
+        found[name] = {
+            "log-probs": logps,
+            "hidden gradient": problem.hidden.grad.float(),
+            "weight gradient": problem.weight.main_grad,
+        }
+    return {
+        f"{what}, {other}": float((found["ours"][what] - theirs).abs().max() / theirs.abs().max())
+        for other in found.keys() - {"ours"}
+        for what, theirs in found[other].items()
+    }
 
 
 if __name__ == "__main__":

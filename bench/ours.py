@@ -65,6 +65,8 @@ def make_checkpoints(folder: Path) -> Checkpoints:
 class Ours:
     """The engine, training with cached or live scores."""
 
+    device = torch.device("cpu")
+
     def __init__(self, data: PreparedPairs, checkpoints: Checkpoints, *, cached: bool, loss: LossConfig = LOSS) -> None:
         from tgdpo_megatron.engine import build_engine
 
@@ -93,22 +95,34 @@ class Ours:
             sides=(CHOSEN, REJECTED),
             rank=0,
             ranks=1,
-            device=torch.device("cpu"),
+            device=self.device,
             scores=self.scores,
         )
 
     def step(self, pairs: Sequence[int]) -> float:
         """One optimizer step over some pairs. Returns the mean loss."""
+        self.engine.zero_grad()
+        loss = self._schedule(pairs)
+        self.engine.update()
+        return loss
+
+    def loss(self, pairs: Sequence[int]) -> float:
+        """The mean loss of some pairs, without a step."""
+        with torch.no_grad():
+            return self._schedule(pairs, forward_only=True)
+
+    def _schedule(self, pairs: Sequence[int], **settings: Any) -> float:
         from tgdpo_megatron.report.metrics import add_up, names_for
+
+        sums = self.engine.over(self.micro_batch_step(), self.batches(pairs), **settings)()
+        totals = add_up(sums, names=names_for(self.config.loss), counts_here=True, device=self.device)
+        return totals["loss"] / totals["pairs"]
+
+    def micro_batch_step(self) -> Any:
+        """What a micro-batch goes through, as in recipes.train."""
         from tgdpo_megatron.train import forward_step
 
-        self.engine.zero_grad()
-        run_micro_batch = partial(forward_step, config=self.config, formula=formula(self.config.loss))
-        sums = self.engine.over(run_micro_batch, self.batches(pairs))()
-        names = names_for(self.config.loss)
-        totals = add_up(sums, names=names, counts_here=True, device=torch.device("cpu"))
-        self.engine.update()
-        return totals["loss"] / totals["pairs"]
+        return partial(forward_step, config=self.config, formula=formula(self.config.loss))
 
     def score(self, model: Any, pairs: Sequence[int]) -> list[torch.Tensor]:
         """Token log-probs of some pairs under one frozen model, as recipes.score computes them."""
@@ -140,15 +154,17 @@ class Ours:
         return chunks
 
     def cache_scores(self, pairs: Sequence[int]) -> None:
-        """Score the reference and the guidance once and keep the result for training."""
+        """Score the reference and the guidance once and keep the result for training, beside what was kept before."""
         cut = self.batches(pairs)
         values = {
-            role: torch.cat(self.score(self.frozen_model(role), pairs)).numpy() for role in self.config.loss.carried
+            role: torch.cat(self.score(self.frozen_model(role), pairs)).cpu().numpy()
+            for role in self.config.loss.carried
         }
         order = [pair for batch in cut for pair in batch.samples]
         lengths = [sum(self.data.response_length(pair, side) for side in (CHOSEN, REJECTED)) for pair in order]
         starts = response_starts(self.data)
         laid_out = {role: np.zeros(starts[-1], np.float32) for role in values}
+        laid_out |= self.scores.values if self.scores else {}
         for role, scores in values.items():
             for pair, piece in zip(order, np.split(scores, np.cumsum(lengths)[:-1]), strict=True):
                 laid_out[role][starts[2 * pair] : starts[2 * pair + 2]] = piece

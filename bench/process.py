@@ -1,10 +1,11 @@
-"""What every measuring process does: be a job of one rank at one thread, and count CPU seconds."""
+"""What every measuring process does: be a job of one rank at one thread, count CPU seconds and resident memory."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,3 +28,23 @@ def cpu_seconds(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     began = time.process_time()
     result = work(*arguments)
     return time.process_time() - began, result
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Forget the peak so far."""
+    Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
+def peak_bytes() -> int:
+    """Most memory of this process since reset_peak."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024

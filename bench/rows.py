@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -75,9 +75,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written: whoever writes it may be stopped at any time."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """For the program that started this one."""
-    path.write_text(json.dumps([asdict(row) for row in rows]))
+    write_whole(path, json.dumps([asdict(row) for row in rows]))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -85,15 +92,20 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text())]
 
 
-def program(description: str | None, measure: Callable[[], Sequence[Row]]) -> None:
-    """The command line that every file of rows has: print the table, or write the rows for bench.run."""
+def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> None:
+    """The command line that every file of rows has: print the table, or write the rows for the program above.
+
+    Rows are written as they come, so that a file that breaks, or runs out of time, keeps those it has.
+    """
     import argparse
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
-    rows = measure()
-    if parsed.rows:
-        write_rows(rows, parsed.rows)
-    else:
+    rows: list[Row] = []
+    for row in measure():
+        rows.append(row)
+        if parsed.rows:
+            write_rows(rows, parsed.rows)
+    if not parsed.rows:
         print(table(rows))

@@ -9,20 +9,22 @@ after the other, at one thread. Exits with 1 if a row fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench.rows import Row, read_rows, table
+from bench.rows import Row, read_rows, table, write_whole
 
 FILES = ("counts", "head", "steps", "trace", "trl")
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,44 +41,92 @@ def main() -> None:
     rows: list[Row] = []
     for name in tqdm([parsed.only] if parsed.only else FILES, desc="bench", unit="file"):
         began = time.monotonic()
-        rows += _run(name)
+        rows += run_file(name)
         tqdm.write(f"bench.{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     print(table(rows))
     if parsed.json:
-        parsed.json.parent.mkdir(parents=True, exist_ok=True)
-        parsed.json.write_text(json.dumps({"machine": machine(), "rows": [row.as_dict() for row in rows]}, indent=1))
+        write_results(rows, parsed.json)
     if parsed.picture:
         parsed.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, parsed.picture)
     sys.exit(1 if any(row.verdict == "FAIL" for row in rows) else 0)
 
 
-def _run(name: str) -> list[Row]:
-    """The rows of one file; a file that breaks is a failed row, and the others still run."""
+def run_file(name: str, *, seconds: float | None = None, **environment: str) -> list[Row]:
+    """The rows of one file; a file that breaks is a failed row after those it had, and the others still run.
+
+    Args:
+        seconds: A file that takes longer is stopped, and counts as broken.
+        environment: Variables to set for it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "rows.json"
+        output, log = Path(folder) / "rows.json", Path(folder) / "stderr"
         command = [sys.executable, "-W", "ignore", "-m", f"bench.{name}", "--rows", str(output)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-        if done.returncode or not output.is_file():
-            print(done.stderr[-4000:], file=sys.stderr)
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return [Row(f"bench.{name}", None, broke=True, note=f"broke: {reason}")]
-        return read_rows(output)
+        common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        with log.open("w") as said:
+            try:
+                subprocess.run(
+                    command,
+                    env={**os.environ, **common, **environment},
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    timeout=seconds,
+                    check=True,
+                )
+            except subprocess.TimeoutExpired:
+                reason = f"stopped after {seconds:.0f} s"
+            except subprocess.CalledProcessError:
+                reason = "broke: " + (log.read_text().strip().splitlines() or ["no message"])[-1]
+            else:
+                return read_rows(output)
+        print(log.read_text()[-4000:], file=sys.stderr)
+        kept = read_rows(output) if output.is_file() else []
+        return [*kept, Row(f"bench.{name}", None, broke=True, note=reason)]
+
+
+def write_results(rows: list[Row], path: Path) -> None:
+    """All rows, with the machine they are from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(), "rows": [row.as_dict() for row in rows]}
+    write_whole(path, json.dumps(results, indent=1))
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers are from."""
+    """Where the numbers are from. The commit: git's, or what the environment variable TGDPO_COMMIT says without it."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
+        **_gpu(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
-        "commit": commit.stdout.strip(),
+        "commit": _commit() or os.environ.get("TGDPO_COMMIT", "unknown: not a git checkout"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    if shutil.which("git") is None:
+        return ""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return described.stdout.strip()
+
+
+def _gpu() -> dict[str, Any]:
+    """Name, memory and driver of the GPU, and the CUDA and Transformer Engine above it; nothing without one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    if not lines:
+        return {}
+    import torch
+
+    found = dict(zip(("gpu", "gpu memory", "driver"), map(str.strip, lines[0].split(",")), strict=False))
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    with contextlib.suppress(PackageNotFoundError):
+        found["transformer-engine"] = version("transformer-engine")
+    return found
 
 
 def _lines(path: str) -> list[str]:

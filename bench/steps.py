@@ -25,7 +25,7 @@ from bench.ours import BODY, LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpo
 from bench.pairs import VOCABULARY, real_file, real_pairs, real_tokenizer, ultrafeedback_like
 from bench.process import cpu_seconds, one_rank
 from bench.rows import Row, paired, program
-from bench.theirs import Theirs
+from bench.theirs import Theirs, read_models
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
@@ -58,7 +58,7 @@ def _steps(data: PreparedPairs, checkpoints: Checkpoints, words: str) -> list[Ro
     frozen = cached.frozen_model("reference")
     theirs = {
         size: Theirs(
-            [checkpoints.hf[role] for role in ROLES],
+            read_models([checkpoints.hf[role] for role in ROLES]),
             beta=LOSS.beta,
             alpha=LOSS.alpha,
             beta_r=LOSS.reward_options["beta_r"],

@@ -1,4 +1,4 @@
-"""The authors' computation of a TGDPO step, written plainly with HuggingFace modules, fp32.
+"""The authors' computation of a TGDPO step, written plainly with HuggingFace modules.
 
 Three live models; the chosen then the rejected sequences of a micro-batch as rows, padded on the right to a
 multiple of 8; full fp32 logits, log-softmax, gather; one optimizer step of AdamW with clipped gradients.
@@ -20,15 +20,9 @@ IGNORED = -100
 
 
 class Theirs:
-    """The three models and the policy's optimizer."""
+    """The three models, policy first, and the policy's optimizer."""
 
-    def __init__(self, folders: Sequence[Path], *, beta: float, alpha: float, beta_r: float, lr: float) -> None:
-        from transformers import LlamaForCausalLM
-
-        models: list[Any] = [
-            LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-            for folder in folders
-        ]
+    def __init__(self, models: Sequence[Any], *, beta: float, alpha: float, beta_r: float, lr: float) -> None:
         self.policy, *self.frozen = models
         for model in self.frozen:
             model.requires_grad_(False).eval()
@@ -49,14 +43,24 @@ class Theirs:
 
     def loss(self, data: PreparedPairs, pairs: Sequence[int]) -> Tensor:
         """The loss of each pair. [pairs]"""
-        tokens, mask, labels = padded(data, pairs)
+        tokens, mask, labels = (part.to(self.policy.device) for part in padded(data, pairs))
         policy = token_logps(self.policy, tokens, mask, labels)
         with torch.no_grad():
             reference, guidance = (token_logps(model, tokens, mask, labels) for model in self.frozen)
-        sign = torch.tensor([1.0, -1.0]).repeat_interleave(len(pairs))[:, None]  # chosen rows, then rejected ones
+        # Chosen rows, then rejected ones.
+        sign = torch.tensor([1.0, -1.0], device=policy.device).repeat_interleave(len(pairs))[:, None]
         weight = 1 + sign * self.alpha * self.beta_r * (guidance - reference)
         chosen, rejected = (self.beta * weight * (policy - reference)).sum(dim=1).chunk(2)
         return -torch.nn.functional.logsigmoid(chosen - rejected)
+
+
+def read_models(folders: Sequence[Path]) -> list[Any]:
+    """The models of some HuggingFace folders, fp32."""
+    from transformers import LlamaForCausalLM
+
+    return [
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa") for folder in folders
+    ]
 
 
 def padded(data: PreparedPairs, pairs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ def run_matrix(folder: Path, only: str = "") -> list[Result]:
     rows = selected(only)
     for tied in {row.tied for row in rows}:
         methods = {row.method for row in rows if row.tied == tied}
-        _prepare(folder / ("tied" if tied else "untied"), tied, methods)
+        prepare(folder / ("tied" if tied else "untied"), tied, methods)
     results: list[Result] = []
     for world_size in sorted({row.world_size for row in rows}):
         output = folder / f"results-{world_size}.json"
@@ -35,7 +35,7 @@ def run_matrix(folder: Path, only: str = "") -> list[Result]:
     return sorted(results, key=lambda result: order[result.row])
 
 
-def _prepare(place: Path, tied: bool, methods: set[str]) -> None:
+def prepare(place: Path, tied: bool, methods: set[str]) -> None:
     """Write the models, and what the oracle makes of them: once for all layouts."""
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 

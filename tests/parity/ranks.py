@@ -50,7 +50,7 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
             expected = torch.load(place / f"{row.method}.pt", weights_only=False)
             for scores in row.sources:
                 started = time.monotonic()
-                found, errors = _compare(row, scores, place, frozen, expected)
+                found, errors = compare(row, scores, place, frozen, expected, device=ranks.device)
                 results.append(Result(row.name, row.method, scores, found, errors, time.monotonic() - started))
                 if ranks.is_first:
                     print(f"  {row.name}, {scores}: {'pass' if results[-1].passed else 'FAIL'}", flush=True)
@@ -58,8 +58,8 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
             output.write_text(json.dumps([asdict(result) for result in results]))
 
 
-def _compare(
-    row: Row, scores: str, folder: Path, frozen: Scores, expected: dict[str, Any]
+def compare(
+    row: Row, scores: str, folder: Path, frozen: Scores, expected: dict[str, Any], *, device: torch.device
 ) -> tuple[list[float], dict[str, float]]:
     """The loss of each step, and the largest errors over all ranks.
 
@@ -92,14 +92,14 @@ def _compare(
             sides=sides,
             rank=parallel_state.get_data_parallel_rank(),
             ranks=row.dp,
-            device=torch.device("cpu"),
+            device=device,
             scores=read,
         )
 
     def losses(some_engine: Any, some_config: Config, step: int, forward_only: bool) -> float:
         run_micro_batch = partial(forward_step, config=some_config, formula=formula(some_config.loss))
         sums = some_engine.over(run_micro_batch, batches(step), forward_only=forward_only)()
-        totals = add_up(sums, names=names_for(some_config.loss), counts_here=_counts_here(), device=torch.device("cpu"))
+        totals = add_up(sums, names=names_for(some_config.loss), counts_here=_counts_here(), device=device)
         return totals["loss"] / totals["pairs"]
 
     errors = _token_errors(engine, config, batches(0), frozen, sides)
@@ -130,14 +130,14 @@ def _compare(
             errors["ln 2"] = abs(losses(same, start, 0, True) - math.log(2))
 
     kinds = sorted(errors)
-    worst = torch.tensor([errors[kind] for kind in kinds], dtype=torch.float64)
+    worst = torch.tensor([errors[kind] for kind in kinds], dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return found, dict(zip(kinds, worst.tolist(), strict=True))
 
 
 def _distance(found: torch.Tensor | float, wanted: torch.Tensor | float) -> float:
     """Largest absolute difference; infinite where one is not a number, which max() would pass over."""
-    difference = torch.as_tensor(found, dtype=torch.float64) - torch.as_tensor(wanted, dtype=torch.float64)
+    difference = torch.as_tensor(found, dtype=torch.float64).cpu() - torch.as_tensor(wanted, dtype=torch.float64)
     return float(difference.abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
@@ -208,7 +208,8 @@ class _gradients_as_weights:
     def __enter__(self) -> None:
         self.weights = [parameter.data for parameter in self.parameters]
         for parameter in self.parameters:
-            parameter.data = parameter.main_grad
+            # In the weight's dtype: with another, torch would forget the hook that Megatron adds gradients up with.
+            parameter.data = parameter.main_grad.to(parameter.dtype)
 
     def __exit__(self, *_: Any) -> None:
         for parameter, weight in zip(self.parameters, self.weights, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from tests.parity.formulas import METHODS
 from tests.parity.oracle import CLIP_GRAD, LEARNING_RATE, PAIRS_PER_STEP, STEPS
@@ -51,6 +52,7 @@ class Row:
     """Token budget of a micro-batch, instead of a number of pairs."""
     fixed: bool = False
     """Micro-batches padded to the budget."""
+    precision: Literal["bf16", "fp32"] = "fp32"
     overlap: bool = False
     """Gradients reduced and weights gathered while computing."""
 
@@ -79,6 +81,7 @@ class Row:
             "distributed optimizer": self.distributed_optimizer,
             "overlap": self.overlap,
             "tied": self.tied,
+            self.precision: self.precision != "fp32",
         }
         words = ["×".join(sizes) or "TP1", *(word for word, on in extras.items() if on)]
         pack = f"{'fixed ' if self.fixed else ''}packs of {self.tokens} tokens"
@@ -109,7 +112,7 @@ class Row:
                 overlap_param_gather=self.overlap,
             ),
             train=TrainConfig(
-                precision="fp32",
+                precision=self.precision,
                 global_batch_size=PAIRS_PER_STEP,
                 micro_batch_size=self.micro_batch_size,
                 micro_batch_tokens=self.tokens,

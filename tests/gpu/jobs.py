@@ -1,0 +1,69 @@
+"""What the tests of this folder do on the ranks they start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.platform.processes import Ranks
+
+
+def steps(ranks: Ranks, *, folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two TGDPO steps of each row (settings of tests.parity.rows.Row, and `scores`) against HuggingFace's: losses, and
+    the largest errors."""
+    import torch
+
+    from tests.parity.ranks import compare
+    from tests.parity.rows import Row
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+
+    place = Path(folder)
+    frozen = torch.load(place / "scores.pt", weights_only=False)
+    expected = torch.load(place / "TGDPO.pt", weights_only=False)
+    found = []
+    for settings in rows:
+        scores = settings.pop("scores")
+        row = Row(**settings)
+        if not found:
+            initialize_model_parallel(row.config(place, scores).parallel, seed=1)
+        losses, errors = compare(row, scores, place, frozen, expected, device=ranks.device)
+        found.append({"losses": losses, "errors": errors})
+    return found
+
+
+def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[str, Any]]) -> list[list[list[float]]]:
+    """Log-probs of policy, reference and guidance that ride together, for each setting of the policy's training.
+
+    All see one and the same pack, of a multiple of 16 tokens.
+    """
+    import torch
+
+    from bench.pairs import ultrafeedback_like
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.config import Config, load
+    from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+    from tgdpo_megatron.score import forward_step
+
+    policy, guidance = Path(models["checkpoint"]), Path(models["guidance"])
+    description = describe(policy)
+    data = ultrafeedback_like(3, longest=64, vocabulary=description.vocab_size)
+    batch = make_batch(data, range(3), align=16).to(ranks.device)
+    initialize_model_parallel(Config().parallel, seed=1)
+    found = []
+    for train in policies:
+        config = load(Config(), {"train": {"precision": "bf16", **train}}, where="test")
+        engine = build_engine(config, description, start=policy, frozen=[policy, guidance])
+        with torch.no_grad():
+            (logps,) = engine.over(forward_step, [batch], forward_only=True, collect_non_loss_data=True)()
+        found.append(logps.tolist())
+    return found
+
+
+def looks(ranks: Ranks, *, looks: list[dict[str, Any]]) -> None:
+    """Save distributions of some checkpoints, as tests.distributed.jobs.distribution."""
+    from tests.distributed.jobs import distribution
+
+    for look in looks:
+        distribution(ranks, **look)

@@ -1,0 +1,45 @@
+"""The distributed head's kernels on a GPU against float64 on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gpu.where import LOCAL, on_gpu
+
+CASES = [
+    {"vocab_size": 310, "sequence_parallel": False, "models": models, "tile": tile, "main_grad": grad, "dtype": dtype}
+    for dtype in ("float32", "bfloat16")
+    for models, grad in ((1, False), (2, True))
+    for tile in (1, 1 << 22)  # tiles of 128, 128 and 54 columns; one tile
+]
+KINDS = ("logps", "hidden gradient", "weight gradient")
+
+
+@pytest.fixture(scope="module")
+def errors() -> list[dict[str, float]]:
+    found: list[dict[str, float]] = on_gpu("compare", layers=LOCAL, module="tests.distributed.head", cases=CASES)
+    return found
+
+
+def of(errors: list[dict[str, float]], dtype: str, kind: str) -> list[float]:
+    return [case[kind] for case, made in zip(errors, CASES, strict=True) if made["dtype"] == dtype]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "against Megatron"])
+def test_fp32_is_exact_under_random_upstream_gradients(errors: list[dict[str, float]], kind: str) -> None:
+    """To a few units of fp32 in numbers of size 8: a GPU adds products up in another order than a CPU."""
+    found = of(errors, "float32", kind)
+    assert found == pytest.approx([0.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_off_by_the_rounding_of_its_products(errors: list[dict[str, float]], kind: str) -> None:
+    """Logits of size up to 8 have bf16 steps of 2^-5 = 0.03; gradients are of size 1, with steps of 2^-8, summed up."""
+    found = of(errors, "bfloat16", kind)
+    assert 0 < max(found) <= 0.04
+
+
+def test_frozen_models_get_no_gradient(errors: list[dict[str, Any]]) -> None:
+    assert all(case["frozen gradients"] == 0 for case in errors)
