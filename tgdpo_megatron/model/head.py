@@ -9,7 +9,7 @@ fit one tile, its exponentials are kept instead.
     ∂ log p(label) / ∂z = onehot(label) − p,  so with g the gradient of each log-prob and q = p − onehot
     ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
 
-g is multiplied into rows of H numbers, not of V; 16-bit logits go to fp32 in the subtraction, not in a copy before it.
+g is multiplied into rows of H numbers, not of V; on a GPU 16-bit logits go to fp32 in the subtraction, not in a copy.
 
 Columns that only pad the vocabulary are never computed, which is the same as a logit of −inf.
 
@@ -122,7 +122,7 @@ class LabelledLogProbs(torch.autograd.Function):
         sink = WeightGradient(weight)
         for tile in shard.tiles(len(labels), hidden.device):
             if exponentials is None:
-                logits = torch.mm(hidden, weight[tile].t())  # [R, tile]
+                logits = _logits(hidden, weight[tile])
                 wide = _below(logits, log_normaliser).exp_()
                 del logits
             else:
@@ -136,6 +136,12 @@ class LabelledLogProbs(torch.autograd.Function):
             sink.add(tile, apart, scaled)
             del probabilities, apart  # before the next tile is made
         return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[R, H] and [tile, H] -> [R, tile], in their dtype; on a CPU, which is slow where dtypes mix, in fp32."""
+    logits = torch.mm(hidden, weight.t())
+    return logits.float() if logits.device.type == "cpu" else logits
 
 
 def _below(logits: Tensor, level: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def _scan(
     label_logit = torch.zeros(labels.shape, device=labels.device)
     kept = None
     for tile in shard.tiles(len(labels), hidden.device):
-        logits = torch.mm(hidden, weight[tile].t())  # [R, tile]
+        logits = _logits(hidden, weight[tile])
         inside, column = shard.owned(labels, tile)
         label_logit += logits.gather(1, column[:, None]).squeeze(1) * inside
         higher = torch.maximum(largest, logits.amax(dim=1).float())
