@@ -12,17 +12,17 @@ def main() -> None:
         config, processes = read_command_line("recipes.score", __doc__)
         if "RANK" not in os.environ:
             check_layout(config, world_size=processes)
-        # torch and Megatron take seconds to load: only for settings that are good.
-        from tgdpo_megatron import out_of_memory
+        # torch and Megatron take seconds to load: only for settings that are good, and Megatron only in ranks, once the
+        # packages beneath it were checked.
         from tgdpo_megatron.platform.processes import job
-        from tgdpo_megatron.score import score
 
         minutes = config.train.distributed_timeout_minutes
-        with (
-            job("recipes.score", processes=processes, timeout_minutes=minutes) as ranks,
-            out_of_memory.explained("score", config, ranks),
-        ):
-            score(config, ranks)
+        with job("recipes.score", processes=processes, timeout_minutes=minutes) as ranks:
+            from tgdpo_megatron import out_of_memory
+            from tgdpo_megatron.score import score
+
+            with out_of_memory.explained("score", config, ranks):
+                score(config, ranks)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def pretend_installed(folder: Path, name: str, version: str) -> None:
 def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_it_takes(
     version: str, tmp_path: Path
 ) -> None:
+    make_package(tmp_path / "transformer_engine", "pytorch")
     pretend_installed(tmp_path, "transformer_engine", version)
     done = start_with(tmp_path)
     assert done.returncode == 2
@@ -106,8 +107,21 @@ def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_i
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.11.0", "2.9.0+70f53666"])
 def test_a_transformer_engine_that_megatron_takes_is_accepted(version: str, tmp_path: Path) -> None:
+    make_package(tmp_path / "transformer_engine", "pytorch")
     pretend_installed(tmp_path, "transformer_engine", version)
     assert start_with(tmp_path).returncode == 0
+
+
+def test_a_transformer_engine_that_is_there_in_half_is_refused_with_why(tmp_path: Path) -> None:
+    """Its core without its torch part, as after a compilation that failed."""
+    make_package(tmp_path / "transformer_engine")
+    pretend_installed(tmp_path, "transformer_engine", "2.11.0")
+    done = start_with(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); mend "
+        "it, or uninstall it and its core and torch parts to run on Megatron's local layers.\n"
+    )
 
 
 # ---------------------------------------------------------------- FP8

@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
@@ -21,15 +20,6 @@ VOCAB_MULTIPLE = 128
 
 # Its layers compute on GPUs alone.
 HAVE_TRANSFORMER_ENGINE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-if HAVE_TRANSFORMER_ENGINE:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # Megatron would go on with mocks of it
-        why = (str(error) or type(error).__name__).strip().splitlines()[-1]
-        raise UserError(
-            f"Transformer Engine is installed but does not load ({why}); mend it, or uninstall it (transformer-engine "
-            "and its cu and torch parts) to run on Megatron's local layers."
-        ) from None
 
 
 def transformer_config(description: ModelDescription, settings: Config, *, trained: bool = True) -> TransformerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from importlib import metadata
@@ -36,23 +37,32 @@ def check_packages() -> None:
 
 
 def check_transformer_engine() -> None:
-    """Refuse a Transformer Engine outside the versions that the installed megatron-core names in its own metadata.
+    """Refuse a Transformer Engine that is not one the installed megatron-core names in its metadata, or does not load.
 
     Raises:
-        UserError: Naming the version found and those accepted.
+        UserError: Naming the version found and those accepted, or why it does not load.
     """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
     try:
         found = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
-        return
-    wanted = [Requirement(line) for line in metadata.requires("megatron-core") or ()]
-    for requirement in wanted:
+        found = "of an unknown version"
+    for requirement in map(Requirement, metadata.requires("megatron-core") or ()):
         accepted = requirement.specifier
         if requirement.name == "transformer-engine" and not accepted.contains(found, prereleases=True):
             raise UserError(
                 f"Transformer Engine {found} is not one that megatron-core {metadata.version('megatron-core')} takes "
                 f"({accepted}); install one of those, or uninstall it to run on Megatron's local layers."
             )
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # Megatron would end in a traceback, or go on with mocks of its layers
+        why = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        raise UserError(
+            f"Transformer Engine is installed but does not load ({why}); mend it, or uninstall it and its core and "
+            "torch parts to run on Megatron's local layers."
+        ) from None
 
 
 def check_apex() -> None:
