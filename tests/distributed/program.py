@@ -13,25 +13,35 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 PROGRAM = "tests.distributed.program"
 
 
-def run_ranks(module: str, function: str, world_size: int, *, program: str = PROGRAM, **arguments: Any) -> Any:
+def run_ranks(
+    module: str,
+    function: str,
+    world_size: int,
+    *,
+    program: str = PROGRAM,
+    environment: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
     """Call module.function(ranks, **arguments) on every rank; return the first rank's result (JSON types).
 
     Args:
         program: A module that calls `main` below, where something is to be done before the ranks are joined.
+        environment: Variables that differ from this process's.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         request = json.dumps([module, function, world_size, arguments, str(output)])
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", program, request],
-            env=environment,
+            env={**os.environ, **quiet, **(environment or {})},
             capture_output=True,
             text=True,
             check=False,

@@ -10,7 +10,6 @@ import importlib.util
 import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -28,14 +27,10 @@ AS_IF_NOT_INSTALLED = {
 
 def on_gpu(function: str, *, layers: str, module: str = "tests.distributed.jobs", **arguments: Any) -> Any:
     """What a function gives on one rank of this machine's GPU, in a process of its own."""
-    return _run(module, function, {} if layers == TRANSFORMER_ENGINE else AS_IF_NOT_INSTALLED, arguments)
+    environment = {} if layers == TRANSFORMER_ENGINE else AS_IF_NOT_INSTALLED
+    return run_ranks(module, function, 1, environment=environment, **arguments)
 
 
 def on_cpu(function: str, *, module: str = "tests.distributed.jobs", **arguments: Any) -> Any:
     """The same on the CPU, where no program sees a GPU or Transformer Engine."""
-    return _run(module, function, AS_IF_NOT_INSTALLED | {"CUDA_VISIBLE_DEVICES": ""}, arguments)
-
-
-def _run(module: str, function: str, environment: dict[str, str], arguments: dict[str, Any]) -> Any:
-    with patch.dict(os.environ, environment):
-        return run_ranks(module, function, 1, **arguments)
+    return run_ranks(module, function, 1, environment=AS_IF_NOT_INSTALLED | {"CUDA_VISIBLE_DEVICES": ""}, **arguments)

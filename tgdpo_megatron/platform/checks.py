@@ -112,7 +112,7 @@ def check_fp8(train: TrainConfig) -> None:
 
     cuda = torch.cuda.is_available()
     reason = why_no_fp8(
-        train.recipe_of_fp8 or "tensorwise",
+        train.recipe_of_fp8,
         capability=torch.cuda.get_device_capability() if cuda else None,
         cuda=torch.version.cuda,
         transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
@@ -122,7 +122,7 @@ def check_fp8(train: TrainConfig) -> None:
 
 
 def why_no_fp8(
-    recipe: str, *, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: bool
+    recipe: str | None, *, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: bool
 ) -> str | None:
     """What keeps an FP8 recipe from running, or None. The limits are those of Transformer Engine 2.11's own checks.
 
