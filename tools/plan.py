@@ -100,7 +100,7 @@ def main() -> None:
         mine, others = own.parse_known_args(sys.argv[1:])
         config, ranks = read_command_line("tools.plan", __doc__, others)
         if mine.memory is not None and not 0 < mine.memory < math.inf:
-            raise UserError(f"--memory must be more than 0 GiB, not {mine.memory}.")
+            raise UserError(f"--memory must be a number of GiB above 0, not {mine.memory}.")
         description = _description(mine.model, config)
         check_model_layout(description, config.parallel)
         check_batch_layout(config, world_size=ranks)

@@ -216,7 +216,8 @@ def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--memory", "0"], "--memory must be more than 0 GiB, not 0.0."),
+        (["--memory", "0"], "--memory must be a number of GiB above 0, not 0.0."),
+        (["--memory", "inf"], "--memory must be a number of GiB above 0, not inf."),
         ([], "model.checkpoint is not set; give it, or --model with a HuggingFace folder."),
         (["--model", "nowhere"], "nowhere: no such model folder."),
         (["--memry", "80"], "command line: unrecognized arguments: --memry; see python -m tools.plan --help."),
