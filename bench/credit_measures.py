@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from tools.demo import area_under_roc
+from tools.demo.report import area_under_roc
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,17 @@ from tgdpo_megatron.checkpoint.manifest import describe, read_manifest
 from tgdpo_megatron.checkpoint.state import save_checkpoint
 from tgdpo_megatron.config import Config, LossConfig, complete
 from tgdpo_megatron.data.batch import make_batch, rank_batches
-from tgdpo_megatron.data.layouts import read_pairs
+from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
 from tgdpo_megatron.report.metrics import add_up, averages, names_for
 from tgdpo_megatron.scores.contrastive import SIDES, contrastive_sequences, read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
-from tgdpo_megatron.scores.store import TokenScores
 from tgdpo_megatron.train import forward_step
-from tools.demo import SFT_LR
+from tools.demo.journal import SFT_LR
 
 PROMPTS = Path(__file__).with_name("credit_prompts.yaml")
 _AT_ONCE = 64

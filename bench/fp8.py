@@ -34,14 +34,15 @@ from bench.process import one_rank
 from recipes.tiny import dpo_tiny, sft_tiny
 from tgdpo_megatron.checkpoint.manifest import describe, read_manifest
 from tgdpo_megatron.checkpoint.state import load_weights, save_checkpoint
-from tgdpo_megatron.config import FP8_FORMATS, Config, LossConfig, TrainConfig, complete
+from tgdpo_megatron.config import Config, LossConfig, TrainConfig, complete
+from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.losses import Pairs, dpo, formula, inputs_of, token_weights
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, transformer_config
-from tgdpo_megatron.scores.store import TokenScores
-from tools.demo import SFT_LR
+from tools.demo.journal import SFT_LR
 
 FULL = Effort(seeds=(1,), validation=200, sft_steps=300, steps=100)
 FAST = Effort(seeds=(1,), train=200, validation=72, sft=400, sft_steps=20, steps=6)

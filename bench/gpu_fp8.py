@@ -15,11 +15,11 @@ from bench import device
 from bench.gpu_model import PACKED, InPlace, describe, layers_that_fit, make_pairs
 from bench.process import one_rank
 from bench.rows import Row, paired, skipped
-from tgdpo_megatron.config import FP8_FORMATS
+from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.scores.store import TokenScores
 
 
 def measure() -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Memory of training and of scoring by phase, as the GPU's allocator counts it, against tgdpo_megatron.memory's plan.
+"""Memory of training and of scoring by phase, as the GPU's allocator counts it, against the plan of planning/memory.py.
 
     python -m bench.gpu_memory
 
@@ -16,11 +16,11 @@ from bench import device
 from bench.gpu_model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs
 from bench.process import one_rank
 from bench.rows import Row
-from tgdpo_megatron import memory
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import formula
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
+from tgdpo_megatron.planning import memory
 
 CASES: dict[str, dict[str, Any]] = {
     "cached": {"live": False},

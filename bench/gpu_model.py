@@ -13,12 +13,12 @@ from typing import Any
 from bench import device
 from bench.ours import LEARNING_RATE, LOSS, Ours
 from bench.pairs import ultrafeedback_like
-from tgdpo_megatron import memory
 from tgdpo_megatron.config import Config, OptimizerConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.planning import memory
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def random_scores(ours: InPlace) -> Any:
     """Cached scores of any value: they cost what real ones cost."""
     import numpy as np
 
-    from tgdpo_megatron.scores.store import TokenScores, response_starts
+    from tgdpo_megatron.data.token_scores import TokenScores, response_starts
 
     number = response_starts(ours.data)[-1]
     values = np.random.default_rng(0).normal(-12, 1, number).astype(np.float32)

@@ -21,8 +21,8 @@ from tgdpo_megatron.checkpoint.manifest import describe
 from tgdpo_megatron.config import Config, LossConfig, OptimizerConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores, response_starts
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
-from tgdpo_megatron.scores.store import TokenScores, response_starts
 
 BODY = {
     "hidden_size": 384,

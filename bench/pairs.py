@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tgdpo_megatron.config import DataConfig
-from tgdpo_megatron.data.layouts import read_pairs
+from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary, prepare_pairs
 
 VOCABULARY = 2048

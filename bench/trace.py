@@ -45,9 +45,9 @@ from bench.rows import Row, program
 from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores, response_starts
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.scores.store import TokenScores, response_starts
 
 MODEL = ModelDescription(
     num_layers=8,

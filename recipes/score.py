@@ -18,7 +18,7 @@ def main() -> None:
 
         minutes = config.train.distributed_timeout_minutes
         with job("recipes.score", processes=processes, timeout_minutes=minutes) as ranks:
-            from tgdpo_megatron import out_of_memory
+            from tgdpo_megatron.planning import out_of_memory
             from tgdpo_megatron.score import score
 
             with out_of_memory.explained("score", config, ranks):

@@ -22,10 +22,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
-from tgdpo_megatron import inputs, run_folder
+from tgdpo_megatron import preflight, run_folder
 from tgdpo_megatron.checkpoint.manifest import HF, describe
 from tgdpo_megatron.checkpoint.state import load_weights
 from tgdpo_megatron.config import Config, check_layout
+from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import load_tokenizer
@@ -38,7 +39,6 @@ from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.scores import contrastive
-from tgdpo_megatron.scores.source import read_texts
 from tgdpo_megatron.scores.store import (
     Key,
     check_belongs,
@@ -48,9 +48,8 @@ from tgdpo_megatron.scores.store import (
     write_scores_manifest,
     write_shard,
 )
+from tgdpo_megatron.scores.texts import read_texts
 
-_SAMPLES_AT_ONCE = 128
-"""On each data-parallel rank between progress updates: enough to fill the pipeline, few enough to see it move."""
 _PROMPTED_AT_ONCE = 1024
 """Pairs whose contrastive prompts are tokenised, and sent to all ranks, at once."""
 _SHORTER = f"prompts that do not quote the response are shorter ({contrastive.DEFAULT.with_name('direct.yaml')})"
@@ -100,19 +99,19 @@ def score(config: Config, ranks: Ranks) -> None:
     config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and nothing is kept for backward
     config.train.fp8 = config.train.fp8_recipe = None  # for the policy alone, see docs/fp8.md
     data_parallel_size = check_layout(config, world_size=ranks.world_size)
-    inputs.check_cacheable(config)
+    preflight.check_cacheable(config)
     wanted = list(config.loss.log_prob_scores)
     if not wanted:
         raise UserError(f"loss.type={config.loss.type} needs no scores of frozen models; there is nothing to compute.")
-    models = inputs.check_models(config)
+    models = preflight.check_models(config)
     prompts = contrastive.read_prompts(config.scores.contrastive_prompts) if "better" in wanted else None
     checkpoints = _checkpoints(config, wanted)
-    folder = inputs.required(config.scores.path, "scores.path", "a folder for the scores")
+    folder = preflight.required(config.scores.path, "scores.path", "a folder for the scores")
     if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: is a training run, not a folder of scores; choose another scores.path.")
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
-        data, validation = inputs.load_data(config, models.description, ranks, folder / "data")
+        data, validation = preflight.load_data(config, models.description, ranks, folder / "data")
         parts = []
         for name, pairs in {"train": data, "validation": validation}.items():
             if pairs is not None:
@@ -145,9 +144,9 @@ def _checkpoints(config: Config, wanted: list[str]) -> dict[str, Path]:
     """The frozen models that give the scores wanted."""
     found = {}
     if "reference" in config.loss.frozen_models:
-        found["reference"] = inputs.required(config.reference_checkpoint, "model.checkpoint", "the reference")
+        found["reference"] = preflight.required(config.reference_checkpoint, "model.checkpoint", "the reference")
     if "guidance" in wanted:
-        found["guidance"] = inputs.required(config.model.guidance, "model.guidance", "an aligned checkpoint")
+        found["guidance"] = preflight.required(config.model.guidance, "model.guidance", "an aligned checkpoint")
     return found
 
 
@@ -156,14 +155,14 @@ def _lack(parts: Iterable[_Part], names: Iterable[str], wanted: list[str]) -> bo
 
 
 def _open_store(
-    config: Config, models: inputs.Models, pairs: PreparedPairs, folder: Path, wanted: list[str]
+    config: Config, models: preflight.Models, pairs: PreparedPairs, folder: Path, wanted: list[str]
 ) -> dict[str, np.ndarray]:
     """Begin a store, or go on with one that was made in the same way. Returns the responses it lacks.
 
     Raises:
         UserError: It holds other scores, or damaged ones.
     """
-    expected = inputs.scores_manifest(config, models, pairs)
+    expected = preflight.scores_manifest(config, models, pairs)
     remove_parts(folder)
     if (folder / "manifest.json").is_file():
         expected = check_belongs(read_scores_manifest(folder), expected, folder)
@@ -281,7 +280,7 @@ def _score(
     pending: deque[Future[str | None]] = deque()
     with ThreadPoolExecutor(max_workers=1) as writer, progress:
         for work in works:
-            for picked in _rounds(work.samples, _SAMPLES_AT_ONCE * data_parallel_size):
+            for picked in _rounds(work.samples, SCORED_AT_ONCE * data_parallel_size):
                 batches = rank_batches(
                     work.data,
                     picked,

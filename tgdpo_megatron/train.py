@@ -22,20 +22,20 @@ from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
-from tgdpo_megatron import inputs, run_folder
+from tgdpo_megatron import preflight, run_folder
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
 from tgdpo_megatron.checkpoint.state import load_training_state, save_checkpoint
 from tgdpo_megatron.config import Config, check_batch_layout
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula, inputs_of
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
-from tgdpo_megatron.scores.store import TokenScores
 
 EVALUATED_AT_ONCE = 1024
 """Validation pairs whose batches are in memory together, over all ranks."""
@@ -51,19 +51,21 @@ def train(config: Config, ranks: Ranks) -> None:
     # Everything that can be wrong with the inputs is found here, before a model is built.
     data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
-    checkpoint = inputs.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
-    models = inputs.check_models(config)
-    frozen = inputs.carried_checkpoints(config)
-    output = inputs.required(config.train.output, "train.output", "a folder for this run")
+    checkpoint = preflight.required(
+        config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from"
+    )
+    models = preflight.check_models(config)
+    frozen = preflight.carried_checkpoints(config)
+    output = preflight.required(config.train.output, "train.output", "a folder for this run")
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
-        data, validation = inputs.load_data(config, models.description, ranks, output / "data")
+        data, validation = preflight.load_data(config, models.description, ranks, output / "data")
         if config.train.global_batch_size > len(data):
             raise UserError(
                 f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
                 f"{config.data.train}; lower it."
             )
-        scores, validation_scores = inputs.load_scores_of(config, models, data, validation)
+        scores, validation_scores = preflight.load_scores_of(config, models, data, validation)
         identity = _identity(config, models, data, scores)
         run_folder.check_continues(start, config, identity)
         # This rank's part of the models.
@@ -219,7 +221,7 @@ def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
 
 
 def _identity(
-    config: Config, models: inputs.Models, data: PreparedPairs, scores: TokenScores | None
+    config: Config, models: preflight.Models, data: PreparedPairs, scores: TokenScores | None
 ) -> CheckpointManifest:
     """What the run's checkpoints say of themselves, but for weights and iteration."""
     guidance = models.guidance.weights if models.guidance else None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.data.layouts import read_pairs
+from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 CHAT_TEMPLATE = (

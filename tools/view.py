@@ -126,14 +126,14 @@ def _numbers(
     """Name -> a number of every response token of some pairs, chosen before rejected. Each [R] fp32."""
     import torch
 
-    from tgdpo_megatron import inputs
+    from tgdpo_megatron import preflight
     from tgdpo_megatron.data.batch import make_batch
     from tgdpo_megatron.losses import token_rewards
     from tgdpo_megatron.report.metrics import implicit_rewards
 
     batch = make_batch(data, pairs)
     scores = _kept_scores(config, folder, part, data, pairs)
-    start = inputs.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
+    start = preflight.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
     places = {"reference": config.reference_checkpoint, "guidance": config.model.guidance}
     log_probs = functools.cache(lambda place: token_logps(place, config, data, pairs, device))  # one model, two roles
     for name in config.loss.carried:
@@ -155,14 +155,14 @@ def _kept_scores(
     config: Config, folder: Path, part: str, data: PreparedPairs, pairs: Sequence[int]
 ) -> dict[str, Tensor]:
     """Those scores that are in files, checked as training checks them."""
-    from tgdpo_megatron import inputs
+    from tgdpo_megatron import preflight
     from tgdpo_megatron.losses import CHOSEN, REJECTED
 
     if (folder / part / "manifest.json").is_file():  # a folder of scores
         config = config.model_copy(
             update={"scores": config.scores.model_copy(update={"source": "cached", "path": folder})}
         )
-    kept = inputs.scores_of_part(config, inputs.check_models(config), part, data)
+    kept = preflight.scores_of_part(config, preflight.check_models(config), part, data)
     return {} if kept is None else kept.join(pairs, (CHOSEN, REJECTED))
 
 
@@ -198,13 +198,13 @@ def _viewed(
     config: Config, data: PreparedPairs, pairs: Sequence[int], numbers: Mapping[str, Tensor]
 ) -> list[ViewedPair]:
     """The pairs as the page takes them."""
-    from tgdpo_megatron import inputs
+    from tgdpo_megatron import preflight
     from tgdpo_megatron.checkpoint.manifest import HF
     from tgdpo_megatron.data.tokenizer import load_tokenizer
     from tgdpo_megatron.losses import CHOSEN, REJECTED
     from tgdpo_megatron.report.viewer import ViewedPair, ViewedResponse
 
-    start = inputs.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
+    start = preflight.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
     tokenizer = load_tokenizer(start / HF)
     viewed, place = [], 0
     for pair in pairs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.viewed_pairs import AFTER, BEFORE, NUMBERS, made_up_pairs
+from tests.support.viewed_pairs import AFTER, BEFORE, NUMBERS, made_up_pairs
 from tgdpo_megatron.report.viewer import TokenNumber, ViewedPair, ViewedResponse, viewer_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -80,7 +80,7 @@ def test_contrastive_scores_are_huggingfaces_log_probs(
                 "train": train,
             }
         )
-    run_ranks("tests.distributed.jobs", "score_all", ranks, recipe="dpo_tiny", jobs=jobs)
+    run_ranks("tests.support.jobs", "score_all", ranks, recipe="dpo_tiny", jobs=jobs)
 
     model = AutoModelForCausalLM.from_pretrained(hf_model)
     data = load_prepared(next((tmp_path / "refine" / "data").iterdir()))

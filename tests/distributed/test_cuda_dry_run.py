@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
-PROGRAM = "tests.distributed.cuda_dry_run"
+PROGRAM = "tests.support.cuda_dry_run"
 on_a_pretended_gpu = partial(run_ranks, PROGRAM, program=PROGRAM)
 
 Jobs = dict[str, dict[str, Any]]
@@ -85,7 +85,7 @@ def test_layouts_run_and_no_operation_joins_two_devices(jobs: Jobs) -> None:
 def test_the_pretence_changes_no_number(jobs: Jobs, one_rank: Jobs, tmp_path: Path) -> None:
     job = copy.deepcopy(jobs["plain"])
     job["train"]["output"] = str(tmp_path / "on-cpu")
-    ((*_, last),) = run_ranks("tests.distributed.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[job])
+    ((*_, last),) = run_ranks("tests.support.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[job])
     for name in ("loss", "grad_norm", "rewards/margins", "token_rewards/mean"):
         assert one_rank["plain"]["metrics"][name] == pytest.approx(last[name], rel=1e-5), name
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 IDS = [1, 40, 7, 250, 12, 99, 3]
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -38,7 +38,7 @@ def models(
         {"folder": str(place), "ids": IDS, "parallel": LAYOUT, "output": str(folder / f"{name}.pt")}
         for name, place in (("start", folder / "start"), ("trained", trained))
     ]
-    run_ranks("tests.distributed.jobs", "train_and_look", 4, recipe="dpo_tiny", job=job, looks=looks)
+    run_ranks("tests.support.jobs", "train_and_look", 4, recipe="dpo_tiny", job=job, looks=looks)
     megatron_to_hf(trained, folder / "trained-hf")
     return {"folder": folder, "start": start, "trained": folder / "trained-hf"}
 

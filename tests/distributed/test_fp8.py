@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def test_training_starts_from_ln_2(summary: dict[str, Any]) -> None:
 
 
 def test_the_emulation_is_under_the_four_products_of_each_layer_and_nothing_else(checkpoint: Path) -> None:
-    found = run_ranks("tests.distributed.emulation", "changed_layers", 1, folder=str(checkpoint))
+    found = run_ranks("tests.support.emulation", "changed_layers", 1, folder=str(checkpoint))
     names = ["self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"]
     assert sorted(found["emulated"]) == sorted(f"decoder.layers.{layer}.{name}" for layer in (0, 1) for name in names)
     assert found["taken away"] == []

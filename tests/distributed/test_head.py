@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 CASES = [
     {"vocab_size": 100, "sequence_parallel": False, "models": 1, "tile": 1 << 22},  # later ranks hold padding alone
@@ -34,7 +34,7 @@ def errors(request: Any) -> list[dict[str, float]]:
     # The vocabulary grows with the ranks, but for the first case.
     cases = [CASES[0], *({**case, "vocab_size": case["vocab_size"] + 320 * (size - 1)} for case in CASES[1:])]
     cases = [case if size > 1 else {**case, "sequence_parallel": False} for case in cases]
-    found: list[dict[str, float]] = run_ranks("tests.distributed.head", "compare", size, cases=cases)
+    found: list[dict[str, float]] = run_ranks("tests.support.head", "compare", size, cases=cases)
     for case in found:
         case["size"] = size
     return found

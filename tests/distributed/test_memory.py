@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.memory import Plan, plan
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.planning.memory import Plan, plan
 
 SMALL = ModelDescription(
     num_layers=4,
@@ -118,7 +118,7 @@ CASES = {
 def measured_on(request: pytest.FixtureRequest) -> tuple[int, list[list[dict[str, int]]]]:
     """A number of ranks, and what each of them counted in each case."""
     ranks: int = request.param
-    return ranks, run_ranks("tests.distributed.memory", "measure", ranks, cases=CASES[ranks])
+    return ranks, run_ranks("tests.support.memory", "measure", ranks, cases=CASES[ranks])
 
 
 def test_every_phase_needs_what_is_planned_within_five_percent(measured_on: Any) -> None:
@@ -153,7 +153,7 @@ def test_activations_are_what_autograd_keeps() -> None:
         for shape, length in ((SMALL, 301), (WIDE, 151))
         for recompute in ("none", "selective", "full")
     ]
-    counted = run_ranks("tests.distributed.memory", "kept_by_layers", 1, cases=cases)
+    counted = run_ranks("tests.support.memory", "kept_by_layers", 1, cases=cases)
     for of, measured in zip(cases, counted, strict=True):
         activations = planned(of, 1, 0).phase("forward and backward").parts["activations"]
         assert activations == pytest.approx(measured, rel=0.01), of

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 Metrics = list[dict[str, float]]
 
@@ -72,7 +72,7 @@ def trained(
         common | {"loss": {"type": "dpo_reg"}, "scores": store | short},
         guided | {"loss": {"type": "sepo"}, "scores": store},
     ]
-    metrics = run_ranks("tests.distributed.jobs", "score_and_train", 1, recipe="dpo_tiny", scoring=scoring, jobs=jobs)
+    metrics = run_ranks("tests.support.jobs", "score_and_train", 1, recipe="dpo_tiny", scoring=scoring, jobs=jobs)
     names = ("reference", "guidance", "better", "worse")
     scores = load_scores(folder / "scores" / "train", data, names)
     joined = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 FIRST, OTHER, SECOND = [1, 40, 7, 250, 12], [3, 200, 14, 90, 8], [3, 9, 120, 44, 8, 66, 5]
 
@@ -15,7 +15,7 @@ FIRST, OTHER, SECOND = [1, 40, 7, 250, 12], [3, 200, 14, 90, 8], [3, 9, 120, 44,
 def logps(checkpoint: Path) -> list[list[list[float]]]:
     packs = [[FIRST, SECOND], [OTHER, SECOND], [FIRST], [SECOND]]
     found: list[list[list[float]]] = run_ranks(
-        "tests.distributed.jobs", "packed_logps", 1, folder=str(checkpoint), packs=packs
+        "tests.support.jobs", "packed_logps", 1, folder=str(checkpoint), packs=packs
     )
     return found
 

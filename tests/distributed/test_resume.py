@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -37,7 +37,7 @@ def runs(request: Any, tmp_path_factory: pytest.TempPathFactory, checkpoint: Pat
             },
         }
 
-    whole = run_ranks("tests.distributed.jobs", "train_all", 2, recipe="dpo_tiny", jobs=[job("whole")])
+    whole = run_ranks("tests.support.jobs", "train_all", 2, recipe="dpo_tiny", jobs=[job("whole")])
     for name in ("continued", "of another Adam", "reshaped"):
         shutil.copytree(folder / "whole", folder / name)
         shutil.rmtree(folder / name / "checkpoints" / "iter-0000004")
@@ -47,7 +47,7 @@ def runs(request: Any, tmp_path_factory: pytest.TempPathFactory, checkpoint: Pat
         job("of another Adam", resume=True),
         job("reshaped", resume=True, tensor=2),
     ]
-    continued = run_ranks("tests.distributed.jobs", "train_all", 2, recipe="dpo_tiny", jobs=jobs)
+    continued = run_ranks("tests.support.jobs", "train_all", 2, recipe="dpo_tiny", jobs=jobs)
     metrics = dict(zip(["whole", "continued", "of another Adam", "reshaped"], [*whole, *continued], strict=True))
     return {"folder": folder, "precision": request.param, **metrics}
 

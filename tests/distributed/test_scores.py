@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process": (1, {}, {"micro_batch_size": 1}),
@@ -59,7 +59,7 @@ def test_scores_are_huggingfaces_log_probs(
         "scores": {"path": str(tmp_path / "scores")},
         "train": train,
     }
-    run_ranks("tests.distributed.jobs", "score_all", ranks, recipe="tgdpo_tiny", jobs=[job])
+    run_ranks("tests.support.jobs", "score_all", ranks, recipe="tgdpo_tiny", jobs=[job])
     data = load_prepared(next((tmp_path / "scores" / "data").glob("train-*")))
     scores = load_scores(tmp_path / "scores" / "train", data, list(models))
     for name, place in models.items():
@@ -100,7 +100,7 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
     ]
     scoring = [{**common, "scores": store, "train": train}]
     cached, live, filled = run_ranks(
-        "tests.distributed.jobs", "score_and_train", 2, recipe="tgdpo_tiny", scoring=scoring, jobs=jobs
+        "tests.support.jobs", "score_and_train", 2, recipe="tgdpo_tiny", scoring=scoring, jobs=jobs
     )
     for name in ("loss", "tgdpo/margins", "tgdpo/weight_std", "rewards/margins"):
         assert [line[name] for line in cached] == pytest.approx([line[name] for line in live], abs=1e-6), name
@@ -136,7 +136,7 @@ def test_adding_pairs_scores_only_these_and_leaves_what_is_there(
             [files[0], files[1], files[1], files[1]], ["dpo", "dpo", "dpo", "tgdpo"], [*shapes, shapes[0]], strict=True
         )
     ]
-    first, second, third, fourth = run_ranks("tests.distributed.jobs", "score_all", 2, recipe="dpo_tiny", jobs=jobs)
+    first, second, third, fourth = run_ranks("tests.support.jobs", "score_all", 2, recipe="dpo_tiny", jobs=jobs)
     folder = tmp_path / "scores" / "train"
     contents = {path.name: path for path in folder.glob("scores-*")}
     assert set(first) < set(second) == set(third) < set(fourth) == set(contents)

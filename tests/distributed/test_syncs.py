@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 from tgdpo_megatron.methods import METHODS
 
 LOSSES: dict[str, dict[str, str]] = {name: {} for name in METHODS} | {"simpo_reg": {"token_rewards": "file"}}
@@ -14,9 +14,7 @@ LOSSES: dict[str, dict[str, str]] = {name: {} for name in METHODS} | {"simpo_reg
 
 @pytest.fixture(scope="module")
 def waits(checkpoint: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = run_ranks(
-        "tests.distributed.syncs", "record", 1, folder=str(checkpoint), losses=LOSSES
-    )
+    found: dict[str, list[str]] = run_ranks("tests.support.syncs", "record", 1, folder=str(checkpoint), losses=LOSSES)
     return found
 
 
@@ -26,6 +24,6 @@ def test_no_line_of_a_micro_batch_waits_for_the_other_side(method: str, waits: d
 
 
 def test_a_line_that_waits_would_be_recorded() -> None:
-    found: list[str] = run_ranks("tests.distributed.syncs", "planted", 1)
+    found: list[str] = run_ranks("tests.support.syncs", "planted", 1)
     assert [line.rpartition(": ")[0].rpartition(":")[0].startswith("syncs.py") for line in found] == [True] * len(found)
     assert len(found) == 4

@@ -353,8 +353,9 @@ def write_scores(folder: Path, checkpoint: Path, pairs_file: Path, *, overflowin
     from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
     from tgdpo_megatron.config import DataConfig
     from tgdpo_megatron.data.prepare import prepare_pairs
+    from tgdpo_megatron.data.token_scores import ScoresManifest
     from tgdpo_megatron.data.tokenizer import load_tokenizer
-    from tgdpo_megatron.scores.store import Key, ScoresManifest, write_scores_manifest, write_shard
+    from tgdpo_megatron.scores.store import Key, write_scores_manifest, write_shard
 
     data = prepare_pairs(
         DataConfig(max_length=64), pairs_file, load_tokenizer(checkpoint / HF), folder.with_name("tokenised")

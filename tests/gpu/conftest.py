@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.where import HAVE_GPU, HAVE_TRANSFORMER_ENGINE, LOCAL, REHEARSAL, TRANSFORMER_ENGINE
+from tests.support.gpu_where import HAVE_GPU, HAVE_TRANSFORMER_ENGINE, LOCAL, REHEARSAL, TRANSFORMER_ENGINE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

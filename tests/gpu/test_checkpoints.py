@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.where import HAVE_TRANSFORMER_ENGINE, LOCAL, TRANSFORMER_ENGINE, on_cpu, on_gpu
+from tests.support.gpu_where import HAVE_TRANSFORMER_ENGINE, LOCAL, TRANSFORMER_ENGINE, on_cpu, on_gpu
 
 IDS = [1, 40, 7, 250, 12, 3, 200]
 SAVED = "checkpoints/iter-0000002"
@@ -68,10 +68,10 @@ def log_probs(
     )
     looks = [look(name, "GPU", "fp32") for name in writers]
     looks.append(look("CPU, fp32", "GPU, bf16", "bf16"))
-    on_gpu("looks", layers=LOCAL, module="tests.gpu.jobs", looks=looks)
+    on_gpu("looks", layers=LOCAL, module="tests.support.gpu_jobs", looks=looks)
     if HAVE_TRANSFORMER_ENGINE:
         by_engine = [look(name, TRANSFORMER_ENGINE, "bf16") for name in writers]
-        on_gpu("looks", layers=TRANSFORMER_ENGINE, module="tests.gpu.jobs", looks=by_engine)
+        on_gpu("looks", layers=TRANSFORMER_ENGINE, module="tests.support.gpu_jobs", looks=by_engine)
     return {tuple(path.name.split(" by ")): torch.load(path) for path in folder.glob("* by *")}  # type: ignore[misc]
 
 

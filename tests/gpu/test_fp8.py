@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.where import HAVE_TRANSFORMER_ENGINE, REHEARSAL, TRANSFORMER_ENGINE, on_gpu
-from tgdpo_megatron.config import FP8_FORMATS
+from tests.support.gpu_where import HAVE_TRANSFORMER_ENGINE, REHEARSAL, TRANSFORMER_ENGINE, on_gpu
+from tgdpo_megatron.config.constants import FP8_FORMATS
 
 STEPS = 20
 RECIPES = ("tensorwise", "delayed", "blockwise")
@@ -101,7 +101,7 @@ def test_frozen_models_beside_an_fp8_policy_compute_in_bf16(models: dict[str, st
     """Bit for bit what they give beside a bf16 policy, in the same pack; the policy itself differs."""
     policies = [{}, *map(fp8, RECIPES)]
     bf16, *others = on_gpu(
-        "live_log_probs", layers=TRANSFORMER_ENGINE, module="tests.gpu.jobs", models=models, policies=policies
+        "live_log_probs", layers=TRANSFORMER_ENGINE, module="tests.support.gpu_jobs", models=models, policies=policies
     )
     for policy, *frozen in others:
         assert frozen == bf16[1:]

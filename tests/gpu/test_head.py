@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.where import LOCAL, on_gpu
+from tests.support.gpu_where import LOCAL, on_gpu
 
 CASES = [
     {"vocab_size": 310, "sequence_parallel": False, "models": models, "tile": tile, "main_grad": grad, "dtype": dtype}
@@ -19,7 +19,7 @@ KINDS = ("logps", "hidden gradient", "weight gradient")
 
 @pytest.fixture(scope="module")
 def errors() -> list[dict[str, float]]:
-    found: list[dict[str, float]] = on_gpu("compare", layers=LOCAL, module="tests.distributed.head", cases=CASES)
+    found: list[dict[str, float]] = on_gpu("compare", layers=LOCAL, module="tests.support.head", cases=CASES)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.where import REHEARSAL, ROOT
+from tests.support.gpu_where import REHEARSAL, ROOT
 
 LIMITED = """
 import runpy, sys, torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.where import on_gpu
+from tests.support.gpu_where import on_gpu
 
 FIRST, OTHER, SECOND = [1, 40, 7, 250, 12], [3, 200, 14, 90, 8], [3, 9, 120, 44, 8, 66, 5]
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}

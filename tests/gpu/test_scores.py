@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.where import on_gpu
+from tests.support.gpu_where import on_gpu
 
 LATER_STEPS = {"fp32": 1e-4, "bf16": 2e-2}
 """Gradients on a GPU are summed in an order of chance, and Adam magnifies what differs where they are near 0."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.where import HAVE_TRANSFORMER_ENGINE, LOCAL, TRANSFORMER_ENGINE, on_gpu
 from tests.parity.matrix import prepare
+from tests.support.gpu_where import HAVE_TRANSFORMER_ENGINE, LOCAL, TRANSFORMER_ENGINE, on_gpu
 
 ROWS: list[dict[str, Any]] = [
     {"scores": "live", "recompute": "none", "micro_batch_size": 2},
@@ -45,7 +45,7 @@ def run(oracle: Path) -> Callable[[str, str], dict[str, dict[str, Any]]]:
     @functools.cache
     def steps(layers: str, precision: str) -> dict[str, dict[str, Any]]:
         rows = [row | {"precision": precision} for row in ROWS]
-        found = on_gpu("steps", layers=layers, module="tests.gpu.jobs", folder=str(oracle), rows=rows)
+        found = on_gpu("steps", layers=layers, module="tests.support.gpu_jobs", folder=str(oracle), rows=rows)
         return dict(zip(NAMES, found, strict=True))
 
     return steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.distributed.test_syncs import LOSSES
-from tests.gpu.where import LOCAL, REHEARSAL, on_gpu
+from tests.support.gpu_where import LOCAL, REHEARSAL, on_gpu
 
 
 def test_no_micro_batch_of_any_method_waits(arithmetic: tuple[str, str], checkpoint: Path) -> None:
@@ -14,7 +14,7 @@ def test_no_micro_batch_of_any_method_waits(arithmetic: tuple[str, str], checkpo
     found = on_gpu(
         "record",
         layers=layers,
-        module="tests.distributed.syncs",
+        module="tests.support.syncs",
         folder=str(checkpoint),
         losses=LOSSES,
         precision=precision,
@@ -23,5 +23,5 @@ def test_no_micro_batch_of_any_method_waits(arithmetic: tuple[str, str], checkpo
 
 
 def test_a_wait_would_be_recorded() -> None:
-    found = on_gpu("planted_on_device", layers=LOCAL, module="tests.distributed.syncs")
+    found = on_gpu("planted_on_device", layers=LOCAL, module="tests.support.syncs")
     assert REHEARSAL or len(found) >= 1

@@ -72,8 +72,8 @@ def compare(
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.data.batch import rank_batches
     from tgdpo_megatron.engine import build_engine
-    from tgdpo_megatron.inputs import carried_checkpoints
     from tgdpo_megatron.losses import formula
+    from tgdpo_megatron.preflight import carried_checkpoints
     from tgdpo_megatron.report.metrics import add_up, names_for
     from tgdpo_megatron.train import forward_step
 
@@ -150,7 +150,7 @@ def _counts_here() -> bool:
 
 def _from_files(config: Config, data: PreparedPairs, frozen: Scores) -> Any:
     """The oracle's scores that do not ride with the policy, as if read from disk."""
-    from tgdpo_megatron.scores.store import TokenScores
+    from tgdpo_megatron.data.token_scores import TokenScores
 
     riding = config.loss.carried if config.scores.source == "live" else ()
     names = [name for name in config.loss.scores if name not in riding]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from recipes.settings import RECIPES, read_command_line
-from tgdpo_megatron.config import FP8_FORMATS, Config, LossConfig, check_batch_layout, check_layout, complete, load
+from tgdpo_megatron.config import Config, LossConfig, check_batch_layout, check_layout, complete, load
+from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.methods import METHODS, SOURCES
 

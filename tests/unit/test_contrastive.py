@@ -14,7 +14,7 @@ from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, prepare_pairs
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.scores.contrastive import DEFAULT, ContrastivePrompts, contrastive_sequences, read_prompts
-from tgdpo_megatron.scores.source import read_texts
+from tgdpo_megatron.scores.texts import read_texts
 
 DIRECT = DEFAULT.with_name("direct.yaml")
 

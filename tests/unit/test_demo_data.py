@@ -61,7 +61,7 @@ def test_rows_are_written_one_to_a_line_with_the_trainers_columns(splits: Splits
 
 
 def test_the_trainer_reads_the_rows_and_ignores_what_it_does_not_know(splits: Splits, tmp_path) -> None:
-    from tgdpo_megatron.data.layouts import read_pairs
+    from tgdpo_megatron.data.formats import read_pairs
 
     write_rows(splits.sft, tmp_path / "sft.jsonl")
     read = read_pairs(tmp_path / "sft.jsonl")

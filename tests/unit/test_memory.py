@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from recipes.settings import RECIPES
-from tgdpo_megatron import memory
 from tgdpo_megatron.config import Config, check_batch_layout, complete, load
-from tgdpo_megatron.memory import GIB, plan
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.remedies import layouts, remedies, step_time
+from tgdpo_megatron.planning import memory
+from tgdpo_megatron.planning.memory import GIB, plan
+from tgdpo_megatron.planning.remedies import layouts, remedies, step_time
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_8B = ModelDescription(32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, False, 5e5, None)
@@ -73,22 +73,13 @@ def test_fp8_layers_hold_two_bytes_per_weight_of_their_products_more() -> None:
 def test_running_out_where_it_should_do_says_that_something_else_takes_memory(checkpoint: Path) -> None:
     import torch
 
-    from tgdpo_megatron.out_of_memory import available, sentence
+    from tgdpo_megatron.planning.out_of_memory import available, sentence
     from tgdpo_megatron.platform.processes import Ranks
 
     config = settings(f"model.checkpoint={checkpoint}", recipe="dpo_tiny")
     cpu = torch.device("cpu")
     said = sentence("train", config, Ranks(0, 1, 0, cpu))
     assert f"it can have {memory.size(available(cpu))}, which should do: other programs" in said
-
-
-def test_constants_are_those_of_the_model_and_of_scoring() -> None:
-    from tgdpo_megatron import score
-    from tgdpo_megatron.model import build, vocabulary
-
-    assert memory.VOCAB_MULTIPLE == build.VOCAB_MULTIPLE == vocabulary.MIN_TILE_COLUMNS
-    assert memory.TILE_ELEMENTS == vocabulary.TILE_ELEMENTS
-    assert memory.SCORED_AT_ONCE == score._SAMPLES_AT_ONCE
 
 
 def changed_by(change: str, config: Config) -> Config:

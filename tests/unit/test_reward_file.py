@@ -13,9 +13,9 @@ import torch
 
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, prepare_pairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.scores.reward_file import read_reward_file
-from tgdpo_megatron.scores.store import TokenScores
 
 ROWS = [
     {"instruction": "Add 2 and 3.", "chosen": "The sum is 5.", "rejected": "No"},

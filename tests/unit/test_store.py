@@ -13,12 +13,12 @@ import pytest
 
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import ScoresManifest
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN
 from tgdpo_megatron.methods import SCORE_NAMES
 from tgdpo_megatron.scores.store import (
     Key,
-    ScoresManifest,
     check_belongs,
     load_scores,
     missing_scores,

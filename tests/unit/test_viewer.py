@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.viewed_pairs import AFTER, BEFORE, NUMBERS, made_up_pairs
+from tests.support.viewed_pairs import AFTER, BEFORE, NUMBERS, made_up_pairs
 from tgdpo_megatron.report.viewer import TokenNumber, ViewedPair, ViewedResponse, shade_limit, viewer_page
 
 ROOT = Path(__file__).resolve().parents[2]

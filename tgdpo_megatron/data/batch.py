@@ -17,8 +17,8 @@ from torch import Tensor
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.order import micro_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
-from tgdpo_megatron.scores.store import TokenScores
 
 PADDING_SEGMENT = 256
 """Padding is cut into segments this long: attention over one long one would cost its square."""

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tgdpo_megatron.config import DataConfig
-from tgdpo_megatron.data.layouts import TextPair, TextPairs, read_pairs
+from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
 from tgdpo_megatron.data.read import source_files
 from tgdpo_megatron.data.tokenizer import (
     TemplateRefusal,

@@ -10,13 +10,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from tgdpo_megatron.config import Config
+from tgdpo_megatron.config.constants import VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
-
-# Each rank's share of the vocabulary is padded to a multiple of this, Megatron's default.
-VOCAB_MULTIPLE = 128
 
 # Its layers compute on GPUs alone.
 HAVE_TRANSFORMER_ENGINE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None

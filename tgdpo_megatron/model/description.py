@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.config import FP8_MULTIPLE, Config, ParallelConfig
+from tgdpo_megatron.config import Config, ParallelConfig
+from tgdpo_megatron.config.constants import FP8_MULTIPLE
 from tgdpo_megatron.errors import UserError
 
 

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# fp32 logits of one tile: 16 MiB, 512 MiB; bf16 models hold a bf16 copy beside them. Large enough that the matrix
-# products run at full rate.
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+from tgdpo_megatron.config.constants import TILE_ELEMENTS
+
 MIN_TILE_COLUMNS = 128
 
 

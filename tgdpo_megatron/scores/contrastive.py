@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tgdpo_megatron.data.layouts import TextPair
+from tgdpo_megatron.data.formats import TextPair
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.data.tokenizer import encode_prompt
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.scores.source import check_text
 from tgdpo_megatron.scores.store import Key
+from tgdpo_megatron.scores.texts import check_text
 
 DEFAULT = Path(__file__).parent / "prompts" / "refine.yaml"
 SIDES = ("better", "worse")

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tgdpo_megatron.data.layouts import TextPair
+from tgdpo_megatron.data.formats import TextPair
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import response_starts
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.scores.source import read_texts
-from tgdpo_megatron.scores.store import response_starts
+from tgdpo_megatron.scores.texts import read_texts
 
 _SIDES = ("chosen", "rejected")
 

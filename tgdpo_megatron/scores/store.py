@@ -11,39 +11,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
-from torch import Tensor
 
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import FORMAT, ScoresManifest, TokenScores, response_starts
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.methods import SCORE_NAMES
-
-if TYPE_CHECKING:
-    from tgdpo_megatron.data.prepare import PreparedPairs
-
-FORMAT = 2
-
-
-@dataclass(frozen=True)
-class ScoresManifest:
-    """What token scores depend on. None: of a score that is not there, or not asked for."""
-
-    tokenizer: str
-    template: str
-    max_length: int
-    precision: str
-    reference: str | None = None
-    """Fingerprint of the reference weights."""
-    guidance: str | None = None
-    """Fingerprint of the guidance weights."""
-    prompts: str | None = None
-    """Hash of the contrastive prompts."""
-    format: int = FORMAT
 
 
 class Key(NamedTuple):
@@ -52,43 +30,6 @@ class Key(NamedTuple):
     pair: bytes
     side: int
     name: str
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Scores of all pairs of a data set, in memory.
-
-    Attributes:
-        values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32.
-        starts: Response 2 · pair + side has values[starts[r]:starts[r + 1]]. [2N+1] int64.
-        manifest: What made them, where they were read from a store.
-    """
-
-    values: Mapping[str, np.ndarray]
-    starts: np.ndarray
-    manifest: ScoresManifest | None = None
-
-    @classmethod
-    def of(
-        cls, data: PreparedPairs, values: Mapping[str, np.ndarray], manifest: ScoresManifest | None = None
-    ) -> TokenScores:
-        """Scores laid out as `data` is."""
-        return cls(values, response_starts(data), manifest)
-
-    def join(self, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
-        """Scores of the labelled tokens of some pairs, in batch order. Name -> [R] fp32."""
-        responses = [2 * sample + side for sample in samples for side in sides]
-        pieces = [slice(self.starts[response], self.starts[response + 1]) for response in responses]
-        return {
-            name: torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(values[piece] for piece in pieces)]))
-            for name, values in self.values.items()
-        }
-
-
-def response_starts(data: PreparedPairs) -> np.ndarray:
-    """Where each response begins when all are laid one after another. [2N+1] int64."""
-    lengths = np.diff(data.starts) - np.repeat(data.prompt_lengths, 2)
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def write_shard(folder: Path, scores: Mapping[Key, np.ndarray]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tgdpo_megatron.config import LayoutName
-from tgdpo_megatron.data.layouts import TextPair, read_pairs
+from tgdpo_megatron.data.formats import TextPair, read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response
 from tgdpo_megatron.errors import UserError

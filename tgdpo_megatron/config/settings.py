@@ -1,28 +1,14 @@
-"""Every setting: its name, type, unit, default, and which combinations are refused.
-
-A complete configuration is one :class:`Config`. Recipes build it in Python, YAML files and
-``key=value`` arguments change it, :func:`load` checks it. Nothing here imports torch or Megatron,
-so a mistake is reported before anything slow begins.
-"""
+"""Every setting: its name, type, unit and default."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
 from tgdpo_megatron.methods import GIVEN_BY, METHODS, SCORE_NAMES, SOURCES, Method, SequenceWeight, reward_options
-
-FP8_MULTIPLE, FP8_BLOCK = 16, 128
-"""FP8 matrix products take sizes that are multiples of the first. Where scaling is blockwise and ranks split the
-sequence, Transformer Engine gathers only whole blocks: the second."""
-
-FP8_FORMATS = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3"}
-"""The format that goes with each recipe: Transformer Engine's defaults."""
 
 LayoutName = Literal[
     "trl",
@@ -37,7 +23,7 @@ LayoutName = Literal[
     "nemo_rl_binary",
     "hh_rlhf",
 ]
-"""Ways to write preference pairs down; what each looks like is in tgdpo_megatron/data/layouts.py."""
+"""Ways to write preference pairs down; what each looks like is in tgdpo_megatron/data/formats.py."""
 
 
 class _Group(BaseModel):
@@ -321,222 +307,3 @@ class Config(_Group):
         """Tokens of a micro-batch are padded to a multiple of this, so that ranks and FP8 can divide them."""
         ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
         return ranks * self.fp8_multiple
-
-
-def complete(config: Config, *, where: str) -> Config:
-    """Write the method's defaults out, and refuse what it does not read.
-
-    Raises:
-        UserError: A setting that nothing would read, or that another one needs.
-    """
-    loss = config.loss
-    reads = {"type", "sft_loss_weight", *loss.method.options}
-    reads |= {"token_rewards", *loss.reward_options} if loss.source else set()
-    if loss.type == "sft":
-        reads.remove("sft_loss_weight")
-    for name, field in LossConfig.model_fields.items():
-        value = getattr(loss, name)
-        if name not in reads and value != field.default:
-            method = f"loss.type={loss.type}"
-            method += f" with loss.token_rewards={loss.source}" if loss.source else ""
-            default = "null" if field.default is None else field.default
-            raise UserError(
-                f"{where}: {method} does not read loss.{name}={value}; leave it out (loss.{name}={default})."
-            )
-    if loss.source == "chosen" and loss.method.order_alone:
-        raise UserError(
-            f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, and "
-            f"loss.type={loss.type} nothing to select; choose another source."
-        )
-    for name, source in {
-        "reward_file": "file",
-        "validation_reward_file": "file",
-        "contrastive_prompts": "contrastive",
-    }.items():
-        if getattr(config.scores, name) is not None and loss.source != source:
-            raise UserError(
-                f"{where}: scores.{name} is not read by loss.type={loss.type}"
-                + (f" with loss.token_rewards={loss.source}; set that to {source}, or" if loss.source else ";")
-                + f" leave scores.{name} out."
-            )
-    for role in GIVEN_BY:
-        if getattr(config.model, role) is not None and role not in loss.frozen_models:
-            raise UserError(
-                f"{where}: model.{role} is not read by loss.type={loss.type}"
-                + (f" with loss.token_rewards={loss.source}" if loss.source else "")
-                + "; leave it out."
-            )
-    if loss.static_weight is not None and loss.sequence_weight != "static":
-        raise UserError(f"{where}: loss.static_weight={loss.static_weight} needs loss.sequence_weight=static.")
-    train = config.train
-    if train.fp8_recipe and not train.fp8:
-        raise UserError(
-            f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set it to hybrid."
-        )
-    if train.fp8 and train.precision != "bf16":
-        raise UserError(
-            f"{where}: train.fp8={train.fp8} needs train.precision=bf16, which the other layers keep; set it."
-        )
-    filled = loss.options | loss.reward_options | ({"token_rewards": loss.source} if loss.source else {})
-    if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
-        raise UserError(
-            f"{where}: train.fp8_recipe=blockwise takes train.fp8=e4m3, Transformer Engine's own choice for it; set it."
-        )
-    return config.model_copy(
-        update={
-            "loss": loss.model_copy(update=filled),
-            "train": train.model_copy(update={"fp8_recipe": train.recipe_of_fp8}),
-        }
-    )
-
-
-def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
-    """Return `base` with `changes` laid over it, checked.
-
-    Args:
-        base: A complete configuration, usually a recipe's.
-        changes: Nested groups of values, as read from YAML.
-        where: Named in error messages: a file, or "the command line".
-
-    Raises:
-        UserError: An unknown key (the nearest is named), a wrong type, or a value out of range.
-    """
-    merged = base.model_dump()
-    _overlay(merged, changes, Config, prefix="", where=where)
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}={first['input']!r} is refused: {_reason(first)}.") from None
-
-
-def _reason(error: Any) -> str:
-    text: str = error["msg"]
-    return text[0].lower() + text[1:]
-
-
-def _overlay(
-    target: dict[str, Any], changes: Mapping[str, Any], group: type[BaseModel], prefix: str, where: str
-) -> None:
-    for name, value in changes.items():
-        key = f"{prefix}{name}"
-        if name not in group.model_fields:
-            raise UserError(f"{where}: unknown key '{key}'{_nearest(str(name), prefix, group)}.")
-        inner = group.model_fields[name].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{where}: '{key}' is a group of settings, not {value!r}; write {key}.NAME=VALUE.")
-            _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
-        elif isinstance(value, bool) and inner not in (bool, bool | None):
-            raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")
-        else:
-            target[name] = value
-
-
-def _nearest(name: str, prefix: str, group: type[BaseModel]) -> str:
-    """A hint: the same name in another group, else the most similar name here, else elsewhere."""
-    elsewhere = {
-        field: f"{group_name}.{field}"
-        for group_name, description in Config.model_fields.items()
-        for field in _fields(description.annotation)
-    }
-    if name in elsewhere:
-        return f"; did you mean '{elsewhere[name]}'"
-    if close := difflib.get_close_matches(name, group.model_fields, n=1, cutoff=0.5):
-        return f"; did you mean '{prefix}{close[0]}'"
-    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7):
-        return f"; did you mean '{elsewhere[close[0]]}'"
-    return f"; known here: {', '.join(prefix + field for field in group.model_fields)}"
-
-
-def _fields(annotation: Any) -> Iterable[str]:
-    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
-
-
-def check_layout(config: Config, *, world_size: int) -> int:
-    """Check that processes and layout fit each other; return the data-parallel size.
-
-    Raises:
-        UserError: One sentence naming the numbers that do not divide.
-    """
-    parallel, train = config.parallel, config.train
-    tensor = parallel.tensor_model_parallel_size
-    if parallel.context_parallel_size > 1:
-        raise UserError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
-            "a pair's sum over tokens would be split before the loss; set it to 1."
-        )
-    if parallel.sequence_parallel and tensor == 1:
-        raise UserError(
-            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false."
-        )
-    if parallel.virtual_pipeline_model_parallel_size and parallel.pipeline_model_parallel_size == 1:
-        raise UserError(
-            "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1; unset it."
-        )
-    if world_size % parallel.model_parallel_size:
-        raise UserError(
-            f"{world_size} processes cannot be split into model copies of {parallel.model_parallel_size} "
-            f"(tensor {tensor} × pipeline {parallel.pipeline_model_parallel_size}); "
-            "change --nproc-per-node or the parallel sizes."
-        )
-    if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
-        causes = [f"FP8's {config.fp8_multiple}"] if train.fp8 else []
-        if parallel.sequence_parallel:
-            causes.append(f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits them")
-        raise UserError(
-            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
-            f"({' × '.join(causes)}); round it up to "
-            f"{-(-train.micro_batch_tokens // config.token_multiple) * config.token_multiple}."
-        )
-    return world_size // parallel.model_parallel_size
-
-
-def check_batch_layout(config: Config, *, world_size: int) -> int:
-    """Check that processes, layout, batch and schedule of a training fit each other; return the data-parallel size.
-
-    Raises:
-        UserError: One sentence naming the numbers that do not divide.
-    """
-    data_parallel_size = check_layout(config, world_size=world_size)
-    parallel, train = config.parallel, config.train
-    if config.optimizer.overlap_param_gather and not (
-        config.optimizer.use_distributed_optimizer and config.optimizer.overlap_grad_reduce
-    ):
-        raise UserError(
-            "optimizer.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true and "
-            "optimizer.overlap_grad_reduce=true; set both."
-        )
-    if config.optimizer.min_lr > config.optimizer.lr:
-        raise UserError(
-            f"optimizer.min_lr={config.optimizer.min_lr} is more than optimizer.lr={config.optimizer.lr}; lower it."
-        )
-    if config.optimizer.lr_warmup_iters >= train.train_iters:
-        raise UserError(
-            f"optimizer.lr_warmup_iters={config.optimizer.lr_warmup_iters} leaves nothing of "
-            f"train.train_iters={train.train_iters}; lower it."
-        )
-    if train.eval_interval and config.data.validation is None:
-        raise UserError(
-            f"train.eval_interval={train.eval_interval} needs data.validation; set it, or the interval to 0."
-        )
-    if train.micro_batch_tokens is not None:
-        return data_parallel_size
-    if train.fixed_micro_batches:
-        raise UserError("train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set it.")
-    pairs_at_once = train.micro_batch_size * data_parallel_size
-    if train.global_batch_size % pairs_at_once:
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} pairs is not a multiple of micro_batch_size × "
-            f"data-parallel size = {train.micro_batch_size} × {data_parallel_size} = {pairs_at_once}; "
-            "change one of them."
-        )
-    micro_batches = train.global_batch_size // pairs_at_once
-    if parallel.virtual_pipeline_model_parallel_size and micro_batches % parallel.pipeline_model_parallel_size:
-        raise UserError(
-            f"{micro_batches} micro-batches per step do not fill the interleaved pipeline of "
-            f"{parallel.pipeline_model_parallel_size} ranks evenly; make train.global_batch_size a multiple of "
-            f"{pairs_at_once * parallel.pipeline_model_parallel_size}."
-        )
-    return data_parallel_size

@@ -9,6 +9,7 @@ from typing import Any
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared, prepare_pairs, source_hash
+from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -16,13 +17,7 @@ from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, 
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 from tgdpo_megatron.scores.contrastive import read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
-from tgdpo_megatron.scores.store import (
-    ScoresManifest,
-    TokenScores,
-    check_belongs,
-    load_scores,
-    read_scores_manifest,
-)
+from tgdpo_megatron.scores.store import check_belongs, load_scores, read_scores_manifest
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Run a function on several ranks and collect what the first rank returns.
 
-    run_ranks("tests.distributed.head", "compare", 2)
+    run_ranks("tests.support.head", "compare", 2)
 
 Each rank is a fresh Python process joined by the product's own launcher code.
 """
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PROGRAM = "tests.distributed.program"
+PROGRAM = "tests.support.program"
 
 
 def run_ranks(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.program import run_ranks
+from tests.support.program import run_ranks
 
 HAVE_GPU = torch.cuda.is_available()
 REHEARSAL = not HAVE_GPU and "REHEARSE_GPU" in os.environ
@@ -25,12 +25,12 @@ AS_IF_NOT_INSTALLED = {
 }
 
 
-def on_gpu(function: str, *, layers: str, module: str = "tests.distributed.jobs", **arguments: Any) -> Any:
+def on_gpu(function: str, *, layers: str, module: str = "tests.support.jobs", **arguments: Any) -> Any:
     """What a function gives on one rank of this machine's GPU, in a process of its own."""
     environment = {} if layers == TRANSFORMER_ENGINE else AS_IF_NOT_INSTALLED
     return run_ranks(module, function, 1, environment=environment, **arguments)
 
 
-def on_cpu(function: str, *, module: str = "tests.distributed.jobs", **arguments: Any) -> Any:
+def on_cpu(function: str, *, module: str = "tests.support.jobs", **arguments: Any) -> Any:
     """The same on the CPU, where no program sees a GPU or Transformer Engine."""
     return run_ranks(module, function, 1, environment=AS_IF_NOT_INSTALLED | {"CUDA_VISIBLE_DEVICES": ""}, **arguments)

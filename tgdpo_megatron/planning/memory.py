@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
+from tgdpo_megatron.config.constants import SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
 
 Program = Literal["train", "score"]
@@ -24,10 +25,6 @@ Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
 ROOM = 0.88
 """Share of a card that a plan may take: the rest is CUDA's, the libraries', and gaps of the allocator. A judgement."""
-# Also in model/build.py, model/vocabulary.py and score.py: this module is read before torch is.
-VOCAB_MULTIPLE = 128
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)

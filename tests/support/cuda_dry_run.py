@@ -16,7 +16,7 @@ PRETENCE: Any = None
 
 def run(ranks: Ranks, *, jobs: list[dict[str, Any]], scoring: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Score, then train. Returns the last metrics of each training job, and what this rank waited for in it."""
-    from tests.distributed.jobs import score_all, train_all
+    from tests.support.jobs import score_all, train_all
 
     score_all(ranks, recipe="dpo_tiny", jobs=scoring)
     found = []
@@ -67,8 +67,8 @@ def planted(ranks: Ranks) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from tests.distributed import cuda_dry_run, program
-    from tests.distributed.pretended_cuda import pretend
+    from tests.support import cuda_dry_run, program
+    from tests.support.pretended_cuda import pretend
 
     with pretend() as cuda_dry_run.PRETENCE:
-        program.main("tests.distributed.cuda_dry_run")
+        program.main("tests.support.cuda_dry_run")

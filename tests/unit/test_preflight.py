@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tgdpo_megatron import inputs
+from tgdpo_megatron import preflight
 from tgdpo_megatron.config import (
     Config,
     DataConfig,
@@ -44,16 +44,16 @@ def test_a_folder_that_cannot_be_made_is_refused(below: list[str], tmp_path: Pat
 
 def test_a_missing_checkpoint_setting_is_named() -> None:
     with pytest.raises(UserError, match="^model.checkpoint is not set; give "):
-        inputs.check_models(Config())
+        preflight.check_models(Config())
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint folder"):
-        inputs.check_models(Config(model=ModelConfig(checkpoint=tmp_path / "no")))
+        preflight.check_models(Config(model=ModelConfig(checkpoint=tmp_path / "no")))
 
 
 def test_the_reference_is_the_policys_start_unless_given(checkpoint: Path) -> None:
-    models = inputs.check_models(Config(model=ModelConfig(checkpoint=checkpoint)))
+    models = preflight.check_models(Config(model=ModelConfig(checkpoint=checkpoint)))
     assert models.reference == models.policy and models.guidance is None
 
 
@@ -65,22 +65,22 @@ def test_a_frozen_model_with_another_tokenizer_is_refused(
     other = edited(checkpoint, tmp_path / "other", "manifest.json", **{field: "f" * 64})
     config = Config(model=ModelConfig(checkpoint=checkpoint, **{role: other}))
     with pytest.raises(UserError, match=f"the {role} has another {words} than the policy"):
-        inputs.check_models(config)
+        preflight.check_models(config)
 
 
 def test_a_vocabulary_that_is_only_padded_differently_is_no_other_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
     """The tokenizer is the same; such a model can be scored, but not ride in the policy's pipeline."""
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", vocab_size=1000)
     config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other))
-    assert inputs.check_models(config).guidance is not None
+    assert preflight.check_models(config).guidance is not None
     with pytest.raises(UserError, match="in vocab_size and cannot run beside it"):
-        inputs.carried_checkpoints(config)
+        preflight.carried_checkpoints(config)
 
 
 def test_a_guidance_that_the_loss_does_not_read_may_have_any_shape(checkpoint: Path, tmp_path: Path) -> None:
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", hidden_size=128)
     model = ModelConfig(checkpoint=checkpoint, guidance=other)
-    assert inputs.carried_checkpoints(Config(model=model, loss=LossConfig(type="dpo"))) == [checkpoint]
+    assert preflight.carried_checkpoints(Config(model=model, loss=LossConfig(type="dpo"))) == [checkpoint]
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 128}, {"num_hidden_layers": 4}], ids=str)
@@ -90,22 +90,22 @@ def test_a_guidance_of_another_shape_cannot_ride_along_and_is_told_what_to_do(
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", **changes)
     config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other))
     with pytest.raises(UserError, match=r"cannot run beside it; .*scores.source=cached"):
-        inputs.carried_checkpoints(config)
+        preflight.carried_checkpoints(config)
 
 
 def test_live_guidance_that_is_not_given_is_asked_for(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="^model.guidance is not set; give .* or set scores.source=cached"):
-        inputs.carried_checkpoints(Config(model=ModelConfig(checkpoint=checkpoint)))
+        preflight.carried_checkpoints(Config(model=ModelConfig(checkpoint=checkpoint)))
 
 
 def test_the_loss_decides_which_frozen_models_ride_along(checkpoint: Path) -> None:
     model = ModelConfig(checkpoint=checkpoint, guidance=checkpoint)
     riders = {
-        name: len(inputs.carried_checkpoints(Config(model=model, loss=LossConfig(type=name))))
+        name: len(preflight.carried_checkpoints(Config(model=model, loss=LossConfig(type=name))))
         for name in ("sft", "dpo", "tgdpo")
     }
     assert riders == {"sft": 0, "dpo": 1, "tgdpo": 2}
-    assert inputs.carried_checkpoints(Config(model=model, scores=ScoresConfig(source="cached"))) == []
+    assert preflight.carried_checkpoints(Config(model=model, scores=ScoresConfig(source="cached"))) == []
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_scores_that_training_would_not_read_are_refused(loss: Any, scores: Any,
     model = ModelConfig(checkpoint=checkpoint)
     config = Config(model=model, loss=LossConfig(type=loss), scores=ScoresConfig(**scores))
     with pytest.raises(UserError, match=words):
-        inputs.carried_checkpoints(config)
+        preflight.carried_checkpoints(config)
 
 
 def test_a_layout_is_checked_against_the_checkpoint(checkpoint: Path) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4)
     with pytest.raises(UserError, match="does not divide the model's 2 key-value heads"):
-        inputs.check_models(Config(model=ModelConfig(checkpoint=checkpoint), parallel=parallel))
+        preflight.check_models(Config(model=ModelConfig(checkpoint=checkpoint), parallel=parallel))
 
 
 # ---------------------------------------------------------------- pairs
@@ -145,7 +145,7 @@ def load(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def run(**data: Any) -> Any:
         config = Config(model=ModelConfig(checkpoint=checkpoint), data=DataConfig(max_length=256, **data))
-        return inputs.load_data(config, describe(checkpoint), Ranks(0, 1, 0, "cpu"), tmp_path / "data")
+        return preflight.load_data(config, describe(checkpoint), Ranks(0, 1, 0, "cpu"), tmp_path / "data")
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield run
@@ -206,11 +206,11 @@ def test_a_token_budget_that_is_too_small_is_refused_with_one_that_will_do(
 
     source = Path("pairs.jsonl")
     if loss == "sft":
-        inputs._check_budget(budgeted(16), data, source)
+        preflight._check_budget(budgeted(16), data, source)
         return
     with pytest.raises(UserError, match=r"\(row 2 of by-hand.jsonl\) has 43 tokens and does not fit .*=16;") as refused:
-        inputs._check_budget(budgeted(16), data, source)
+        preflight._check_budget(budgeted(16), data, source)
     (needed,) = map(int, re.findall(r"raise it to (\d+) or more", str(refused.value)))
     assert 43 <= needed < 43 + tensor
-    inputs._check_budget(budgeted(needed), data, source)
+    preflight._check_budget(budgeted(needed), data, source)
     assert check_layout(budgeted(needed), world_size=tensor) == 1

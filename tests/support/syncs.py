@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.pretended_cuda import READS
+from tests.support.pretended_cuda import READS
 from tgdpo_megatron.config import Config, LossConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 
@@ -69,9 +69,9 @@ def record(
     from bench.pairs import ultrafeedback_like
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.data.token_scores import TokenScores, response_starts
     from tgdpo_megatron.engine import build_engine
     from tgdpo_megatron.losses import formula
-    from tgdpo_megatron.scores.store import TokenScores, response_starts
     from tgdpo_megatron.train import forward_step
 
     checkpoint = Path(folder)

@@ -62,8 +62,8 @@ def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[
 
 
 def looks(ranks: Ranks, *, looks: list[dict[str, Any]]) -> None:
-    """Save distributions of some checkpoints, as tests.distributed.jobs.distribution."""
-    from tests.distributed.jobs import distribution
+    """Save distributions of some checkpoints, as tests.support.jobs.distribution."""
+    from tests.support.jobs import distribution
 
     for look in looks:
         distribution(ranks, **look)

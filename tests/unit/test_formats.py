@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from tgdpo_megatron.config import LayoutName
-from tgdpo_megatron.data.layouts import LAYOUTS, TextPairs, read_pairs
+from tgdpo_megatron.data.formats import LAYOUTS, TextPairs, read_pairs
 from tgdpo_megatron.errors import UserError
 
 Write = Callable[..., Path]

@@ -1,0 +1,36 @@
+"""The settings of a run, and what is refused about them.
+
+A complete configuration is one :class:`Config`. Recipes build it in Python, YAML files and ``key=value`` arguments
+change it through :func:`load`, and :func:`complete` fills in the defaults of the loss. Nothing here imports torch or
+Megatron, so that a mistake is reported before anything slow begins.
+"""
+
+from tgdpo_megatron.config.checks import check_batch_layout, check_layout, complete
+from tgdpo_megatron.config.loading import load
+from tgdpo_megatron.config.settings import (
+    Config,
+    DataConfig,
+    LayoutName,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScoresConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "LayoutName",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScoresConfig",
+    "TrainConfig",
+    "check_batch_layout",
+    "check_layout",
+    "complete",
+    "load",
+]

@@ -1,0 +1,162 @@
+"""Which settings go together: with the loss, with each other, and with the number of processes."""
+
+from __future__ import annotations
+
+from tgdpo_megatron.config.settings import Config, LossConfig
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.methods import GIVEN_BY
+
+
+def complete(config: Config, *, where: str) -> Config:
+    """Write the method's defaults out, and refuse what it does not read.
+
+    Raises:
+        UserError: A setting that nothing would read, or that another one needs.
+    """
+    loss = config.loss
+    reads = {"type", "sft_loss_weight", *loss.method.options}
+    reads |= {"token_rewards", *loss.reward_options} if loss.source else set()
+    if loss.type == "sft":
+        reads.remove("sft_loss_weight")
+    for name, field in LossConfig.model_fields.items():
+        value = getattr(loss, name)
+        if name not in reads and value != field.default:
+            method = f"loss.type={loss.type}"
+            method += f" with loss.token_rewards={loss.source}" if loss.source else ""
+            default = "null" if field.default is None else field.default
+            raise UserError(
+                f"{where}: {method} does not read loss.{name}={value}; leave it out (loss.{name}={default})."
+            )
+    if loss.source == "chosen" and loss.method.order_alone:
+        raise UserError(
+            f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, and "
+            f"loss.type={loss.type} nothing to select; choose another source."
+        )
+    for name, source in {
+        "reward_file": "file",
+        "validation_reward_file": "file",
+        "contrastive_prompts": "contrastive",
+    }.items():
+        if getattr(config.scores, name) is not None and loss.source != source:
+            raise UserError(
+                f"{where}: scores.{name} is not read by loss.type={loss.type}"
+                + (f" with loss.token_rewards={loss.source}; set that to {source}, or" if loss.source else ";")
+                + f" leave scores.{name} out."
+            )
+    for role in GIVEN_BY:
+        if getattr(config.model, role) is not None and role not in loss.frozen_models:
+            raise UserError(
+                f"{where}: model.{role} is not read by loss.type={loss.type}"
+                + (f" with loss.token_rewards={loss.source}" if loss.source else "")
+                + "; leave it out."
+            )
+    if loss.static_weight is not None and loss.sequence_weight != "static":
+        raise UserError(f"{where}: loss.static_weight={loss.static_weight} needs loss.sequence_weight=static.")
+    train = config.train
+    if train.fp8_recipe and not train.fp8:
+        raise UserError(
+            f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set it to hybrid."
+        )
+    if train.fp8 and train.precision != "bf16":
+        raise UserError(
+            f"{where}: train.fp8={train.fp8} needs train.precision=bf16, which the other layers keep; set it."
+        )
+    filled = loss.options | loss.reward_options | ({"token_rewards": loss.source} if loss.source else {})
+    if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
+        raise UserError(
+            f"{where}: train.fp8_recipe=blockwise takes train.fp8=e4m3, Transformer Engine's own choice for it; set it."
+        )
+    return config.model_copy(
+        update={
+            "loss": loss.model_copy(update=filled),
+            "train": train.model_copy(update={"fp8_recipe": train.recipe_of_fp8}),
+        }
+    )
+
+
+def check_layout(config: Config, *, world_size: int) -> int:
+    """Check that processes and layout fit each other; return the data-parallel size.
+
+    Raises:
+        UserError: One sentence naming the numbers that do not divide.
+    """
+    parallel, train = config.parallel, config.train
+    tensor = parallel.tensor_model_parallel_size
+    if parallel.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
+            "a pair's sum over tokens would be split before the loss; set it to 1."
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise UserError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false."
+        )
+    if parallel.virtual_pipeline_model_parallel_size and parallel.pipeline_model_parallel_size == 1:
+        raise UserError(
+            "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1; unset it."
+        )
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"{world_size} processes cannot be split into model copies of {parallel.model_parallel_size} "
+            f"(tensor {tensor} × pipeline {parallel.pipeline_model_parallel_size}); "
+            "change --nproc-per-node or the parallel sizes."
+        )
+    if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
+        causes = [f"FP8's {config.fp8_multiple}"] if train.fp8 else []
+        if parallel.sequence_parallel:
+            causes.append(f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits them")
+        raise UserError(
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
+            f"({' × '.join(causes)}); round it up to "
+            f"{-(-train.micro_batch_tokens // config.token_multiple) * config.token_multiple}."
+        )
+    return world_size // parallel.model_parallel_size
+
+
+def check_batch_layout(config: Config, *, world_size: int) -> int:
+    """Check that processes, layout, batch and schedule of a training fit each other; return the data-parallel size.
+
+    Raises:
+        UserError: One sentence naming the numbers that do not divide.
+    """
+    data_parallel_size = check_layout(config, world_size=world_size)
+    parallel, train = config.parallel, config.train
+    if config.optimizer.overlap_param_gather and not (
+        config.optimizer.use_distributed_optimizer and config.optimizer.overlap_grad_reduce
+    ):
+        raise UserError(
+            "optimizer.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true and "
+            "optimizer.overlap_grad_reduce=true; set both."
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr={config.optimizer.min_lr} is more than optimizer.lr={config.optimizer.lr}; lower it."
+        )
+    if config.optimizer.lr_warmup_iters >= train.train_iters:
+        raise UserError(
+            f"optimizer.lr_warmup_iters={config.optimizer.lr_warmup_iters} leaves nothing of "
+            f"train.train_iters={train.train_iters}; lower it."
+        )
+    if train.eval_interval and config.data.validation is None:
+        raise UserError(
+            f"train.eval_interval={train.eval_interval} needs data.validation; set it, or the interval to 0."
+        )
+    if train.micro_batch_tokens is not None:
+        return data_parallel_size
+    if train.fixed_micro_batches:
+        raise UserError("train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set it.")
+    pairs_at_once = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % pairs_at_once:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} pairs is not a multiple of micro_batch_size × "
+            f"data-parallel size = {train.micro_batch_size} × {data_parallel_size} = {pairs_at_once}; "
+            "change one of them."
+        )
+    micro_batches = train.global_batch_size // pairs_at_once
+    if parallel.virtual_pipeline_model_parallel_size and micro_batches % parallel.pipeline_model_parallel_size:
+        raise UserError(
+            f"{micro_batches} micro-batches per step do not fill the interleaved pipeline of "
+            f"{parallel.pipeline_model_parallel_size} ranks evenly; make train.global_batch_size a multiple of "
+            f"{pairs_at_once * parallel.pipeline_model_parallel_size}."
+        )
+    return data_parallel_size

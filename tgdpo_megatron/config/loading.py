@@ -1,0 +1,76 @@
+"""Lay changes from a file or the command line over a configuration, and refuse what cannot be set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tgdpo_megatron.config.settings import Config
+from tgdpo_megatron.errors import UserError
+
+
+def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
+    """Return `base` with `changes` laid over it, checked.
+
+    Args:
+        base: A complete configuration, usually a recipe's.
+        changes: Nested groups of values, as read from YAML.
+        where: Named in error messages: a file, or "the command line".
+
+    Raises:
+        UserError: An unknown key (the nearest is named), a wrong type, or a value out of range.
+    """
+    merged = base.model_dump()
+    _overlay(merged, changes, Config, prefix="", where=where)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {key}={first['input']!r} is refused: {_reason(first)}.") from None
+
+
+def _reason(error: Any) -> str:
+    text: str = error["msg"]
+    return text[0].lower() + text[1:]
+
+
+def _overlay(
+    target: dict[str, Any], changes: Mapping[str, Any], group: type[BaseModel], prefix: str, where: str
+) -> None:
+    for name, value in changes.items():
+        key = f"{prefix}{name}"
+        if name not in group.model_fields:
+            raise UserError(f"{where}: unknown key '{key}'{_nearest(str(name), prefix, group)}.")
+        inner = group.model_fields[name].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}: '{key}' is a group of settings, not {value!r}; write {key}.NAME=VALUE.")
+            _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
+        elif isinstance(value, bool) and inner not in (bool, bool | None):
+            raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")
+        else:
+            target[name] = value
+
+
+def _nearest(name: str, prefix: str, group: type[BaseModel]) -> str:
+    """A hint: the same name in another group, else the most similar name here, else elsewhere."""
+    elsewhere = {
+        field: f"{group_name}.{field}"
+        for group_name, description in Config.model_fields.items()
+        for field in _fields(description.annotation)
+    }
+    if name in elsewhere:
+        return f"; did you mean '{elsewhere[name]}'"
+    if close := difflib.get_close_matches(name, group.model_fields, n=1, cutoff=0.5):
+        return f"; did you mean '{prefix}{close[0]}'"
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7):
+        return f"; did you mean '{elsewhere[close[0]]}'"
+    return f"; known here: {', '.join(prefix + field for field in group.model_fields)}"
+
+
+def _fields(annotation: Any) -> Iterable[str]:
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()

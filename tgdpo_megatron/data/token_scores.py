@@ -1,0 +1,69 @@
+"""Token scores in memory: one number for every response token of a data set, by the name of the score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdpo_megatron.data.prepare import PreparedPairs
+
+FORMAT = 2
+"""Of the files in scores/store.py."""
+
+
+@dataclass(frozen=True)
+class ScoresManifest:
+    """What token scores depend on. None: of a score that is not there, or not asked for."""
+
+    tokenizer: str
+    template: str
+    max_length: int
+    precision: str
+    reference: str | None = None
+    """Fingerprint of the reference weights."""
+    guidance: str | None = None
+    """Fingerprint of the guidance weights."""
+    prompts: str | None = None
+    """Hash of the contrastive prompts."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of all pairs of a data set, in memory.
+
+    Attributes:
+        values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32.
+        starts: Response 2 · pair + side has values[starts[r]:starts[r + 1]]. [2N+1] int64.
+        manifest: What made them, where they were read from a store.
+    """
+
+    values: Mapping[str, np.ndarray]
+    starts: np.ndarray
+    manifest: ScoresManifest | None = None
+
+    @classmethod
+    def of(
+        cls, data: PreparedPairs, values: Mapping[str, np.ndarray], manifest: ScoresManifest | None = None
+    ) -> TokenScores:
+        """Scores laid out as `data` is."""
+        return cls(values, response_starts(data), manifest)
+
+    def join(self, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
+        """Scores of the labelled tokens of some pairs, in batch order. Name -> [R] fp32."""
+        responses = [2 * sample + side for sample in samples for side in sides]
+        pieces = [slice(self.starts[response], self.starts[response + 1]) for response in responses]
+        return {
+            name: torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(values[piece] for piece in pieces)]))
+            for name, values in self.values.items()
+        }
+
+
+def response_starts(data: PreparedPairs) -> np.ndarray:
+    """Where each response begins when all are laid one after another. [2N+1] int64."""
+    lengths = np.diff(data.starts) - np.repeat(data.prompt_lengths, 2)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,0 +1,55 @@
+"""python -m tools.demo: make the folder, run the stages."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import tools.demo
+from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tools.demo.journal import FAST, Effort
+from tools.demo.run import demo
+
+MARKER = ".made-by-tools-demo"
+
+
+def _claim(output: Path, *, overwrite: bool) -> None:
+    """Make the output folder, and delete an earlier demo's only where that was asked for.
+
+    Raises:
+        UserError: The folder is in use, is not a demo's, or cannot be written.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UserError(f"{output}: is not empty; choose another --output, or give --overwrite to delete it.")
+        if not (output / MARKER).is_file():
+            raise UserError(f"{output}: was not made by this demo and is not deleted; choose another --output.")
+        shutil.rmtree(output)
+    try:
+        for name in ("hf", "logs"):
+            (output / name).mkdir(parents=True)
+        (output / MARKER).touch()
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
+
+
+def main() -> None:
+    with one_sentence_errors():
+        parser = CommandLine(prog="python -m tools.demo", description=tools.demo.__doc__)
+        parser.add_argument(
+            "--output", type=Path, default=Path("runs/demo"), help="folder to make (default: %(default)s)"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder")
+        parser.add_argument(
+            "--seed", type=int, default=0, help="of the data and the first weights (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--fast", action="store_true", help="few steps: shows that everything runs, teaches nothing"
+        )
+        parsed = parser.parse_args()
+        _claim(parsed.output, overwrite=parsed.overwrite)
+        demo(parsed.output, FAST if parsed.fast else Effort(), parsed.seed)
+
+
+if __name__ == "__main__":
+    main()

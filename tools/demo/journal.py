@@ -1,0 +1,129 @@
+"""What the demo keeps of itself: its settings, its commands, and how good each model turned out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tgdpo_megatron.errors import UserError
+
+SFT_LR = 4e-3
+BETA = 1.0
+BETA_R = 0.5
+# Gentle: with more steps or a higher rate the preference losses keep falling while both answers' log-probs sink.
+PREFERENCE_LR = 1e-4
+NOISE = 0.45
+VOCAB_SIZE = 1000
+MODELS = {"sft": "SFT (before)", "dpo": "DPO (the guidance)", "tgdpo": "TGDPO (after)"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much data and how many steps. Batches are 32 pairs."""
+
+    train: int = 2000
+    validation: int = 200
+    sft: int = 4000
+    sft_iters: int = 600
+    preference_iters: int = 60
+    eval_interval: int = 10
+
+
+FAST = Effort(train=200, validation=20, sft=400, sft_iters=15, preference_iters=6, eval_interval=3)
+
+
+class PeakMemory(threading.Thread):
+    """Samples the memory of this process and all below it; shared pages count once (PSS)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        this = psutil.Process()
+        while True:
+            total = 0
+            for process in [this, *this.children(recursive=True)]:
+                with suppress(psutil.Error):  # it ended in between
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
+@dataclass
+class Journal:
+    """What the demo did: the commands, how long each stage took, the folder everything is kept in."""
+
+    output: Path
+    seed: int
+    commands: list[str] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    """Name -> seconds."""
+    memory: PeakMemory = field(default_factory=lambda: PeakMemory())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Number, name and time one stage."""
+        print(f"\n{len(self.stages) + 1}. {name}", flush=True)
+        started = time.monotonic()
+        yield
+        self.stages[name] = time.monotonic() - started
+        print(f"   took {self.stages[name]:.0f} s", flush=True)
+
+    def run(self, module: str, *arguments: str | Path) -> None:
+        """Run one of the programs and keep what it says in the folder's `logs`.
+
+        Raises:
+            UserError: The program failed.
+        """
+        command = ["python", "-m", module, *map(str, arguments)]
+        self.commands.append(shlex.join(command))
+        print(f"   $ {self.commands[-1]}", flush=True)
+        log = self.output / "logs" / f"{len(self.commands):02}-{module}.log"
+        with log.open("w") as file:
+            # A person sees the progress bars; a pipe gets none.
+            errors = None if sys.stderr.isatty() else file
+            environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+            code = subprocess.call([sys.executable, *command[1:]], stdout=file, stderr=errors, env=environment)
+        if code:
+            print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
+            raise UserError(f"{module} ended with exit code {code}; all it said is in {log}.")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One exported model on the held-out pairs.
+
+    Attributes:
+        margins: Log-prob of the chosen minus that of the rejected response, nats. One per pair.
+        answers: Greedy answers. One per pair.
+        exact: Whether the answer is the chosen response, to the letter. One per pair.
+    """
+
+    margins: list[float]
+    answers: list[str]
+    exact: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs whose chosen response is the likelier one."""
+        return mean([margin > 0 for margin in self.margins])
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

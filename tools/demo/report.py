@@ -1,0 +1,283 @@
+"""The demo's report: what the three models answer, what training looked like, what the token rewards found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tgdpo_megatron.report.page import Answer, Page, Sample, Table, TokenPair, build_page, reward_limit
+from tgdpo_megatron.report.plots import Chart, Line, Token, figure_svg
+from tools.demo.journal import BETA, BETA_R, MODELS, NOISE, Effort, Journal, Quality, mean, read_metrics
+from tools.marked_pairs import Row
+
+
+def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualities: dict[str, Quality]) -> str:
+    """Write report.html, figure.svg and demo.json; return the comparison as lines of text."""
+    output = journal.output
+    comparison = _comparison(qualities)
+    by_kind = _exact_match_by_kind(rows, qualities)
+    charts = _charts(output)
+    token_pairs = read_token_pairs(output, rows)
+    auroc, wrong, right = _how_well_rewards_find_mistakes(token_pairs)
+    shown = [next(place for place, row in enumerate(rows) if row.kind == kind) for kind in dict.fromkeys(_kinds(rows))]
+    shown_pairs = [token_pairs[place] for place in shown]
+    settings = _settings(journal, effort)
+    before, after = qualities["sft"], qualities["tgdpo"]
+    page = Page(
+        title="TGDPO on Megatron: the demo",
+        summary=[
+            "A small language model, fine-tuned on question-and-answer examples of which "
+            f"{NOISE:.0%} were wrong, was corrected with preference pairs: DPO gave a guidance model, and TGDPO, "
+            "which weighs every token by that guidance, the final model, trained with tensor parallelism 2 × "
+            "pipeline parallelism 2 on four processes.",
+            f"On {len(rows)} held-out prompts, answers that match the expected text to the letter went from "
+            f"{mean(before.exact):.1%} to {mean(after.exact):.1%}, and pairs whose right answer is the likelier "
+            f"one from {before.accuracy:.1%} to {after.accuracy:.1%}.",
+        ],
+        tables=[
+            ("Before and after", comparison),
+            ("Exact match by kind of question", _kinds_table(by_kind, rows)),
+        ],
+        charts=charts,
+        token_pairs=shown_pairs,
+        token_notes=[
+            f"The colour is the token reward r̂ = {BETA_R} × (log-prob under the guidance − log-prob under the SFT "
+            "model), in nats, of one held-out pair of each kind; TGDPO lets disliked tokens of rejected answers and "
+            "liked tokens of chosen ones weigh more.",
+            f"Over the rejected answers of all {len(rows)} held-out pairs, −r̂ ranks a token known to be wrong above "
+            f"one that is right with probability {auroc:.3f} (AUROC over {wrong} wrong and {right} right tokens; "
+            "0.5 would be chance). Nothing told the models which tokens are wrong.",
+        ],
+        samples=[
+            Sample(
+                rows[place].prompt,
+                rows[place].chosen,
+                [
+                    Answer(MODELS[name], quality.answers[place], quality.exact[place])
+                    for name, quality in qualities.items()
+                ],
+            )
+            for place in _samples(rows)
+        ],
+        data_notes=_data_notes(output),
+        commands=[
+            "# hf/start was made with train_tokenizer and make_llama of tools.make_tiny_model",
+            *journal.commands,
+        ],
+        settings=settings,
+    )
+    (output / "report.html").write_text(build_page(page), encoding="utf-8")
+    _write_figure(output, charts, shown_pairs)
+    summary = {
+        "comparison": {
+            MODELS[name]: {
+                "accuracy": quality.accuracy,
+                "logp_margin_nats": mean(quality.margins),
+                "reward_margin": _reward_margin(quality, before),
+                "exact_match": mean(quality.exact),
+            }
+            for name, quality in qualities.items()
+        },
+        "exact_match_by_kind": by_kind,
+        "wrong_token_auroc": auroc,
+        "stage_seconds": journal.stages,
+        "peak_memory_gib": journal.memory.peak / 2**30,
+        "settings": dict(settings),
+        "effort": asdict(effort),
+        "commands": journal.commands,
+    }
+    (output / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return _as_text(comparison)
+
+
+def read_token_pairs(output: Path, rows: Sequence[Row]) -> list[TokenPair]:
+    """The held-out pairs token by token, with r̂ from the cached scores and the known mistakes."""
+    from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.data.tokenizer import load_tokenizer
+    from tgdpo_megatron.losses import CHOSEN, REJECTED
+    from tgdpo_megatron.scores.store import load_scores
+
+    tokenizer = load_tokenizer(output / "hf" / "sft")
+    data = load_prepared(next((output / "scores" / "data").glob("validation-*")))
+    scores = load_scores(output / "scores" / "validation", data, ("reference", "guidance"))
+    pairs = []
+    for pair, number in enumerate(data.rows):
+        row = rows[number - 1]
+        sides = []
+        for side, spans in ((CHOSEN, []), (REJECTED, row.wrong)):
+            joined = scores.join([pair], [side])
+            rewards = (BETA_R * (joined["guidance"] - joined["reference"])).tolist()
+            texts = [tokenizer.decode([token]) for token in data.sequence(pair, side)[data.prompt_lengths[pair] :]]
+            sides.append(_marked(texts, rewards, spans))
+        pairs.append(TokenPair(row.prompt, *sides))
+    return pairs
+
+
+def _marked(texts: Sequence[str], rewards: Sequence[float], spans: Sequence[Sequence[int]]) -> list[Token]:
+    """Tokens with their rewards; wrong are those that share a character with a span."""
+    tokens, start = [], 0
+    for text, reward in zip(texts, rewards, strict=True):
+        end = start + len(text)
+        tokens.append(Token(text, reward, any(first < end and start < last for first, last in spans)))
+        start = end
+    return tokens
+
+
+def _how_well_rewards_find_mistakes(pairs: Sequence[TokenPair]) -> tuple[float, int, int]:
+    """AUROC of −r̂ for wrong against right tokens of rejected responses, and how many there are of each."""
+    tokens = [token for pair in pairs for token in pair.rejected]
+    wrong = [-token.reward for token in tokens if token.wrong]
+    right = [-token.reward for token in tokens if not token.wrong]
+    return area_under_roc(wrong, right), len(wrong), len(right)
+
+
+def area_under_roc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Probability that a positive scores above a negative, ties counting half: the Mann-Whitney rank sum."""
+    ranked = sorted([(value, True) for value in positive] + [(value, False) for value in negative])
+    rank_sum, first = 0.0, 0
+    while first < len(ranked):
+        last = first
+        while last < len(ranked) and ranked[last][0] == ranked[first][0]:
+            last += 1
+        mean_rank = (first + 1 + last) / 2  # ranks count from 1; tied values share their mean
+        rank_sum += mean_rank * sum(is_positive for _, is_positive in ranked[first:last])
+        first = last
+    n = len(positive)
+    return (rank_sum - n * (n + 1) / 2) / (n * len(negative))
+
+
+def _comparison(qualities: dict[str, Quality]) -> Table:
+    before = qualities["sft"]
+    rows = [
+        [
+            MODELS[name],
+            f"{quality.accuracy:.1%}",
+            f"{mean(quality.margins):.2f}",
+            f"{_reward_margin(quality, before):.2f}",
+            f"{mean(quality.exact):.1%}",
+        ]
+        for name, quality in qualities.items()
+    ]
+    return Table(
+        ("model", "preference accuracy", "log-prob margin (nats)", "reward margin", "exact match"),
+        rows,
+        "Held-out pairs, exported models in transformers, fp32. Accuracy: the chosen answer is likelier than the "
+        "rejected one. Margin: log-prob of the chosen minus log-prob of the rejected answer, mean over pairs; reward "
+        f"margin: β = {BETA} times how far that margin moved from the SFT model's. Exact match: the greedy answer is "
+        "the chosen one to the letter. The curves show reward accuracy instead: the share of pairs whose margin grew "
+        "over the SFT model's. Steps and rates were chosen by looking at the held-out pairs of seed 0; other seeds "
+        "(--seed) are the fairer measure, and one run cannot rank DPO and TGDPO.",
+    )
+
+
+def _reward_margin(quality: Quality, before: Quality) -> float:
+    return BETA * (mean(quality.margins) - mean(before.margins))
+
+
+def _exact_match_by_kind(rows: Sequence[Row], qualities: dict[str, Quality]) -> dict[str, dict[str, float]]:
+    """Kind -> model -> share of exact answers."""
+    shares = {}
+    for kind in sorted(set(_kinds(rows))):
+        places = [place for place, row in enumerate(rows) if row.kind == kind]
+        shares[kind] = {
+            MODELS[name]: mean([quality.exact[place] for place in places]) for name, quality in qualities.items()
+        }
+    return shares
+
+
+def _kinds_table(by_kind: dict[str, dict[str, float]], rows: Sequence[Row]) -> Table:
+    kinds = _kinds(rows)
+    lines = [
+        [kind, str(kinds.count(kind)), *(f"{share:.1%}" for share in shares.values())]
+        for kind, shares in by_kind.items()
+    ]
+    return Table(("kind", "prompts", *MODELS.values()), lines)
+
+
+def _charts(output: Path) -> list[Chart]:
+    """Loss of all three runs, reward margin and accuracy of the two preference runs."""
+    runs = {name: read_metrics(output / name) for name in MODELS}
+    preference = {"DPO": runs["dpo"], "TGDPO": runs["tgdpo"]}
+    return [
+        _chart("Fine-tuning (SFT)", "loss (nats per token)", "loss", {"SFT": runs["sft"]}),
+        _chart("Preference loss", "loss (nats)", "loss", preference),
+        _chart("Reward margin", "mean β·log-ratio, chosen − rejected", "rewards/margins", preference),
+        _chart("Reward accuracy", "share of pairs with margin > 0", "rewards/accuracies", preference),
+    ]
+
+
+def _chart(title: str, y_label: str, metric: str, runs: dict[str, list[dict[str, float]]]) -> Chart:
+    lines = []
+    for colour, (name, steps) in enumerate(runs.items()):
+        for key, words, held_out in ((metric, "training", False), (f"eval/{metric}", "held out", True)):
+            points = [(step["iteration"], step[key]) for step in steps if key in step]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            lines.append(Line(f"{name}, {words}", x, y, held_out, colour))
+    return Chart(title, "optimizer step", y_label, lines)
+
+
+def _write_figure(output: Path, charts: Sequence[Chart], pairs: Sequence[TokenPair]) -> None:
+    """The picture of the README: margin and accuracy over one rejected answer of each family."""
+    labelled = [(pair.prompt, pair.rejected) for pair in pairs]
+    caption = "Token reward of rejected answers (orange: the guidance dislikes it; underlined: known to be wrong)"
+    (output / "figure.svg").write_text(figure_svg(charts[2:], labelled, reward_limit(pairs), caption))
+
+
+def _samples(rows: Sequence[Row], each: int = 2) -> list[int]:
+    """The first rows of each kind: taken by place, not by how well they came out."""
+    return [
+        place
+        for kind in sorted(set(_kinds(rows)))
+        for place in [place for place, row in enumerate(rows) if row.kind == kind][:each]
+    ]
+
+
+def _kinds(rows: Sequence[Row]) -> list[str]:
+    return [row.kind for row in rows]
+
+
+def _data_notes(output: Path) -> list[str]:
+    """What the trainers said about their data: rows kept, rows dropped and why."""
+    from tgdpo_megatron.data.prepare import load_prepared
+
+    folders = {
+        "Examples for SFT": (output / "sft", "train"),
+        "Preference pairs": (output / "tgdpo", "train"),
+        "Held-out pairs": (output / "tgdpo", "validation"),
+    }
+    prepared = {words: next((run / "data").glob(f"{part}-*")) for words, (run, part) in folders.items()}
+    return [f"{words}: {load_prepared(folder).summary.sentences()}" for words, folder in prepared.items()]
+
+
+def _settings(journal: Journal, effort: Effort) -> list[tuple[str, str]]:
+    import megatron.core
+    import torch
+    import transformers
+
+    return [
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("megatron-core", megatron.core.__version__),
+        ("transformers", transformers.__version__),
+        ("machine", f"{platform.machine()}, {os.cpu_count()} cores"),
+        ("seed", str(journal.seed)),
+        ("wrong SFT examples", f"{NOISE:.0%}"),
+        ("β, β_r", f"{BETA}, {BETA_R}"),
+        ("steps", f"SFT {effort.sft_iters}, DPO and TGDPO {effort.preference_iters} each, 32 pairs a step"),
+        ("seconds", ", ".join(f"{seconds:.0f} ({stage})" for stage, seconds in journal.stages.items())),
+        ("every other setting", "config.yaml in the folders sft, dpo and tgdpo beside this file"),
+    ]
+
+
+def _as_text(table: Table) -> str:
+    """A table in aligned columns."""
+    lines = [list(table.columns), *map(list, table.rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(table.columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (list(zip(line, widths, strict=True)) for line in lines)
+    )

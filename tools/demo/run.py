@@ -1,0 +1,198 @@
+"""Every stage of the demo, from made-up data to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.demo.journal import (
+    BETA,
+    BETA_R,
+    NOISE,
+    PREFERENCE_LR,
+    SFT_LR,
+    VOCAB_SIZE,
+    Effort,
+    Journal,
+    Quality,
+    read_metrics,
+)
+from tools.demo.report import write_report
+from tools.marked_pairs import Row, read_rows
+
+
+def demo(output: Path, effort: Effort, seed: int) -> None:
+    """Run every stage, write report.html, demo.json and figure.svg."""
+    journal = Journal(output, seed)
+    journal.memory.start()
+    data, scores, start = output / "data", output / "scores", output / "megatron" / "start"
+    training, held_out = f"data.train={data / 'train.jsonl'}", f"data.validation={data / 'validation.jsonl'}"
+    preference = (
+        training,
+        held_out,
+        f"train.train_iters={effort.preference_iters}",
+        f"train.eval_interval={effort.eval_interval}",
+        f"optimizer.lr={PREFERENCE_LR}",
+        f"loss.beta={BETA}",
+    )
+
+    with journal.stage("Make pairs whose wrong words are known, and noisy examples"):
+        sizes = (f"--train={effort.train}", f"--validation={effort.validation}", f"--sft={effort.sft}")
+        journal.run("tools.marked_pairs", data, f"--seed={seed}", f"--noise={NOISE}", *sizes)
+        train, validation = read_rows(data / "train.jsonl"), read_rows(data / "validation.jsonl")
+        print(f"   {effort.sft} examples, {len(train)} pairs to train on, {len(validation)} held out; for instance")
+        print(f"   {train[0].prompt}  chosen: {train[0].chosen}  rejected: {train[0].rejected}")
+
+    with journal.stage("Make a small random Llama and convert it to Megatron"):
+        _make_model(output / "hf" / "start", train, seed)
+        journal.run("tools.convert_hf_to_megatron", output / "hf" / "start", start)
+
+    with journal.stage(f"Fine-tune it on examples of which {NOISE:.0%} are wrong (SFT)"):
+        journal.run(
+            "recipes.train",
+            "--recipe=sft_tiny",
+            f"model.checkpoint={start}",
+            f"data.train={data / 'sft.jsonl'}",
+            held_out,
+            f"train.output={output / 'sft'}",
+            f"train.train_iters={effort.sft_iters}",
+            f"train.eval_interval={5 * effort.eval_interval}",
+            f"optimizer.lr={SFT_LR}",
+        )
+        sft = _last_checkpoint(output / "sft", effort.sft_iters)
+        print(f"   {_headline(output / 'sft')}")
+
+    with journal.stage("Train the guidance model from it (DPO)"):
+        journal.run(
+            "recipes.train",
+            "--recipe=dpo_tiny",
+            f"model.checkpoint={sft}",
+            f"train.output={output / 'dpo'}",
+            "train.micro_batch_size=32",
+            *preference,
+        )
+        guidance = _last_checkpoint(output / "dpo", effort.preference_iters)
+        print(f"   {_headline(output / 'dpo')}")
+
+    with journal.stage("Score every token with the SFT and the guidance model, on two processes"):
+        journal.run(
+            "recipes.score",
+            "--recipe=tgdpo_tiny",
+            "--nproc-per-node=2",
+            "parallel.tensor_model_parallel_size=2",
+            f"model.checkpoint={sft}",
+            f"model.guidance={guidance}",
+            training,
+            held_out,
+            f"scores.path={scores}",
+            "train.micro_batch_size=32",
+        )
+
+    with journal.stage("Train with TGDPO, tensor parallel 2 × pipeline parallel 2, on four processes"):
+        journal.run(
+            "recipes.train",
+            "--recipe=tgdpo_tiny",
+            "--nproc-per-node=4",
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+            f"model.checkpoint={sft}",
+            "scores.source=cached",
+            f"scores.path={scores}",
+            f"train.output={output / 'tgdpo'}",
+            "train.micro_batch_size=8",
+            *preference,
+            f"loss.beta_r={BETA_R}",
+        )
+        policy = _last_checkpoint(output / "tgdpo", effort.preference_iters)
+        print(f"   {_headline(output / 'tgdpo')}")
+
+    with journal.stage("Export the three models to HuggingFace, load them there and compare"):
+        qualities = {}
+        for name, checkpoint in (("sft", sft), ("dpo", guidance), ("tgdpo", policy)):
+            journal.run("tools.convert_megatron_to_hf", checkpoint, output / "hf" / name)
+            qualities[name] = measure(output / "hf" / name, validation)
+
+    with journal.stage("Write the report"):
+        table = write_report(journal, effort, validation, qualities)
+    print(f"\n{table}\n\nreport: {output / 'report.html'}")
+    print(f"whole demo: {sum(journal.stages.values()):.0f} s, {journal.memory.peak / 2**30:.1f} GiB at its peak")
+
+
+def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
+    """Load an exported model with transformers, compare its two responses' log-probs, let it answer greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer
+
+    disable_progress_bar()
+    tokenizer = load_tokenizer(hf_folder)
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32, local_files_only=True).eval()
+    margins, answers = [], []
+    with torch.no_grad():
+        for first in range(0, len(rows), 50):
+            some = rows[first : first + 50]
+            prompts, sequences, starts = [], [], []
+            for row in some:
+                messages = [{"role": "user", "content": row.prompt}]
+                text, prompt = encode_prompt(tokenizer, messages)
+                prompts.append(prompt)
+                for response in (row.chosen, row.rejected):
+                    sequences.append(prompt + encode_response(tokenizer, messages, text, response))
+                    starts.append(len(prompt))
+            logps = _response_logps(model, sequences, starts)
+            margins += (logps[0::2] - logps[1::2]).tolist()
+            answers += _greedy(model, tokenizer, prompts)
+    return Quality(margins, answers, [answer == row.chosen for answer, row in zip(answers, rows, strict=True)])
+
+
+def _response_logps(model: Any, sequences: Sequence[list[int]], starts: Sequence[int]) -> Any:
+    """Log-prob of what follows position `start` in each sequence, nats. [n] fp32."""
+    import torch
+
+    longest = max(map(len, sequences))
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
+    lengths = torch.tensor([[len(ids)] for ids in sequences])
+    places = torch.arange(longest)
+    logits = model(tokens, attention_mask=(places < lengths).long()).logits[:, :-1]
+    logps = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    counted = (places[1:] >= torch.tensor(starts)[:, None]) & (places[1:] < lengths)
+    return (logps * counted).sum(dim=1)
+
+
+def _greedy(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[str]:
+    """Greedy answers, as text."""
+    import torch
+
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    made = model.generate(tokens, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in made[:, longest:]]
+
+
+def _make_model(folder: Path, rows: Sequence[Row], seed: int) -> None:
+    from tools.make_tiny_model import make_llama, train_tokenizer
+
+    texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
+    # Digits apart, so that a wrong digit is a token of its own.
+    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE, merge_digits=False)
+    make_llama(folder, tokenizer, seed=seed)
+    print(f"   {folder}: 4 layers of width 128, {len(tokenizer)} tokens")
+
+
+def _last_checkpoint(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"iter-{iteration:07d}"
+
+
+def _headline(run: Path) -> str:
+    """Training and held-out loss of the last step, and held-out accuracy where there is one."""
+    last = read_metrics(run)[-1]
+    words = f"loss {last['loss']:.3f} nats, held out {last['eval/loss']:.3f}"
+    if "eval/rewards/accuracies" in last:
+        accuracy, margin = last["eval/rewards/accuracies"], last["eval/rewards/margins"]
+        words += f"; held-out reward accuracy {accuracy:.1%}, margin {margin:.2f}"
+    return words
