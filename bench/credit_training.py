@@ -27,7 +27,7 @@ from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
 from tgdpo_megatron.report.metrics import add_up, averages, names_for
-from tgdpo_megatron.scores.contrastive import SIDES, contrastive_sequences, read_prompts
+from tgdpo_megatron.scores.contrastive import KINDS, contrastive_sequences, read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.train import forward_step
 from tools.demo.journal import SFT_LR
@@ -135,7 +135,7 @@ def read_tokens(
     with torch.no_grad():
         for first in range(0, len(data), _AT_ONCE):
             batch = make_batch(data, range(first, min(first + _AT_ONCE, len(data))), sides=sides)
-            states = model.decode(batch, None)[:, 0][batch.rows]
+            states = model.decode(batch, None)[:, 0][batch.predictors]
             logits = states @ model.output_weight()[: model.description.vocab_size].T
             logps.append(logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0])
             likeliest.append(logits.argmax(-1) == batch.labels)
@@ -221,7 +221,7 @@ def _contrastive(engine: Engine, world: World, part: str) -> dict[str, np.ndarra
     # Pair after pair, chosen before rejected, as in the data; both prompts of a response follow each other.
     return {
         name: np.concatenate([piece for key, piece in zip(keys, pieces, strict=True) if key.name == name])
-        for name in SIDES
+        for name in KINDS
     }
 
 

@@ -60,7 +60,7 @@ def _rows(labelled: float, rate: float) -> Iterator[Row]:
             spent, _ = device.timed(method, asked)
             if repeat:  # the first warms up
                 seconds[name].append(spent)
-    rows = len(asked.rows)
+    rows = len(asked.predictors)
     operations = 8 * rows * HIDDEN * VOCABULARY
     words = f"{TOKENS} tokens, {rows / TOKENS:.0%} labelled"
     yield Row(

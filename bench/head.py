@@ -39,7 +39,7 @@ class Problem:
 
     hidden: Any
     weight: Any
-    rows: Any
+    predictors: Any
     labels: Any
     upstream: Any
 
@@ -58,9 +58,9 @@ def make_problem(
     weight: Any = torch.nn.Parameter((0.05 * torch.randn(vocabulary, width, **here)).bfloat16())
     weight.main_grad = torch.zeros(vocabulary, width, device=device)
     weight.grad_added_to_main_grad = False
-    rows = torch.randperm(tokens, **here)[: int(labelled * tokens)].sort().values
-    labels = torch.randint(0, vocabulary, (len(rows),), **here)
-    return Problem(hidden, weight, rows, labels, torch.randn(len(rows), **here))
+    predictors = torch.randperm(tokens, **here)[: int(labelled * tokens)].sort().values
+    labels = torch.randint(0, vocabulary, (len(predictors),), **here)
+    return Problem(hidden, weight, predictors, labels, torch.randn(len(predictors), **here))
 
 
 def ours(problem: Problem) -> Tensor:
@@ -71,7 +71,7 @@ def ours(problem: Problem) -> Tensor:
 
     logps = labelled_logprobs(
         [(problem.hidden, problem.weight)],
-        problem.rows,
+        problem.predictors,
         problem.labels,
         vocab_size=problem.weight.size(0),
         sequence_parallel=False,
@@ -98,7 +98,7 @@ def megatrons(problem: Problem) -> Tensor:
     logps = -vocab_parallel_cross_entropy(logits, labels[:, None])[:, 0]
     (logps * upstream).sum().backward()
     _into_main_grad(problem.weight)
-    return logps.detach()[problem.rows]
+    return logps.detach()[problem.predictors]
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -140,15 +140,15 @@ def chunked(problem: Problem) -> Tensor:
     )
     (logps * upstream).sum().backward()
     _into_main_grad(problem.weight)
-    return logps.detach()[problem.rows]
+    return logps.detach()[problem.predictors]
 
 
 def _for_all_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
     """Labels and upstream gradients of all tokens, 0 where there is no label. Both [tokens]."""
     labels = problem.labels.new_zeros(problem.hidden.size(0))
-    labels[problem.rows] = problem.labels
+    labels[problem.predictors] = problem.labels
     upstream = problem.upstream.new_zeros(problem.hidden.size(0))
-    upstream[problem.rows] = problem.upstream
+    upstream[problem.predictors] = problem.upstream
     return labels, upstream
 
 

@@ -241,7 +241,7 @@ def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[s
             engine.update()
             counted.on = False
     everywhere: list[Any] = [None] * world_size
-    tokens, labels = sum(len(batch.tokens) for batch in batches), sum(len(batch.rows) for batch in batches)
+    tokens, labels = sum(len(batch.tokens) for batch in batches), sum(len(batch.predictors) for batch in batches)
     dist.all_gather_object(everywhere, counted.bytes)
     expected = _expected(parallel, data_parallel_size, tokens, labels, weights)
     return {"sent": sum(everywhere), "expected": expected, "calls": dict(counted.calls)}

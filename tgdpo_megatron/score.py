@@ -130,7 +130,7 @@ def score(config: Config, ranks: Ranks) -> None:
         if prompts is not None:
             longest = describe(checkpoints["reference"]).max_position_embeddings
             blocks = _prompted_blocks(part, checkpoints["reference"], prompts, longest)
-            run(part, _contrastive_work(ranks, blocks), 4 * len(part.lacking(contrastive.SIDES)), "scoring prompts")
+            run(part, _contrastive_work(ranks, blocks), 4 * len(part.lacking(contrastive.KINDS)), "scoring prompts")
         if ranks.is_first:
             print(
                 f"scores of {len(part.data)} pairs ({', '.join(wanted)}): {part.folder}; "
@@ -202,7 +202,7 @@ def _prompted_blocks(
     Raises:
         UserError: The pairs' text is not there any more, is not what was tokenised, or is all too long.
     """
-    lacking = part.lacking(contrastive.SIDES)
+    lacking = part.lacking(contrastive.KINDS)
     if not len(lacking):
         return
     tokenizer, texts = load_tokenizer(reference / HF), read_texts(part.data)
@@ -217,7 +217,7 @@ def _prompted_blocks(
         sequences, keys, too_long = contrastive.contrastive_sequences(
             part.data, pairs, [texts[pair] for pair in pairs], tokenizer, prompts, longest
         )
-        if first == 0 and not keys and part.missing[contrastive.SIDES[0]].all():
+        if first == 0 and not keys and part.missing[contrastive.KINDS[0]].all():
             # Training would go on without a word, and without any reward.
             write_scores_manifest(part.folder, replace(read_scores_manifest(part.folder), prompts=None))
             raise UserError(

@@ -7,7 +7,7 @@ prompts and responses are.
 from pathlib import Path
 from typing import get_args
 
-from tgdpo_megatron.config import DataConfig, LayoutName
+from tgdpo_megatron.config import DataConfig, FormatName
 from tgdpo_megatron.data.prepare import Summary, few
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
@@ -56,7 +56,12 @@ def main() -> None:
         parser.add_argument(
             "--max-length", type=int, default=DataConfig().max_length, help="tokens, as data.max_length"
         )
-        parser.add_argument("--layout", choices=get_args(LayoutName), help="as data.layout; default: recognised")
+        parser.add_argument(
+            "--format",
+            "--layout",
+            choices=get_args(FormatName),
+            help="as data.format; recognised by default; --layout is its old name",
+        )
         parsed = parser.parse_args()
         from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
         from tgdpo_megatron.data.prepare import prepare_pairs
@@ -65,7 +70,7 @@ def main() -> None:
 
         read_manifest(parsed.checkpoint)
         check_writable(parsed.folder)
-        settings = DataConfig(max_length=parsed.max_length, layout=parsed.layout)
+        settings = DataConfig(max_length=parsed.max_length, format=parsed.format)
         pairs = prepare_pairs(settings, parsed.pairs, load_tokenizer(parsed.checkpoint / HF), parsed.folder)
         print(report(pairs.summary))
 

@@ -193,7 +193,7 @@ def test_an_unknown_layout_is_refused_with_its_columns_and_the_known_ones(
 
 
 def test_a_misspelt_layout_is_refused_with_the_known_ones(train: Callable[..., Said]) -> None:
-    assert_refused(train("data.layout=sharegpt"), "data.layout='sharegpt' is refused", "llama_factory_sharegpt")
+    assert_refused(train("data.format=sharegpt"), "data.format='sharegpt' is refused", "llama_factory_sharegpt")
 
 
 def test_a_token_budget_smaller_than_a_pair_is_refused_and_the_needed_one_named(

@@ -31,7 +31,7 @@ def changed_layers(ranks: Ranks, *, folder: str) -> dict[str, Any]:
         positions=tokens,
         segment_lengths=(16,),
         cu_seqlens=torch.tensor([0, 16], dtype=torch.int32),
-        rows=tokens,
+        predictors=tokens,
         labels=tokens,
         pairs=Pairs(torch.zeros_like(tokens), torch.zeros_like(tokens), num_pairs=1),
         scores={},

@@ -50,15 +50,15 @@ def distribution(
     chunks = build_model(description, transformer_config(description, config))
     load_weights(chunks, Path(folder))
     vocab = description.vocab_size
-    rows = torch.arange(len(ids)).repeat_interleave(vocab)  # every token of the vocabulary is a label of every row
+    predictors = torch.arange(len(ids)).repeat_interleave(vocab)  # each place has every token as a label
     batch = Batch(
         tokens=torch.tensor(ids),
         positions=torch.arange(len(ids)),
         segment_lengths=(len(ids),),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        rows=rows,
+        predictors=predictors,
         labels=torch.arange(vocab).repeat(len(ids)),
-        pairs=Pairs(torch.zeros_like(rows), torch.zeros_like(rows), num_pairs=1),
+        pairs=Pairs(torch.zeros_like(predictors), torch.zeros_like(predictors), num_pairs=1),
         scores={},
         samples=(0,),
     )

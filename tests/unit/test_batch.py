@@ -34,7 +34,7 @@ def test_a_batch_by_hand(data: PreparedPairs) -> None:
     assert batch.tokens.tolist() == [1, 2, 3, 4, 1, 2, 3]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.segment_lengths == (4, 3) and batch.cu_seqlens.tolist() == [0, 4, 7]
-    assert batch.rows.tolist() == [2, 3, 6] and batch.labels.tolist() == [4, 5, 6]
+    assert batch.predictors.tolist() == [2, 3, 6] and batch.labels.tolist() == [4, 5, 6]
     assert batch.pairs.pair.tolist() == [0, 0, 0] and batch.pairs.side.tolist() == [CHOSEN, CHOSEN, REJECTED]
     assert batch.pairs.num_pairs == 1 and batch.samples == (0,) and batch.longest_segment == 4
 
@@ -42,8 +42,8 @@ def test_a_batch_by_hand(data: PreparedPairs) -> None:
 def test_each_label_is_the_token_right_after_its_row_in_the_same_sequence(data: PreparedPairs) -> None:
     batch = make_batch(data, [2, 0, 1])
     ends = batch.cu_seqlens.long()
-    segments = torch.bucketize(batch.rows, ends[1:], right=True)
-    for row, label, segment in zip(batch.rows.tolist(), batch.labels.tolist(), segments.tolist(), strict=True):
+    segments = torch.bucketize(batch.predictors, ends[1:], right=True)
+    for row, label, segment in zip(batch.predictors.tolist(), batch.labels.tolist(), segments.tolist(), strict=True):
         sequence = data.sequence((2, 0, 1)[segment // 2], segment % 2).tolist()
         place = row - int(ends[segment])
         assert int(batch.tokens[row]) == sequence[place] and label == sequence[place + 1]
@@ -61,7 +61,7 @@ def test_a_batch_of_a_given_size_has_it_and_its_padding_is_apart(samples: list[i
     assert batch.tokens[:used].tolist() == plain.tokens[:used].tolist() and not batch.tokens[used:].any()
     assert batch.segment_lengths[: 2 * len(samples)] == (plain.segment_lengths if samples else ())
     assert max(batch.segment_lengths[2 * len(samples) :]) <= 256
-    assert batch.labels.tolist() == plain.labels.tolist() and batch.rows.tolist() == plain.rows.tolist()
+    assert batch.labels.tolist() == plain.labels.tolist() and batch.predictors.tolist() == plain.predictors.tolist()
 
 
 def test_a_batch_smaller_than_its_pairs_is_refused(data: PreparedPairs) -> None:
@@ -90,7 +90,7 @@ def test_alignment_padding_is_a_segment_of_its_own_without_labels(align: int, da
     assert padded.tokens[:14].tolist() == plain.tokens.tolist()
     assert padded.segment_lengths[:4] == plain.segment_lengths
     assert sum(padded.segment_lengths[4:]) == padded.padding == len(padded.tokens) - 14
-    assert padded.rows.tolist() == plain.rows.tolist() and padded.labels.tolist() == plain.labels.tolist()
+    assert padded.predictors.tolist() == plain.predictors.tolist() and padded.labels.tolist() == plain.labels.tolist()
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
@@ -117,8 +117,8 @@ def test_a_batch_that_is_aligned_already_gets_no_padding(data: PreparedPairs) ->
 def test_an_empty_batch_holds_padding_alone(align: int, data: PreparedPairs) -> None:
     batch = make_batch(data, [], align=align)
     assert len(batch.tokens) == align and batch.segment_lengths == (align,)
-    assert len(batch.rows) == len(batch.labels) == 0 and batch.pairs.num_pairs == 0
-    assert batch.rows.dtype == batch.labels.dtype == torch.int64
+    assert len(batch.predictors) == len(batch.labels) == 0 and batch.pairs.num_pairs == 0
+    assert batch.predictors.dtype == batch.labels.dtype == torch.int64
 
 
 def test_sft_sees_chosen_responses_alone(data: PreparedPairs) -> None:
@@ -130,4 +130,4 @@ def test_sft_sees_chosen_responses_alone(data: PreparedPairs) -> None:
 
 def test_a_response_may_be_predicted_from_a_prompt_of_one_token(data: PreparedPairs) -> None:
     batch = make_batch(data, [2])
-    assert batch.rows.tolist() == [0, 1, 2, 3] and batch.labels.tolist() == [22, 23, 24, 25]
+    assert batch.predictors.tolist() == [0, 1, 2, 3] and batch.labels.tolist() == [22, 23, 24, 25]

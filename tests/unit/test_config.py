@@ -362,3 +362,8 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(changes: Any, words:
 
     with pytest.raises(UserError, match=words):
         check_model_layout(read_description(hf_model), ParallelConfig(**changes))
+
+
+def test_the_old_name_of_a_setting_is_taken_and_said_to_be_old(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(Config(), {"data": {"layout": "trl"}}, where="old.yaml").data.format == "trl"
+    assert "old.yaml: data.layout is now called data.format" in capsys.readouterr().err

@@ -163,12 +163,12 @@ def test_a_source_that_has_moved_is_asked_for(
         read_texts(data)
 
 
-def test_the_text_is_read_in_the_layout_it_was_tokenised_in(
+def test_the_text_is_read_in_the_format_it_was_tokenised_from(
     tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Both layouts fit this row; the one that is recognised is not the one that was asked for."""
+    """Both formats fit this row; the one that is recognised is not the one that was asked for."""
     row = {"prompt": "Say hello.", "instruction": "Say goodbye.", "chosen": "Hello!", "rejected": "Bye!"}
     source = write_pairs(tmp_path / "pairs.jsonl", [row])
-    data = prepare_pairs(DataConfig(layout="llama_factory"), source, tokenizer, tmp_path / "prepared")
-    assert json.loads((tmp_path / "prepared" / "summary.json").read_text())["layout"] == "llama_factory"
+    data = prepare_pairs(DataConfig(format="llama_factory"), source, tokenizer, tmp_path / "prepared")
+    assert json.loads((tmp_path / "prepared" / "summary.json").read_text())["format"] == "llama_factory"
     assert read_texts(data)[0].messages[-1]["content"] == "Say goodbye."

@@ -1,4 +1,4 @@
-"""Rows to pairs: each layout is recognised, read as its own users mean it, and refused by name where it is wrong."""
+"""Rows to pairs: each format is recognised, read as its own users mean it, and refused by name where it is wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from tgdpo_megatron.config import LayoutName
-from tgdpo_megatron.data.formats import LAYOUTS, TextPairs, read_pairs
+from tgdpo_megatron.config import FormatName
+from tgdpo_megatron.data.formats import FORMATS, TextPairs, read_pairs
 from tgdpo_megatron.errors import UserError
 
 Write = Callable[..., Path]
@@ -28,7 +28,7 @@ QUESTION, BLUE, GREEN = turn("user", "Colour of the sky?"), turn("assistant", "B
 EARLIER = [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello")]
 SHAREGPT = [said("system", "Be brief."), said("human", "Hi"), said("gpt", "Hello"), said("human", "Colour of the sky?")]
 
-SAME_PAIR: dict[LayoutName, dict[str, Any]] = {
+SAME_PAIR: dict[FormatName, dict[str, Any]] = {
     "trl": {"prompt": QUESTION["content"], "chosen": "Blue.", "rejected": "Green."},
     "trl_messages": {"prompt": [*EARLIER, QUESTION], "chosen": [BLUE], "rejected": [GREEN]},
     "trl_implicit_prompt_messages": {"chosen": [*EARLIER, QUESTION, BLUE], "rejected": [*EARLIER, QUESTION, GREEN]},
@@ -69,7 +69,7 @@ SAME_PAIR: dict[LayoutName, dict[str, Any]] = {
         "rejected": "\n\nHuman: Colour of the sky?\n\nAssistant: Green.",
     },
 }
-"""One question in every layout that can hold it; with a system turn and an earlier exchange where the layout can."""
+"""One question in every format that can hold it; with a system turn and an earlier exchange where the format can."""
 SINGLE_TURN = ("trl", "ultrafeedback_binarized", "hh_rlhf")
 
 
@@ -77,8 +77,8 @@ SINGLE_TURN = ("trl", "ultrafeedback_binarized", "hh_rlhf")
 def read(write_pairs: Write, tmp_path: Path) -> Callable[..., TextPairs]:
     """A function that writes rows and reads them as pairs."""
 
-    def run(rows: Sequence[Any], layout: LayoutName | None = None) -> TextPairs:
-        return read_pairs(write_pairs(tmp_path / "pairs.jsonl", rows), layout)
+    def run(rows: Sequence[Any], format: FormatName | None = None) -> TextPairs:
+        return read_pairs(write_pairs(tmp_path / "pairs.jsonl", rows), format)
 
     return run
 
@@ -87,9 +87,9 @@ def read(write_pairs: Write, tmp_path: Path) -> Callable[..., TextPairs]:
 def refusal(read: Callable[..., TextPairs]) -> Callable[..., str]:
     """A function that returns the one sentence with which rows are refused."""
 
-    def run(rows: Sequence[Any], layout: LayoutName | None = None) -> str:
+    def run(rows: Sequence[Any], format: FormatName | None = None) -> str:
         with pytest.raises(UserError) as refused:
-            read(rows, layout)
+            read(rows, format)
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
@@ -97,31 +97,31 @@ def refusal(read: Callable[..., TextPairs]) -> Callable[..., str]:
 
 
 def test_the_settings_know_every_layout_and_no_other() -> None:
-    assert set(get_args(LayoutName)) == set(LAYOUTS)
+    assert set(get_args(FormatName)) == set(FORMATS)
 
 
-@pytest.mark.parametrize("layout", SAME_PAIR)
+@pytest.mark.parametrize("format", SAME_PAIR)
 def test_a_layout_is_recognised_and_gives_the_same_pair_as_the_others(
-    layout: LayoutName, read: Callable[..., TextPairs]
+    format: FormatName, read: Callable[..., TextPairs]
 ) -> None:
-    found = read([SAME_PAIR[layout]])
+    found = read([SAME_PAIR[format]])
     (pair,) = found.pairs
-    expected = [QUESTION] if layout in SINGLE_TURN else [*EARLIER, QUESTION]
-    if layout == "llama_factory":  # instruction and input are joined by a newline
+    expected = [QUESTION] if format in SINGLE_TURN else [*EARLIER, QUESTION]
+    if format == "llama_factory":  # instruction and input are joined by a newline
         expected = [*EARLIER, turn("user", "Colour\nof the sky?")]
-    assert found.layout == layout
+    assert found.format == format
     assert list(pair.messages) == expected
     assert (pair.chosen, pair.rejected, pair.row) == ("Blue.", "Green.", 1)
 
 
-@pytest.mark.parametrize("layout", SAME_PAIR)
+@pytest.mark.parametrize("format", SAME_PAIR)
 def test_a_layout_reads_the_same_from_a_saved_folder(
-    layout: LayoutName, read: Callable[..., TextPairs], tmp_path: Path
+    format: FormatName, read: Callable[..., TextPairs], tmp_path: Path
 ) -> None:
     """Arrow fills what a row does not have with nulls, which must change nothing."""
     from datasets import Dataset
 
-    rows = [SAME_PAIR[layout]]
+    rows = [SAME_PAIR[format]]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     assert read_pairs(tmp_path / "saved") == read(rows)
 
@@ -153,7 +153,7 @@ def test_an_implicit_string_prompt_is_the_common_start(
     chosen: str, rejected: str, expected: tuple[str, ...], read: Callable[..., TextPairs]
 ) -> None:
     found = read([{"chosen": chosen, "rejected": rejected}])
-    assert found.layout == "trl_implicit_prompt"
+    assert found.format == "trl_implicit_prompt"
     assert tuple(found.pairs[0].texts) == expected
     assert found.pairs[0].messages[0]["role"] == "user"
 
@@ -168,7 +168,7 @@ def test_two_texts_beside_a_column_that_may_be_the_prompt_are_not_taken_for_an_i
 ) -> None:
     for other in ({"question": "Why?"}, {"prompt": None}):
         rows = [{**other, "chosen": "It is so", "rejected": "It is no"}]
-        assert "not a known layout" in refusal(rows)
+        assert "not a known format" in refusal(rows)
         assert read(rows, "trl_implicit_prompt").pairs[0].texts == ["It is", " so", " no"]
 
 
@@ -198,7 +198,7 @@ def test_a_transcript_keeps_its_earlier_exchanges(read: Callable[..., TextPairs]
     assert (pair.chosen, pair.rejected) == ("Blue.\n\nOr so.", "Blue?")
 
 
-# ---------------------------------------------------------------- rules of one layout
+# ---------------------------------------------------------------- rules of one format
 
 
 @pytest.mark.parametrize("empty", [{}, {"input": "", "history": [], "system": ""}, {"input": None, "history": None}])
@@ -292,14 +292,14 @@ def test_empty_columns_for_images_and_tools_change_nothing(read: Callable[..., T
 def test_unknown_columns_are_named_with_every_layout(refusal: Callable[..., str]) -> None:
     sentence = refusal([{"question": "Why?", "answers": ["a", "b"], "score": 0.5, "chosen": None}])
     assert "question (string), answers (list), score (float), chosen (null)" in sentence
-    for name, layout in LAYOUTS.items():
-        assert f"{name}: " in sentence and all(column in sentence for column in layout.columns)
-    assert "data.layout=NAME" in sentence
+    for name, format in FORMATS.items():
+        assert f"{name}: " in sentence and all(column in sentence for column in format.columns)
+    assert "data.format=NAME" in sentence
 
 
 def test_a_forced_layout_whose_columns_are_not_there_is_refused(refusal: Callable[..., str]) -> None:
     sentence = refusal([SAME_PAIR["trl"]], "llama_factory_sharegpt")
-    assert "data.layout=llama_factory_sharegpt needs conversations (turns), chosen (turn), rejected (turn);" in sentence
+    assert "data.format=llama_factory_sharegpt needs conversations (turns), chosen (turn), rejected (turn);" in sentence
     assert "the first row has prompt (string), chosen (string), rejected (string)" in sentence
 
 
@@ -307,7 +307,7 @@ def test_a_forced_layout_is_taken_over_the_one_that_would_be_recognised(read: Ca
     row = SAME_PAIR["trl"] | {"instruction": "Which colour?"}
     assert read([row]).pairs[0].texts[0] == QUESTION["content"]
     forced = read([row], "llama_factory")
-    assert forced.pairs[0].texts[0] == "Which colour?" and forced.layout == "llama_factory"
+    assert forced.pairs[0].texts[0] == "Which colour?" and forced.format == "llama_factory"
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -327,7 +327,7 @@ def test_an_answer_of_another_kind_among_many_is_named(value: Any, kind: str, re
 
 
 @pytest.mark.parametrize(
-    ("layout", "change", "words"),
+    ("format", "change", "words"),
     [
         ("trl_messages", {"prompt": [turn("wizard", "Hi")]}, "'prompt' has a turn of role 'wizard'; known are system"),
         ("trl_messages", {"prompt": [turn("user", None)]}, "'prompt' has a turn whose content must be a string"),
@@ -345,12 +345,12 @@ def test_an_answer_of_another_kind_among_many_is_named(value: Any, kind: str, re
     ],
 )
 def test_a_malformed_row_is_named_with_what_is_wrong(
-    layout: LayoutName, change: dict[str, Any], words: str, refusal: Callable[..., str]
+    format: FormatName, change: dict[str, Any], words: str, refusal: Callable[..., str]
 ) -> None:
-    good = SAME_PAIR[layout]
+    good = SAME_PAIR[format]
     sentence = refusal([good, good | change])
     assert f"pairs.jsonl line 2: {words}" in sentence
-    assert sentence.endswith(f"; the data is read as {layout}.")
+    assert sentence.endswith(f"; the data is read as {format}.")
 
 
 @pytest.mark.parametrize("rows", [["a", "b"], [[1, 2]], [None]])
@@ -369,7 +369,7 @@ def test_real_instruction_pairs_read(shared_data: Callable[[str], Path]) -> None
     path = shared_data("preferences_instruction.json")
     rows = json.loads(path.read_text())
     found = read_pairs(path)
-    assert found.layout == "llama_factory" and not found.dropped
+    assert found.format == "llama_factory" and not found.dropped
     assert [pair.texts for pair in found.pairs] == [
         [row["instruction"], row["chosen"], row["rejected"]] for row in rows
     ]
@@ -379,7 +379,7 @@ def test_real_sharegpt_pairs_read_with_their_system_and_earlier_turns(shared_dat
     path = shared_data("preferences_sharegpt.json")
     rows = json.loads(path.read_text())
     found = read_pairs(path)
-    assert found.layout == "llama_factory_sharegpt" and not found.dropped
+    assert found.format == "llama_factory_sharegpt" and not found.dropped
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     assert len(rows) == len(found.pairs) and max(len(pair.messages) for pair in found.pairs) > 3
     for row, pair in zip(rows, found.pairs, strict=True):

@@ -185,7 +185,7 @@ def test_a_layout_that_is_given_makes_another_folder(
     load: Callable[..., Any], pairs_file: Path, tmp_path: Path
 ) -> None:
     recognised, _ = load(train=pairs_file)
-    forced, _ = load(train=pairs_file, layout="llama_factory")
+    forced, _ = load(train=pairs_file, format="llama_factory")
     assert len(list((tmp_path / "data").iterdir())) == 2
     assert forced.summary.pairs_hash == recognised.summary.pairs_hash
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tgdpo_megatron.config import DataConfig, LayoutName
+from tgdpo_megatron.config import DataConfig, FormatName
 from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared, prepare_pairs, source_hash
 from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
@@ -41,10 +42,10 @@ def prepare(tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path) ->
     """A function that prepares rows with a tokenizer and a length limit."""
 
     def run(
-        rows: Sequence[Any], *, using: Any = tokenizer, max_length: int = 512, layout: LayoutName | None = None
+        rows: Sequence[Any], *, using: Any = tokenizer, max_length: int = 512, format: FormatName | None = None
     ) -> PreparedPairs:
         source = write_pairs(tmp_path / "pairs.jsonl", rows)
-        return prepare_pairs(DataConfig(max_length=max_length, layout=layout), source, using, tmp_path / "prepared")
+        return prepare_pairs(DataConfig(max_length=max_length, format=format), source, using, tmp_path / "prepared")
 
     return run
 
@@ -371,15 +372,15 @@ def test_identity_of_a_tokenizer_is_what_it_does(tokenizer: Any, tmp_path: Path)
     assert tokenizer_hash(train_tokenizer(["other texts"], vocab_size=300)) != tokenizer_hash(tokenizer)
 
 
-@pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length", "layout"])
+@pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length", "format"])
 def test_prepared_pairs_of_another_identity_are_refused_by_name(
     differs: str, tokenizer: Any, prepare: Callable[..., PreparedPairs], tmp_path: Path
 ) -> None:
     from tools.make_tiny_model import train_tokenizer
 
     prepare([row()])
-    layout: LayoutName | None = "llama_factory" if differs == "layout" else None
-    config = DataConfig(max_length=100 if differs == "max_length" else 512, layout=layout)
+    format: FormatName | None = "llama_factory" if differs == "format" else None
+    config = DataConfig(max_length=100 if differs == "max_length" else 512, format=format)
     using = tokenizer
     if differs == "tokenizer":
         using = train_tokenizer(["other texts"], vocab_size=300)
@@ -410,8 +411,8 @@ def test_the_hash_of_a_source_changes_with_content_settings_and_layout(
     changed = [
         source_hash(DataConfig(), other, tokenizer),
         source_hash(DataConfig(max_length=100), first, tokenizer),
-        source_hash(DataConfig(layout="trl"), first, tokenizer),
-        source_hash(DataConfig(layout="llama_factory"), first, tokenizer),
+        source_hash(DataConfig(format="trl"), first, tokenizer),
+        source_hash(DataConfig(format="llama_factory"), first, tokenizer),
         source_hash(DataConfig(), first, templated(tokenizer, TEMPLATES["without BOS"])),
     ]
     assert len({usual, *changed}) == 6
@@ -504,3 +505,13 @@ def test_a_damaged_tokenizer_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_pairs_prepared_by_an_earlier_version_are_refused(
+    prepare: Callable[..., PreparedPairs], tmp_path: Path
+) -> None:
+    prepare([row()])
+    path = tmp_path / "prepared" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(UserError, match="prepared by another version of this program; prepare them again"):
+        load_prepared(path.parent)

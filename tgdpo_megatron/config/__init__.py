@@ -10,7 +10,7 @@ from tgdpo_megatron.config.loading import load
 from tgdpo_megatron.config.settings import (
     Config,
     DataConfig,
-    LayoutName,
+    FormatName,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,7 +22,7 @@ from tgdpo_megatron.config.settings import (
 __all__ = [
     "Config",
     "DataConfig",
-    "LayoutName",
+    "FormatName",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,11 +39,19 @@ def _reason(error: Any) -> str:
     return text[0].lower() + text[1:]
 
 
+RENAMED = {"data.layout": "data.format"}
+"""Old name of a setting -> its name now. The old one is taken, and said to be old."""
+
+
 def _overlay(
     target: dict[str, Any], changes: Mapping[str, Any], group: type[BaseModel], prefix: str, where: str
 ) -> None:
     for name, value in changes.items():
         key = f"{prefix}{name}"
+        if key in RENAMED:
+            print(f"{where}: {key} is now called {RENAMED[key]}; the old name is still taken.", file=sys.stderr)
+            key = RENAMED[key]
+            name = key.rpartition(".")[2]
         if name not in group.model_fields:
             raise UserError(f"{where}: unknown key '{key}'{_nearest(str(name), prefix, group)}.")
         inner = group.model_fields[name].annotation

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
 from tgdpo_megatron.methods import GIVEN_BY, METHODS, SCORE_NAMES, SOURCES, Method, SequenceWeight, reward_options
 
-LayoutName = Literal[
+FormatName = Literal[
     "trl",
     "trl_messages",
     "trl_implicit_prompt",
@@ -194,11 +194,11 @@ class DataConfig(_Group):
     """Preference pairs and how they become tokens."""
 
     train: Path | None = None
-    """Pairs to train on, or to score: .json, .jsonl, .parquet or a saved `datasets` folder, in any known layout;
+    """Pairs to train on, or to score: .json, .jsonl, .parquet or a saved `datasets` folder, in any known format;
     or a folder written by tools.prepare_pairs."""
     validation: Path | None = None
-    """Held-out pairs in the same formats, evaluated every `train.eval_interval` iterations."""
-    layout: LayoutName | None = None
+    """Held-out pairs, given in the same ways, evaluated every `train.eval_interval` iterations."""
+    format: FormatName | None = None
     """How the pairs are written down. Default: recognised by the columns, and printed."""
     max_length: int = Field(2048, ge=8)
     """Longest sequence (prompt and one response), in tokens. Longer prompts lose their start."""

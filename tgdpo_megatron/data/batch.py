@@ -1,4 +1,4 @@
-"""The flat batch: sequences one after another, with explicit boundaries and labelled rows.
+"""The flat batch: sequences one after another, with explicit boundaries and labelled tokens.
 
 Legend: T tokens of a micro-batch (with alignment padding), R labelled response tokens, P pairs,
 n segments. A segment is one sequence; attention never crosses its boundary and positions restart in it.
@@ -33,7 +33,7 @@ class Batch:
         positions: Position of each token in its segment. [T] int64.
         segment_lengths: Lengths of the n segments, summing to T. On the host: attention needs no sync.
         cu_seqlens: Segment boundaries. [n+1] int32.
-        rows: The token whose hidden state predicts each label: labels are shifted here, once. [R] int64.
+        predictors: The token whose hidden state predicts each label. Labels are shifted here, once. [R] int64.
         labels: The token predicted. [R] int64.
         pairs: Pair and side of each labelled token.
         scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
@@ -45,7 +45,7 @@ class Batch:
     positions: Tensor
     segment_lengths: tuple[int, ...]
     cu_seqlens: Tensor
-    rows: Tensor
+    predictors: Tensor
     labels: Tensor
     pairs: Pairs
     scores: dict[str, Tensor]
@@ -134,7 +134,7 @@ def make_batch(
     Raises:
         ValueError: The sequences are longer than `size`.
     """
-    tokens, lengths, rows, labels, pair, side = [], [], [], [], [], []
+    tokens, lengths, predictors, labels, pair, side = [], [], [], [], [], []
     offset = 0
     for order, sample in enumerate(samples):
         prompt = int(data.prompt_lengths[sample])
@@ -143,7 +143,7 @@ def make_batch(
             response = len(sequence) - prompt
             tokens.append(sequence[:-1])
             labels.append(sequence[prompt:])
-            rows.append(np.arange(offset + prompt - 1, offset + len(sequence) - 1))
+            predictors.append(np.arange(offset + prompt - 1, offset + len(sequence) - 1))
             pair.append(np.full(response, order))
             side.append(np.full(response, which))
             lengths.append(len(sequence) - 1)
@@ -158,7 +158,7 @@ def make_batch(
         positions=_tensor([np.arange(length) for length in lengths]),
         segment_lengths=tuple(lengths),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        rows=_tensor(rows),
+        predictors=_tensor(predictors),
         labels=_tensor(labels),
         pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
         scores=scores.join(samples, sides) if scores is not None else {},

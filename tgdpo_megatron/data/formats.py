@@ -1,6 +1,6 @@
-"""What rows mean: the layouts preference data comes in, recognised by their columns, as prompts with two answers.
+"""What rows mean: the formats preference data comes in, recognised by their columns, as prompts with two answers.
 
-A layout is the names of its columns and the kind of value in each (LAYOUTS). The first row decides which one a file
+A format is the names of its columns and the kind of value in each (FORMATS). The first row decides which one a file
 has, every row is checked against it. A row of the wrong kind is refused by name; a row that is well formed but
 cannot be trained on (tool calls, images, a tie) is left out and counted.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.config import LayoutName
+from tgdpo_megatron.config import FormatName
 from tgdpo_megatron.data.read import NumberedRows, place, read_rows
 from tgdpo_megatron.errors import UserError
 
@@ -49,12 +49,12 @@ class TextPairs:
     """All pairs of a source, and how they were read.
 
     Attributes:
-        layout, columns: The layout's name, and the columns that were read.
+        format, columns: The format's name, and the columns that were read.
         rows: Number of rows, left out ones included.
         dropped: Reason -> numbers of the rows left out.
     """
 
-    layout: LayoutName
+    format: FormatName
     columns: tuple[str, ...]
     pairs: list[TextPair]
     rows: int
@@ -66,55 +66,55 @@ class _Unusable(Exception):
 
 
 class _Malformed(Exception):
-    """Not what the layout says: refused, with the row's name before the message."""
+    """Not what the format says: refused, with the row's name before the message."""
 
 
-def read_pairs(path: Path, layout: LayoutName | None = None) -> TextPairs:
+def read_pairs(path: Path, format: FormatName | None = None) -> TextPairs:
     """Read all pairs of a file or of a saved `datasets` folder.
 
     Args:
-        layout: One of LAYOUTS; None to recognise it.
+        format: One of FORMATS; None to recognise it.
 
     Raises:
-        UserError: What read_rows refuses; columns of no known layout, or not of the one given; a malformed row.
+        UserError: What read_rows refuses; columns of no known format, or not of the one given; a malformed row.
     """
     rows = read_rows(path)
-    name = recognise(path, rows, layout)
+    name = recognise(path, rows, format)
     pairs: list[TextPair] = []
     dropped: dict[str, list[int]] = {}
     for number, row in rows:
         try:
-            pairs.append(_pair(LAYOUTS[name], number, row))
+            pairs.append(_pair(FORMATS[name], number, row))
         except _Unusable as reason:
             dropped.setdefault(str(reason), []).append(number)
         except _Malformed as error:
             raise UserError(f"{place(path, number)}: {error}; the data is read as {name}.") from None
-    columns = (*LAYOUTS[name].columns, *LAYOUTS[name].optional)
+    columns = (*FORMATS[name].columns, *FORMATS[name].optional)
     seen = tuple(column for column in columns if any(column in row for _, row in rows))
     return TextPairs(name, seen, pairs, len(rows), dropped)
 
 
-def recognise(path: Path, rows: NumberedRows, layout: LayoutName | None) -> LayoutName:
-    """The layout of the first row, or the one given if it fits.
+def recognise(path: Path, rows: NumberedRows, format: FormatName | None) -> FormatName:
+    """The format of the first row, or the one given if it fits.
 
     Raises:
-        UserError: It fits none; says which columns were seen and which layouts exist.
+        UserError: It fits none; says which columns were seen and which formats exist.
     """
     number, row = rows[0]
     if not isinstance(row, dict):
         raise UserError(f"{place(path, number)}: expected an object with named columns, found {type(row).__name__}.")
     seen = ", ".join(f"{column} ({_kind_of(value)})" for column, value in row.items()) or "no columns"
-    if layout is not None:
-        if not LAYOUTS[layout].fits(row):
-            raise UserError(f"{path}: data.layout={layout} needs {LAYOUTS[layout]}; the first row has {seen}.")
-        return layout
-    for name, candidate in LAYOUTS.items():
+    if format is not None:
+        if not FORMATS[format].fits(row):
+            raise UserError(f"{path}: data.format={format} needs {FORMATS[format]}; the first row has {seen}.")
+        return format
+    for name, candidate in FORMATS.items():
         if candidate.fits(row) and not (candidate.alone and candidate.has_others(row)):
             return name
-    known = "; ".join(f"{name}: {candidate}" for name, candidate in LAYOUTS.items())
+    known = "; ".join(f"{name}: {candidate}" for name, candidate in FORMATS.items())
     raise UserError(
-        f"{path}: not a known layout of preference pairs; the first row has {seen}; rename its columns to one of "
-        f"{known}; or force one with data.layout=NAME."
+        f"{path}: not a known format of preference pairs; the first row has {seen}; rename its columns to one of "
+        f"{known}; or force one with data.format=NAME."
     )
 
 
@@ -302,7 +302,7 @@ def _optional_text(row: Row, column: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Format:
     """One way preference pairs are written down.
 
     Attributes:
@@ -334,41 +334,41 @@ def _answers(kind: str) -> dict[str, str]:
     return {"chosen": kind, "rejected": kind}
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "trl": Layout({"prompt": "string", **_answers("string")}, _explicit),
-    "trl_messages": Layout({"prompt": "turns", **_answers("turns")}, _explicit),
-    "ultrafeedback_binarized": Layout({"prompt": "string", **_answers("turns")}, _ultrafeedback),
-    "llama_factory": Layout(
+FORMATS: dict[FormatName, Format] = {
+    "trl": Format({"prompt": "string", **_answers("string")}, _explicit),
+    "trl_messages": Format({"prompt": "turns", **_answers("turns")}, _explicit),
+    "ultrafeedback_binarized": Format({"prompt": "string", **_answers("turns")}, _ultrafeedback),
+    "llama_factory": Format(
         {"instruction": "string", **_answers("string")}, _alpaca, optional=("input", "history", "system")
     ),
-    "llama_factory_sharegpt": Layout(
+    "llama_factory_sharegpt": Format(
         {"conversations": "turns", **_answers("turn")}, partial(_explicit, prompt="conversations")
     ),
-    "llama_factory_openai": Layout({"messages": "turns", **_answers("turn")}, partial(_explicit, prompt="messages")),
-    "nemo_rl": Layout({"context": "string or turns", "completions": "ranked completions"}, _ranked),
-    "nemo_rl_binary": Layout({"prompt": "turns", **_answers("string")}, _explicit),
-    "hh_rlhf": Layout(_answers("transcript"), _transcripts),
-    "trl_implicit_prompt": Layout(_answers("string"), _implicit_string, alone=True),
-    "trl_implicit_prompt_messages": Layout(_answers("turns"), _implicit_turns),
+    "llama_factory_openai": Format({"messages": "turns", **_answers("turn")}, partial(_explicit, prompt="messages")),
+    "nemo_rl": Format({"context": "string or turns", "completions": "ranked completions"}, _ranked),
+    "nemo_rl_binary": Format({"prompt": "turns", **_answers("string")}, _explicit),
+    "hh_rlhf": Format(_answers("transcript"), _transcripts),
+    "trl_implicit_prompt": Format(_answers("string"), _implicit_string, alone=True),
+    "trl_implicit_prompt_messages": Format(_answers("turns"), _implicit_turns),
 }
 """In the order in which they are tried: those with a prompt of its own first."""
 
 
-def _pair(layout: Layout, number: int, row: Any) -> TextPair:
+def _pair(format: Format, number: int, row: Any) -> TextPair:
     """Check one row and read it."""
     if not isinstance(row, dict):
         raise _Malformed(f"expected an object with named columns, found {type(row).__name__}")
-    missing = [column for column in layout.columns if row.get(column) is None]
+    missing = [column for column in format.columns if row.get(column) is None]
     if missing:
         raise _Malformed(f"{' and '.join(missing)} missing; the row has {', '.join(map(str, row)) or 'no columns'}")
-    for column, kind in layout.columns.items():
+    for column, kind in format.columns.items():
         if not KINDS[kind](row[column]):
             raise _Malformed(f"'{column}' must hold {kind}, found {_kind_of(row[column])}")
     if any(row.get(column) for column in ("images", "videos", "audios")):
         raise _Unusable("images, videos or sound belong to the row")
     if row.get("tools") not in (None, "", "[]", []):
         raise _Unusable("tools belong to the row")
-    turns, chosen, rejected = layout.read(row)
+    turns, chosen, rejected = format.read(row)
     return _checked(TextPair((*_system(row, turns), *turns), chosen, rejected, number))
 
 

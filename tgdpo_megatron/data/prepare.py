@@ -30,7 +30,8 @@ from tgdpo_megatron.data.tokenizer import (
 )
 from tgdpo_megatron.errors import UserError
 
-FORMAT = 2
+VERSION = 3
+"""Of a folder of prepared pairs."""
 LENGTH_BINS = tuple(2**power for power in range(4, 16))
 """Largest length of each bin of the histograms, in tokens; one more bin holds what is longer."""
 
@@ -42,7 +43,8 @@ class Summary:
     source: str
     rows: int = 0
     pairs: int = 0
-    layout: str = ""
+    format: str = ""
+    """How the rows were written down: a name in data/formats.py."""
     columns: list[str] = field(default_factory=list)
     """Those that were read."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
@@ -57,11 +59,11 @@ class Summary:
     template: str = ""
     max_length: int = 0
     pairs_hash: str = ""
-    format: int = FORMAT
+    version: int = VERSION
 
     def read_as(self) -> str:
         """How the rows were understood, in one line."""
-        return f"read as {self.layout} (columns {', '.join(self.columns)})"
+        return f"read as {self.format} (columns {', '.join(self.columns)})"
 
     def sentences(self) -> str:
         """What became of the rows, in one line."""
@@ -119,14 +121,14 @@ def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path
 
     Raises:
         UserError: What read_pairs refuses; no pair left; a prepared folder made by another tokenizer,
-            template, layout or length limit.
+            template, format or length limit.
     """
     if is_prepared(source):
         prepared = load_prepared(source)
         _check_identity(prepared.summary, source, tokenizer, config)
         _check_hashes(prepared, source)
         return prepared
-    prepared = _tokenise(read_pairs(source, config.layout), source, tokenizer, config.max_length)
+    prepared = _tokenise(read_pairs(source, config.format), source, tokenizer, config.max_length)
     _save(prepared, folder)
     return load_prepared(folder)
 
@@ -139,12 +141,12 @@ def is_prepared(source: Path) -> bool:
 def source_hash(config: DataConfig, source: Path, tokenizer: Any) -> str:
     """SHA-256 of everything that shapes the tokenised pairs of a file or of a saved `datasets` folder.
 
-    The layout is hashed as the configuration gives it: where it is recognised, the content decides it.
+    The format is hashed as the configuration gives it. Where it is recognised, the content decides it.
 
     Raises:
         UserError: No such source.
     """
-    parts = [tokenizer_hash(tokenizer), template_hash(tokenizer), config.layout, config.max_length, FORMAT]
+    parts = [tokenizer_hash(tokenizer), template_hash(tokenizer), config.format, config.max_length, VERSION]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for path in source_files(source):
         with path.open("rb") as file:
@@ -164,8 +166,15 @@ def load_prepared(folder: Path) -> PreparedPairs:
         UserError: Not such a folder, or an unreadable one.
     """
     try:
-        summary = Summary(**json.loads((folder / "summary.json").read_text()))
+        content = json.loads((folder / "summary.json").read_text())
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{folder}: the pairs were prepared by another version of this program; prepare them again."
+            )
+        summary = Summary(**content)
         arrays = load_file(folder / "pairs.safetensors")
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder}: not a folder of prepared pairs ({str(error).splitlines()[0]}).") from None
     return PreparedPairs(summary=summary, **arrays)
@@ -173,13 +182,12 @@ def load_prepared(folder: Path) -> PreparedPairs:
 
 def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: DataConfig) -> None:
     expected = {
-        "format": FORMAT,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "max_length": config.max_length,
     }
-    if config.layout is not None:
-        expected["layout"] = config.layout
+    if config.format is not None:
+        expected["format"] = config.format
     for name, value in expected.items():
         if getattr(summary, name) != value:
             raise UserError(f"{source}: the prepared pairs were made with another {name}; prepare them again.")
@@ -198,7 +206,7 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, max_length: int) -
     summary = Summary(
         source=str(source),
         rows=texts.rows,
-        layout=texts.layout,
+        format=texts.format,
         columns=list(texts.columns),
         dropped={reason: list(rows) for reason, rows in texts.dropped.items()},
         tokenizer=tokenizer_hash(tokenizer),
@@ -221,7 +229,7 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, max_length: int) -
         summary.response_tokens += len(chosen) + len(rejected)
     if not sequences:
         reasons = ", ".join(f"{len(dropped)} {reason}" for reason, dropped in summary.dropped.items())
-        raise UserError(f"{source}: no pair is left to train on ({reasons}; the data is read as {texts.layout}).")
+        raise UserError(f"{source}: no pair is left to train on ({reasons}; the data is read as {texts.format}).")
     lengths = np.asarray([len(sequence) for sequence in sequences])
     summary.pairs, summary.longest_sequence = len(rows), int(lengths.max())
     prompts = np.asarray(prompt_lengths)

@@ -66,7 +66,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             return torch.cat(states, dim=1) if self.frozen else states[0]
         return labelled_logprobs(
             [(state, model.output_weight()) for state, model in zip(states, models, strict=True)],
-            batch.rows,
+            batch.predictors,
             batch.labels,
             vocab_size=self.description.vocab_size,
             sequence_parallel=self.config.sequence_parallel,

@@ -35,7 +35,7 @@ from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_prod
 
 def labelled_logprobs(
     models: Sequence[tuple[Tensor, Tensor]],
-    rows: Tensor,
+    predictors: Tensor,
     labels: Tensor,
     *,
     vocab_size: int,
@@ -49,7 +49,7 @@ def labelled_logprobs(
         models: (hidden states, output weight) of the policy, then of frozen models. Hidden states are
             [S, 1, H], S cut over the tensor-parallel ranks under sequence parallelism; weights [V, H].
             Gradient flows to the first model alone.
-        rows: Which hidden state predicts each label. [R] int64.
+        predictors: Which hidden state predicts each label. [R] int64.
         labels: Token ids. [R] int64.
         vocab_size: Real vocabulary size; columns beyond it are padding.
         sequence_parallel: Whether hidden states are cut along S.
@@ -60,25 +60,27 @@ def labelled_logprobs(
         [k, R] fp32, or [k + 1, R]. Only row 0, and the divergence, carry gradient.
     """
     (states, weight), *others = models
-    frozen = [(_labelled_rows(theirs.detach(), rows, sequence_parallel, group), matrix) for theirs, matrix in others]
+    frozen = [
+        (_labelled_states(theirs.detach(), predictors, sequence_parallel, group), matrix) for theirs, matrix in others
+    ]
     shard = VocabShard.of(weight, vocab_size, group)
-    hidden = _labelled_rows(states, rows, sequence_parallel, group)
+    hidden = _labelled_states(states, predictors, sequence_parallel, group)
     policy, constants, log_normalisers = LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, frozen, labels, shard, torch.is_grad_enabled()
     )
-    rows_of_result = [policy[None], constants]
+    results = [policy[None], constants]
     if divergence:
         apart = Divergence.apply(hidden, weight, frozen[0], log_normalisers[:2], shard)  # type: ignore[no-untyped-call]
-        rows_of_result.append(apart[None])
-    return torch.cat(rows_of_result)
+        results.append(apart[None])
+    return torch.cat(results)
 
 
-def _labelled_rows(states: Tensor, rows: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
+def _labelled_states(states: Tensor, predictors: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
     """Hidden states of the labelled tokens on every tensor-parallel rank. [S, 1, H] -> [R, H]."""
     if sequence_parallel:
         states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=group)
-        return states.squeeze(1).index_select(0, rows)
-    return copy_to_tensor_model_parallel_region(states.squeeze(1).index_select(0, rows), group=group)
+        return states.squeeze(1).index_select(0, predictors)
+    return copy_to_tensor_model_parallel_region(states.squeeze(1).index_select(0, predictors), group=group)
 
 
 class LabelledLogProbs(torch.autograd.Function):

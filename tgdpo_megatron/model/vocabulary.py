@@ -41,9 +41,9 @@ class VocabShard:
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(values, op=op, group=self.group)
 
-    def tiles(self, rows: int, device: torch.device) -> Iterator[slice]:
-        """Column ranges whose logits for `rows` tokens fit the tile budget."""
-        width = max(MIN_TILE_COLUMNS, TILE_ELEMENTS[device.type] // max(1, rows))
+    def tiles(self, tokens: int, device: torch.device) -> Iterator[slice]:
+        """Column ranges whose logits for so many `tokens` fit the tile budget."""
+        width = max(MIN_TILE_COLUMNS, TILE_ELEMENTS[device.type] // max(1, tokens))
         for first in range(0, self.columns, width):
             yield slice(first, min(first + width, self.columns))
 

@@ -24,7 +24,8 @@ from tgdpo_megatron.scores.store import Key
 from tgdpo_megatron.scores.texts import check_text
 
 DEFAULT = Path(__file__).parent / "prompts" / "refine.yaml"
-SIDES = ("better", "worse")
+KINDS = ("better", "worse")
+"""Of prompts: one asks for a better response, one for a worse."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class ContrastivePrompts:
         """SHA-256 of both."""
         return hashlib.sha256(f"{self.better}\0{self.worse}".encode()).hexdigest()
 
-    def turn(self, side: str, instruction: str, response: str) -> str:
+    def turn(self, kind: str, instruction: str, response: str) -> str:
         """The user turn that asks for a better or a worse response."""
         given = {"{instruction}": instruction, "{response}": response}
-        template: str = getattr(self, side)
+        template: str = getattr(self, kind)
         return re.sub(r"\{instruction\}|\{response\}", lambda found: given[found[0]], template)
 
 
@@ -60,16 +61,16 @@ def read_prompts(path: Path | None) -> ContrastivePrompts:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
-    if not isinstance(content, dict) or set(content) != set(SIDES):
+    if not isinstance(content, dict) or set(content) != set(KINDS):
         raise UserError(f"{path}: expected the two templates 'better' and 'worse', and nothing else.")
-    for side, template in content.items():
+    for kind, template in content.items():
         if not isinstance(template, str) or "{instruction}" not in template:
             raise UserError(
-                f"{path}: the template '{side}' has no placeholder {{instruction}}; put it where the task goes."
+                f"{path}: the template '{kind}' has no placeholder {{instruction}}; put it where the task goes."
             )
         for unknown in set(re.findall(r"\{\w*\}", template)) - {"{instruction}", "{response}"}:
             raise UserError(
-                f"{path}: the template '{side}' has an unknown placeholder {unknown}; known are {{instruction}} and "
+                f"{path}: the template '{kind}' has an unknown placeholder {unknown}; known are {{instruction}} and "
                 "{response}."
             )
     if ("{response}" in content["better"]) != ("{response}" in content["worse"]):
@@ -111,15 +112,15 @@ def contrastive_sequences(
         *before, last = text.messages
         for side, response in enumerate((text.chosen, text.rejected)):
             ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
-            of_side = {}
-            for name in SIDES:
-                turn = {"role": last["role"], "content": prompts.turn(name, last["content"], response)}
-                of_side[name] = encode_prompt(tokenizer, [*before, turn])[1]
-            names = [Key(data.hashes[pair].tobytes(), side, name) for name in SIDES]
-            if max(map(len, of_side.values())) + len(ids) > longest:
+            prompted = {}
+            for kind in KINDS:
+                turn = {"role": last["role"], "content": prompts.turn(kind, last["content"], response)}
+                prompted[kind] = encode_prompt(tokenizer, [*before, turn])[1]
+            names = [Key(data.hashes[pair].tobytes(), side, kind) for kind in KINDS]
+            if max(map(len, prompted.values())) + len(ids) > longest:
                 too_long += names  # both: a reward is their difference
                 continue
-            for key, prompt in zip(names, of_side.values(), strict=True):
+            for key, prompt in zip(names, prompted.values(), strict=True):
                 sequences.append(np.concatenate([np.asarray(prompt, dtype=np.int32), ids]))
                 prompt_lengths.append(len(prompt))
                 rows.append(data.rows[pair])

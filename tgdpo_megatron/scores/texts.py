@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from tgdpo_megatron.config import LayoutName
+from tgdpo_megatron.config import FormatName
 from tgdpo_megatron.data.formats import TextPair, read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response
@@ -24,7 +24,7 @@ def read_texts(data: PreparedPairs) -> list[TextPair]:
             f"{source}: the pairs were tokenised from there and their text is needed, but it is gone; put it back, or "
             "prepare the pairs again from where it is now."
         )
-    texts = {text.row: text for text in read_pairs(source, cast(LayoutName, data.summary.layout)).pairs}
+    texts = {text.row: text for text in read_pairs(source, cast(FormatName, data.summary.format)).pairs}
     for pair in range(len(data)):
         if int(data.rows[pair]) not in texts:
             raise _changed(data, pair)
