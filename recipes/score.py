@@ -1,4 +1,4 @@
-"""Run score: `python -m recipes.score --recipe NAME [--conf FILE] [--nproc-per-node N] [key=value ...]`."""
+"""Run score: `python -m recipes.score (--recipe NAME | --conf FILE) [--nproc-per-node N] [key=value ...]`."""
 
 import os
 

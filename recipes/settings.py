@@ -14,6 +14,7 @@ import yaml
 from recipes import tgdpo, tiny, treg
 from tgdpo_megatron.config import Config, complete, load
 from tgdpo_megatron.errors import CommandLine, UserError
+from tgdpo_megatron.losses import check_declarations
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
@@ -27,13 +28,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
         tgdpo.tgdpo_llama3_8b_armorm,
         tgdpo.dpo_llama32_3b,
         tgdpo.tgdpo_llama32_3b,
-        tgdpo.dpo_gemma2_2b,
-        tgdpo.tgdpo_gemma2_2b,
         treg.dpo_reg_llama3_8b,
         treg.simpo_reg_llama3_8b,
-        treg.simpo_reg_gemma2_9b,
     )
 }
+
+DEFAULT = "tgdpo_tiny"
 
 
 def read_command_line(program: str, description: str, arguments: Sequence[str] | None = None) -> tuple[Config, int]:
@@ -52,16 +52,20 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default="tgdpo_tiny", help=f"one of: {', '.join(RECIPES)}")
-    parser.add_argument("--conf", type=Path, help="YAML file with what this experiment changes")
+    parser.add_argument(
+        "--recipe", help=f"one of {', '.join(RECIPES)}; default: the one that --conf names, else {DEFAULT}"
+    )
+    parser.add_argument("--conf", type=Path, help="YAML file: its recipe, and what this experiment changes")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks to start on this machine")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="settings, e.g. loss.beta=0.05")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
-    config = _recipe(parsed.recipe)
+    check_declarations()
+    experiment = {} if parsed.conf is None else _read_yaml(parsed.conf)
+    config = _recipe(experiment.pop("recipe", None), parsed.recipe, parsed.conf)
     if parsed.conf is not None:
-        config = load(config, _read_yaml(parsed.conf), where=str(parsed.conf))
+        config = load(config, experiment, where=str(parsed.conf))
     for change in parsed.changes:
         config = load(config, _nested(change), where="command line")
     return complete(config, where="the settings"), parsed.nproc_per_node
@@ -72,18 +76,34 @@ def _all_settings() -> str:
     lines = ["settings:"]
     for group, field in Config.model_fields.items():
         for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
-            lines.append(f"  {group}.{name}={setting.default}")
+            lines.append(f"  {group}.{name}" + ("" if setting.default is None else f"={setting.default}"))
             lines += textwrap.wrap(
                 " ".join((setting.description or "").split()), 96, initial_indent=6 * " ", subsequent_indent=6 * " "
             )
     return "\n".join(lines)
 
 
-def _recipe(name: str) -> Config:
+def _recipe(named: Any, given: str | None, conf: Path | None) -> Config:
+    """The recipe that the experiment file names, or --recipe.
+
+    Args:
+        named: What the file says, if there is one and it says something.
+        given: --recipe.
+
+    Raises:
+        UserError: The file names none and neither does the command line, both do and differ, or there is no recipe of
+            that name.
+    """
+    if named is not None and given is not None and named != given:
+        raise UserError(f"{conf}: its recipe is {named}, but --recipe {given} was given; leave --recipe out.")
+    if named is None and given is None and conf is not None:
+        raise UserError(f"{conf}: names no recipe; add 'recipe: NAME' as its first key, one of {', '.join(RECIPES)}.")
+    name = str(named or given or DEFAULT)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(RECIPES)}."
-        raise UserError(f"--recipe {name}: no such recipe; {hint}")
+        hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}."
+        where = f"{conf}: recipe: {name}" if named is not None else f"--recipe {name}"
+        raise UserError(f"{where}: no such recipe; {hint}")
     return RECIPES[name]()
 
 

@@ -1,4 +1,4 @@
-"""The four settings of TGDPO (arXiv 2506.14574), each with the DPO run that makes its guidance model.
+"""Three of the four settings of TGDPO (arXiv 2506.14574), each with the DPO run that makes its guidance model.
 
 First `dpo_X`, then `python -m recipes.score --recipe tgdpo_X` with its checkpoint as model.guidance, then `tgdpo_X`,
 which starts from the same model as the guidance did, not from the guidance. "YAML" is the one configuration that the
@@ -11,21 +11,20 @@ TGDPO runs:
   1 ± 0.005 times the guidance's log-ratio, which is nearly DPO; for it, set loss.beta=0.01.
 - beta_r is beta, as in the authors' code, which scales r̂ by the beta in training and not by the guidance's own.
 - alpha 0.5, 1 and 2 are in the notes: larger ones only converge faster (best at the end, at step 60 and at step 50).
-- Nothing is published of the other three settings; they take the YAML's values.
+- Nothing is published of the other settings; they take the YAML's values.
 
 Guidance runs:
 
 - beta 0.01: notes. The main result is the one with that guidance (43.9 AlpacaEval 2; with beta 0.1 42.8).
 - lr: SimPO's README, best for DPO: 7e-7 for PairRM's pairs ("Llama3-Instruct"), 3e-7 for ArmoRM's ("v0.2"). It has no
-  other Llama, and no small Gemma-2: 3e-7 for Llama-3.2-3B is derived (ArmoRM's pairs), 5e-7 for Gemma-2-2B is its
-  Gemma-2-9B's.
+  other Llama: 3e-7 for Llama-3.2-3B is derived (ArmoRM's pairs).
 - The authors' own `stage: dpo` is no DPO: a function changed for TGDPO turned it into a mean over token places.
 
-The authors' templates differ from the tokenizers' own, which are used here: theirs has no system turn for Llama-3.2,
-and ends Gemma's answers with <eos>, without <end_of_turn>.
+The authors' template for Llama-3.2 differs from the tokenizer's own, which is used here: theirs has no system turn.
+The fourth setting, Gemma-2-2B-it, has no recipe: that family of models is not supported yet.
 """
 
-from recipes.ultrafeedback import gemma2_2b, llama3_8b, llama32_3b
+from recipes.ultrafeedback import llama3_8b, llama32_3b
 from tgdpo_megatron.config import Config, LossConfig
 
 
@@ -57,22 +56,6 @@ def dpo_llama32_3b() -> Config:
 def tgdpo_llama32_3b() -> Config:
     """Llama-3.2-3B-Instruct, pairs chosen by ArmoRM. Values of the YAML, which is of Llama-3-8B's."""
     return llama32_3b(_tgdpo(), lr=7e-7)
-
-
-def dpo_gemma2_2b() -> Config:
-    """Guidance for Gemma-2-2B-it, ArmoRM. beta: notes; lr: derived from SimPO's README.
-
-    A configuration only: Gemma-2 is not supported yet, and its conversion is refused by architecture.
-    """
-    return gemma2_2b(_guidance(), lr=5e-7)
-
-
-def tgdpo_gemma2_2b() -> Config:
-    """Gemma-2-2B-it, pairs chosen by ArmoRM. Values of the YAML, which is of Llama-3-8B's.
-
-    A configuration only: Gemma-2 is not supported yet, and its conversion is refused by architecture.
-    """
-    return gemma2_2b(_tgdpo(), lr=7e-7)
 
 
 def _guidance() -> LossConfig:

@@ -1,4 +1,4 @@
-"""Run train: `python -m recipes.train --recipe NAME [--conf FILE] [--nproc-per-node N] [key=value ...]`."""
+"""Run train: `python -m recipes.train (--recipe NAME | --conf FILE) [--nproc-per-node N] [key=value ...]`."""
 
 import os
 

@@ -5,17 +5,15 @@ the worst by a reward model as the pair. Values, and where they are from:
 
 - 128 pairs per step, cosine, warm-up 0.1, length 2048, bf16, seed 42: SimPO's configurations; TGDPO's YAML agrees.
 - AdamW with HuggingFace's defaults (0.9, 0.999, 1e-8, no decay, norm 1.0), which the authors leave as they are.
-- train_iters 467: one epoch. SimPO's Llama-3 pairs are 59.9 thousand (its Gemma-2 pairs 59.6), which is 467 full
-  batches (465); with other pairs, set it to their number over 128. lr_warmup_iters 47: a tenth, rounded up.
+- train_iters 467: one epoch. SimPO's Llama-3 pairs are 59.9 thousand, which is 467 full batches; with other pairs, set
+  it to their number over 128. lr_warmup_iters 47: a tenth, rounded up.
 - save_interval 60: TGDPO's YAML; SimPO saves at the end only.
 - Prompts: both cap them at 1800 tokens (in TGDPO's code that setting is never read). Here a sequence that is too long
   loses the start of its prompt.
 
 The layouts are ours, by the arithmetic of `python -m tools.plan` (local layers, fullest rank, longest pairs), not
 measured on a GPU. Recomputing core attention alone frees next to nothing, so nothing is recomputed; where memory is
-short, halve micro_batch_tokens (a pair needs at most 4096), then train.recompute=full. For Gemma-2, which the planner
-does not know, by hand, for n = N/TP parameters on a GPU, in bytes: policy 6 n + 12 n/DP, a live frozen model 2 n,
-activations L (12 H + 4 H·groups/heads + 6 F + 4 H)/TP per token.
+short, halve micro_batch_tokens (a pair needs at most 4096), then train.recompute=full.
 """
 
 from tgdpo_megatron.config import (
@@ -41,24 +39,12 @@ def llama32_3b(loss: LossConfig, *, lr: float) -> Config:
     return _one_epoch(loss, lr, tensor_parallel=1)
 
 
-def gemma2_2b(loss: LossConfig, *, lr: float) -> Config:
-    """Gemma-2-2B at DP8."""
-    # N 2.61e9: policy 15.7 + 3.9, live reference 5.2, 8192 tokens × 2.52 MB = 20.6; 45.4 GB.
-    return _one_epoch(loss, lr, tensor_parallel=1)
-
-
-def gemma2_9b(loss: LossConfig, *, lr: float) -> Config:
-    """Gemma-2-9B at TP2 DP4. With scores from files; a live reference would be 9.2 GB more."""
-    # N 9.24e9: policy 27.7 + 13.9, 8192 tokens × 3.16 MB = 25.9; 67.5 GB.
-    return _one_epoch(loss, lr, tensor_parallel=2)
-
-
 def _one_epoch(loss: LossConfig, lr: float, *, tensor_parallel: int) -> Config:
     return Config(
         parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel, sequence_parallel=tensor_parallel > 1),
         loss=loss,
         # Token rewards are scored once, before the run; DPO's reference is used once, so it runs beside the policy.
-        scores=ScoresConfig(source="cached" if loss.source else "live"),
+        scores=ScoresConfig(source="cached" if loss.reward_source else "live"),
         data=DataConfig(max_length=2048),
         optimizer=OptimizerConfig(lr=lr, lr_warmup_iters=47, overlap_grad_reduce=True, overlap_param_gather=True),
         train=TrainConfig(train_iters=467, global_batch_size=128, micro_batch_tokens=8192, save_interval=60),

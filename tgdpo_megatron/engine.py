@@ -1,20 +1,21 @@
-"""Build what a step needs: this rank's part of the policy, the frozen models that ride with it, the optimizer."""
+"""What a step needs and does: this rank's part of the policy, the frozen models that ride with it, the optimizer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from tgdpo_megatron.checkpoint.state import load_weights
 from tgdpo_megatron.config import Config
@@ -22,8 +23,11 @@ from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.report.metrics import Sums, add_up, names_for
 
-Pass = Callable[[], list[Any]]
+LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Sums]]
+"""(what the model returns on the last stage, its micro-batch) -> sum of the losses over pairs, the number of pairs,
+sums to report. Megatron divides once, by the number of pairs of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,63 @@ class Engine:
     Attributes:
         chunks: The policy's pipeline chunks, without wrapping. Frozen models ride inside.
         policy: The same chunks under Megatron's data parallelism.
+        loss: Turns what the last stage returns into a loss.
     """
 
     config: Config
-
     chunks: list[PreferenceGPT]
     policy: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    loss: LossFunction
 
-    def over(self, forward_step: Callable[..., Any], batches: Sequence[Batch], **settings: Any) -> Pass:
-        """A pass of the policy over some micro-batches; see pipeline_pass."""
-        stacked = 1 + len(self.chunks[0].frozen)
-        return pipeline_pass(self.policy, forward_step, batches, self.config, stacked=stacked, **settings)
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Run this rank's micro-batches forward and backward; the gradients are then in the policy. Collective.
 
-    def find_scales(self, forward_step: Callable[..., Any], batches: Sequence[Batch]) -> None:
-        """One training pass whose gradients are dropped: delayed FP8 scaling takes its scales from earlier ones."""
-        self.over(forward_step, batches)()
+        Returns:
+            What the loss reports, summed over all micro-batches of all ranks.
+        """
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Run this rank's micro-batches forward alone. Collective.
+
+        Returns:
+            As forward_backward.
+        """
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> dict[str, float]:
+        sums = run_pipeline(
+            self.policy,
+            self.forward_step,
+            batches,
+            self.config,
+            stacked=1 + len(self.chunks[0].frozen),
+            forward_only=forward_only,
+        )
+        last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return add_up(
+            sums,
+            names=names_for(self.config.loss),
+            counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+            device=self.device,
+        )
+
+    def forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """What one stage does with a micro-batch: its output, and how the last stage turns that into a loss."""
+        batch = next(batches)
+        return model(batch), lambda output: self.loss(output, batch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's part of the model is."""
+        return next(self.chunks[0].parameters()).device
+
+    def find_scales(self, batches: Sequence[Batch]) -> None:
+        """One training pass whose gradients are dropped: delayed FP8 scaling takes its scales from earlier passes."""
+        self.forward_backward(batches)
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -80,10 +124,13 @@ class Engine:
         return norm, learning_rate
 
 
-def build_engine(config: Config, description: ModelDescription, *, start: Path | None, frozen: list[Path]) -> Engine:
+def build_engine(
+    config: Config, description: ModelDescription, *, loss: LossFunction, start: Path | None, frozen: list[Path]
+) -> Engine:
     """Build and load everything on this rank. Collective.
 
     Args:
+        loss: Turns what the last stage returns into a loss.
         start: Checkpoint of the policy's weights; None where they will be loaded with the training state.
         frozen: Checkpoints that ride with the policy: none (cached scores), the reference, or the reference
             and the guidance.
@@ -114,33 +161,32 @@ def build_engine(config: Config, description: ModelDescription, *, start: Path |
     if config.optimizer.overlap_grad_reduce:
         waits = [model.no_sync for model in policy]
         megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
-    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer))
+    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss)
 
 
-def pipeline_pass(
+def run_pipeline(
     models: Sequence[Any],
     forward_step: Callable[..., Any],
     batches: Sequence[Batch],
     config: Config,
     *,
     stacked: int,
-    forward_only: bool = False,
+    forward_only: bool,
     collect_non_loss_data: bool = False,
-) -> Pass:
-    """Megatron's pipeline schedule over some micro-batches, ready to be called. Calling it is collective.
+) -> list[Any]:
+    """Run Megatron's pipeline schedule over some micro-batches. Collective.
 
     Args:
         models: This rank's chunks, wrapped or not.
         forward_step: What a stage does with one micro-batch, as Megatron's schedules call it.
         stacked: Models whose hidden states travel together.
+        collect_non_loss_data: As Megatron: hand the output itself, not a loss, to what forward_step returned.
 
     Returns:
-        Uncalled, so that a formula stays five frames from the command line: a function that runs forward and (unless
-        forward_only) backward, and returns what the loss function reported for each micro-batch: on the last stage;
-        elsewhere nothing.
+        What the loss function reported for each micro-batch on the last stage; nothing elsewhere.
     """
-    return partial(
-        get_forward_backward_func(),
+    schedule = get_forward_backward_func()
+    reported: list[Any] = schedule(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in models],
         model=list(models),
@@ -151,6 +197,27 @@ def pipeline_pass(
         micro_batch_size=stacked,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
+    )
+    return reported
+
+
+@torch.no_grad()
+def token_logps(models: Sequence[Any], batches: Sequence[Batch], config: Config, *, stacked: int = 1) -> list[Tensor]:
+    """Token log-probs of some micro-batches, nats, without gradient. Collective.
+
+    Args:
+        models: This rank's chunks of a model, wrapped or not; other models may ride inside.
+        stacked: The model and those that ride with it.
+
+    Returns:
+        Of each micro-batch [stacked, R] fp32 on the last pipeline stage; nothing elsewhere.
+    """
+
+    def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        return model(next(batches)), lambda logps, non_loss_data: logps
+
+    return run_pipeline(
+        models, forward_step, batches, config, stacked=stacked, forward_only=True, collect_non_loss_data=True
     )
 
 

@@ -12,7 +12,6 @@ from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepare
 from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 from tgdpo_megatron.scores.contrastive import read_prompts
@@ -174,7 +173,7 @@ def load_data(
 def _check_budget(config: Config, pairs: PreparedPairs, source: Path) -> None:
     """Refuse a train.micro_batch_tokens that some pair does not fit."""
     budget = config.train.micro_batch_tokens
-    lengths = pairs.lengths((CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED))
+    lengths = pairs.lengths(config.loss.method.sides)
     longest = int(lengths.max())
     if budget is None or longest <= budget:
         return

@@ -30,10 +30,10 @@ from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import load_tokenizer
-from tgdpo_megatron.engine import pipeline_pass
+from tgdpo_megatron.engine import token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
-from tgdpo_megatron.methods import GIVEN_BY
+from tgdpo_megatron.losses.rewards import GIVEN_BY
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
@@ -254,11 +254,6 @@ def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[Pref
     return loaded[:1]
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """Run one micro-batch through this stage; the last stage keeps the log-probs, [k, R]."""
-    return model(next(batches)), lambda logps, non_loss_data: logps
-
-
 def _score(
     config: Config,
     ranks: Ranks,
@@ -305,20 +300,8 @@ def _rounds(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _log_probs(stacks: list[list[PreferenceGPT]], batches: list[Batch], config: Config) -> list[Tensor]:
     """Log-probs of each micro-batch, [models, R]; none but on the last stage. Collective."""
-    passes = [
-        pipeline_pass(
-            chunks,
-            forward_step,
-            batches,
-            config,
-            stacked=1 + len(chunks[0].frozen),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        for chunks in stacks
-    ]
-    with torch.no_grad():
-        return [torch.cat(logps) for logps in zip(*(run() for run in passes), strict=True)]
+    found = [token_logps(chunks, batches, config, stacked=1 + len(chunks[0].frozen)) for chunks in stacks]
+    return [torch.cat(logps) for logps in zip(*found, strict=True)]
 
 
 def _finished(pending: deque[Future[str | None]], *, most: int) -> str | None:

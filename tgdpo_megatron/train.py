@@ -1,8 +1,8 @@
 """Train a policy on preference pairs: one program, from top to bottom.
 
-check every input → build this rank's part of the models → for each step: the Megatron schedule runs all
-micro-batches, :func:`preference_loss` turns token log-probs into a sum over pairs, Megatron divides the
-gradients once by the global number of pairs, AdamW moves the weights.
+Check every input → build this rank's part of the models → for each step: the Megatron schedule runs all micro-batches,
+:class:`PreferenceLoss` turns token log-probs into a sum over pairs, Megatron divides the gradients once by the global
+number of pairs, AdamW moves the weights.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from megatron.core import parallel_state
-from torch import Tensor
 from tqdm import tqdm
 
 from tgdpo_megatron import preflight, run_folder
@@ -32,13 +29,40 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, UserError
-from tgdpo_megatron.losses import CHOSEN, REJECTED, Formula, formula, inputs_of
+from tgdpo_megatron.pair_losses import PreferenceLoss
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
-from tgdpo_megatron.report.metrics import Logger, add_up, averages, micro_batch_sums, names_for
+from tgdpo_megatron.report.metrics import Logger, averages
 
 EVALUATED_AT_ONCE = 1024
 """Validation pairs whose batches are in memory together, over all ranks."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Training or validation pairs, and their cached scores where the run reads such."""
+
+    pairs: PreparedPairs
+    scores: TokenScores | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose inputs were all found good, with this rank's part of its models.
+
+    Attributes:
+        start: The checkpoint that the run goes on from; None for a new run.
+        first: Optimizer steps done before.
+        identity: What its checkpoints say of themselves, but for weights and iteration.
+    """
+
+    output: Path
+    engine: Engine
+    training: _Part
+    validation: _Part | None
+    start: Path | None
+    first: int
+    identity: CheckpointManifest
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -48,56 +72,16 @@ def train(config: Config, ranks: Ranks) -> None:
         UserError: An input that cannot be used; nothing has been written then.
         NonFiniteError: A loss or gradient that is not finite; the last good checkpoint is kept.
     """
-    # Everything that can be wrong with the inputs is found here, before a model is built.
-    data_parallel_size = check_batch_layout(config, world_size=ranks.world_size)
-    check_fp8(config.train)
-    checkpoint = preflight.required(
-        config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from"
-    )
-    models = preflight.check_models(config)
-    frozen = preflight.carried_checkpoints(config)
-    output = preflight.required(config.train.output, "train.output", "a folder for this run")
-    with run_folder.removed_if_refused(output, is_first=ranks.is_first):
-        start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
-        data, validation = preflight.load_data(config, models.description, ranks, output / "data")
-        if config.train.global_batch_size > len(data):
-            raise UserError(
-                f"train.global_batch_size={config.train.global_batch_size} is more than the {len(data)} pairs of "
-                f"{config.data.train}; lower it."
-            )
-        scores, validation_scores = preflight.load_scores_of(config, models, data, validation)
-        identity = _identity(config, models, data, scores)
-        run_folder.check_continues(start, config, identity)
-        # This rank's part of the models.
-        initialize_model_parallel(config.parallel, config.train.seed)
-        engine = build_engine(config, models.description, start=None if start else checkpoint, frozen=frozen)
-        first = 0
-        if start is not None:
-            load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
-            first = read_manifest(start).iteration or 0
+    run = _prepare(config, ranks)
     if ranks.is_first:
-        run_folder.record(output, config, start)
-
-    # What each micro-batch goes through, and which rank counts it.
-    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    counts_here = last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
-    step = partial(forward_step, config=config, formula=formula(config.loss))
-    add = partial(add_up, names=names_for(config.loss), counts_here=counts_here, device=ranks.device)
-    cut = partial(
-        rank_batches,
-        config=config,
-        sides=(CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED),
-        rank=parallel_state.get_data_parallel_rank(),
-        ranks=data_parallel_size,
-        device=ranks.device,
-    )
-    evaluate = partial(_evaluate, engine, step, cut, add, output, data=validation, scores=validation_scores)
-    due = partial(_due, last=config.train.train_iters)
-    logger = Logger(output, active=ranks.is_first, first=first)
+        run_folder.record(run.output, config, run.start)
+    engine, output, pairs = run.engine, run.output, run.training.pairs
+    last = config.train.train_iters
+    logger = Logger(output, active=ranks.is_first, first=run.first)
     progress = tqdm(
-        range(first, config.train.train_iters),
-        initial=first,
-        total=config.train.train_iters,
+        range(run.first, last),
+        initial=run.first,
+        total=last,
         desc=config.loss.type,
         disable=not ranks.is_first,
         unit="step",
@@ -108,17 +92,18 @@ def train(config: Config, ranks: Ranks) -> None:
         started = time.monotonic()
         picked = global_batch(
             iteration,
-            num_pairs=len(data),
+            num_pairs=len(pairs),
             global_batch_size=config.train.global_batch_size,
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
-        micro_batches = cut(data, picked, scores=scores)
-        if iteration == first and config.train.fp8_recipe == "delayed":
-            engine.find_scales(step, micro_batches)
+        batches = _micro_batches(run.training, picked, config, ranks)
+        if iteration == run.first and config.train.fp8_recipe == "delayed":
+            engine.find_scales(batches)
         engine.zero_grad()
-        totals = add(engine.over(step, micro_batches)())
-        where = f"step {iteration + 1} ({_name_samples(data, picked)})"
+        totals = engine.forward_backward(batches)
+        done = iteration + 1
+        where = f"step {done} ({_name_samples(pairs, picked)})"
         _check_finite(totals, f"the loss of {where}", output)
         grad_norm, learning_rate = engine.update()
         if not math.isfinite(grad_norm):
@@ -131,88 +116,104 @@ def train(config: Config, ranks: Ranks) -> None:
             "num_padding_tokens": totals["padding"],
             "perf/seconds_per_step": time.monotonic() - started,
         }
-        done = iteration + 1
         for sentence in logger.new_warnings(config.loss, metrics):
             progress.write(f"warning: step {done}: {sentence}")
-        evaluated = evaluate(where) if due(done, config.train.eval_interval) else {}
-        metrics |= evaluated
-        if evaluated or due(done, config.train.log_interval):
+        evaluated = {}
+        if run.validation is not None and _is_due(done, config.train.eval_interval, last=last):
+            evaluated = _evaluate(engine, run.validation, config, ranks)
+            _check_finite(evaluated, f"the validation loss after {where}", output)
+            metrics |= {f"eval/{name}": value for name, value in averages(evaluated).items()}
+        if evaluated or _is_due(done, config.train.log_interval, last=last):
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
-        if due(done, config.train.save_interval):
+        if _is_due(done, config.train.save_interval, last=last):
             # Finite weights can still be useless: one forward pass tells before they are kept as a result.
-            with torch.no_grad():
-                after = add(engine.over(step, micro_batches, forward_only=True)())
-            _check_finite(after, f"the loss after {where}", output)
+            _check_finite(engine.forward(batches), f"the loss after {where}", output)
             engine.gather_weights()
             save_checkpoint(
                 output / "checkpoints" / f"iter-{done:07d}",
                 engine.chunks,
                 engine.optimizer,
                 engine.scheduler,
-                companions=checkpoint,
-                manifest=replace(identity, iteration=done),
+                companions=_start_of(config),
+                manifest=replace(run.identity, iteration=done),
             )
     logger.close()
     if ranks.is_first:
         print(f"done: {run_folder.newest_checkpoint(output)}", flush=True)
 
 
-def forward_step(batches: Iterator[Batch], model: Any, *, config: Config, formula: Formula) -> tuple[Tensor, Any]:
-    """Run one micro-batch through this stage; return its output and how the last stage turns it into a loss."""
-    batch = next(batches)
-    return model(batch), partial(preference_loss, batch=batch, config=config, formula=formula)
+def _prepare(config: Config, ranks: Ranks) -> _Run:
+    """Check everything that can be wrong with the inputs; then build this rank's part of the models. Collective.
 
-
-def preference_loss(
-    logps: Tensor, *, batch: Batch, config: Config, formula: Formula
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over pairs, number of pairs, sums to report: Megatron divides once, by the pairs of all ranks.
-
-    Args:
-        logps: Token log-probs, nats: the policy's, then those of carried models, then the divergence if the method
-            reads it. [k, R] fp32; the policy's and the divergence carry gradient.
+    Raises:
+        UserError: An input that cannot be used; the run's folder is left as it was.
     """
-    policy, *live = logps
-    riding = config.loss.carried if config.scores.source == "live" else ()
-    names = (*riding, *(name for name in config.loss.method.reads if name == "divergence"))
-    scores = batch.scores | dict(zip(names, live, strict=True))
-    inputs = inputs_of(config.loss, batch.pairs, **scores)
-    losses, margins = formula(policy, batch.pairs, **inputs)
-    sums = micro_batch_sums(
-        config.loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach(), padding=batch.padding
+    check_batch_layout(config, world_size=ranks.world_size)
+    check_fp8(config.train)
+    _start_of(config)
+    models = preflight.check_models(config)
+    frozen = preflight.carried_checkpoints(config)
+    output = preflight.required(config.train.output, "train.output", "a folder for this run")
+    with run_folder.removed_if_refused(output, is_first=ranks.is_first):
+        start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
+        pairs, validation = preflight.load_data(config, models.description, ranks, output / "data")
+        if config.train.global_batch_size > len(pairs):
+            raise UserError(
+                f"train.global_batch_size={config.train.global_batch_size} is more than the {len(pairs)} pairs of "
+                f"{config.data.train}; lower it."
+            )
+        scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
+        identity = _identity(config, models, pairs, scores)
+        run_folder.check_continues(start, config, identity)
+        initialize_model_parallel(config.parallel, config.train.seed)
+        engine = build_engine(
+            config,
+            models.description,
+            loss=PreferenceLoss(config),
+            start=None if start else _start_of(config),
+            frozen=frozen,
+        )
+        first = 0
+        if start is not None:
+            load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
+            first = read_manifest(start).iteration or 0
+    held_out = _Part(validation, validation_scores) if validation is not None else None
+    return _Run(output, engine, _Part(pairs, scores), held_out, start, first, identity)
+
+
+def _start_of(config: Config) -> Path:
+    """The checkpoint whose model is trained."""
+    return preflight.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
+
+
+def _micro_batches(part: _Part, picked: np.ndarray, config: Config, ranks: Ranks) -> list[Batch]:
+    """This data-parallel rank's micro-batches of some pairs."""
+    return rank_batches(
+        part.pairs,
+        picked,
+        config,
+        sides=config.loss.method.sides,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=parallel_state.get_data_parallel_world_size(),
+        device=ranks.device,
+        scores=part.scores,
     )
-    pairs = torch.full((), batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
-    return losses.sum(), pairs, sums
 
 
-def _due(done: int, interval: int, *, last: int) -> bool:
+def _is_due(done: int, interval: int, *, last: int) -> bool:
     """Whether something is to be done after this many steps: every `interval` (0: never), and after the last."""
     return done == last or (interval > 0 and done % interval == 0)
 
 
-def _evaluate(
-    engine: Engine,
-    step: Callable[..., Any],
-    cut: Callable[..., list[Batch]],
-    add: Callable[..., dict[str, float]],
-    output: Path,
-    where: str,
-    *,
-    data: PreparedPairs | None,
-    scores: TokenScores | None,
-) -> dict[str, float]:
-    """Metrics over all validation pairs, named eval/…; empty without validation pairs. Collective."""
-    if data is None:
-        return {}
+def _evaluate(engine: Engine, validation: _Part, config: Config, ranks: Ranks) -> dict[str, float]:
+    """What the loss reports, summed over all validation pairs. Collective."""
     totals: dict[str, float] = {}
-    with torch.no_grad():
-        for first in range(0, len(data), EVALUATED_AT_ONCE):
-            picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(data)))
-            part = add(engine.over(step, cut(data, picked, scores=scores), forward_only=True)())
-            totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
-    _check_finite(totals, f"the validation loss after {where}", output)
-    return {f"eval/{name}": value for name, value in averages(totals).items()}
+    for first in range(0, len(validation.pairs), EVALUATED_AT_ONCE):
+        picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(validation.pairs)))
+        part = engine.forward(_micro_batches(validation, picked, config, ranks))
+        totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
+    return totals
 
 
 def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:

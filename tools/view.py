@@ -71,7 +71,7 @@ def view(folder: Path, part: str, most: int) -> str:
         numbers = _numbers(config, folder, part, data, pairs, checkpoint, ranks.device)
         viewed = _viewed(config, data, pairs, numbers)
     meanings = _MEANINGS | {
-        REWARD: f"token reward from {config.loss.source}, as the loss reads it",
+        REWARD: f"token reward from {config.loss.reward_source}, as the loss reads it",
         AFTER: f"implicit reward at {checkpoint.name}" if checkpoint else "",
     }
     shades = [name for name in (REWARD, AFTER, BEFORE) if name in numbers]
@@ -128,7 +128,7 @@ def _numbers(
 
     from tgdpo_megatron import preflight
     from tgdpo_megatron.data.batch import make_batch
-    from tgdpo_megatron.losses import token_rewards
+    from tgdpo_megatron.losses.rewards import token_rewards
     from tgdpo_megatron.report.metrics import implicit_rewards
 
     batch = make_batch(data, pairs)
@@ -140,8 +140,8 @@ def _numbers(
         if name not in scores and (place := places[name]) is not None:
             scores[name] = log_probs(place)
     found: dict[str, Tensor] = {}
-    if config.loss.source is not None and set(config.loss.scores) <= set(scores):
-        found[REWARD] = token_rewards(config.loss.source, batch.pairs, scores, **config.loss.reward_options)
+    if config.loss.reward_source is not None and set(config.loss.scores) <= set(scores):
+        found[REWARD] = token_rewards(config.loss.reward_source, batch.pairs, scores, **config.loss.reward_options)
     if checkpoint is not None:
         known = {"reference": scores["reference"]} if "reference" in scores else {}
         for name, place in ((AFTER, checkpoint), (BEFORE, start)):
@@ -175,22 +175,17 @@ def token_logps(checkpoint: Path, config: Config, data: PreparedPairs, pairs: Se
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config, TrainConfig
     from tgdpo_megatron.data.batch import make_batch
-    from tgdpo_megatron.engine import pipeline_pass
+    from tgdpo_megatron.engine import token_logps
     from tgdpo_megatron.model.build import build_model, transformer_config
-    from tgdpo_megatron.score import forward_step
 
     alone = Config(train=TrainConfig(precision=config.train.precision))
     description = describe(checkpoint)
     chunks = build_model(description, transformer_config(description, alone))
     load_weights(chunks, checkpoint)
     parts = []
-    with torch.no_grad():
-        for pair in tqdm(pairs, desc=checkpoint.name, unit="pair", leave=False):
-            batch = make_batch(data, [pair]).to(device)
-            run = pipeline_pass(
-                chunks, forward_step, [batch], alone, stacked=1, forward_only=True, collect_non_loss_data=True
-            )
-            parts.append(run()[0][0].cpu())
+    for pair in tqdm(pairs, desc=checkpoint.name, unit="pair", leave=False):
+        (logps,) = token_logps(chunks, [make_batch(data, [pair]).to(device)], alone)
+        parts.append(logps[0].cpu())
     return torch.cat(parts)
 
 

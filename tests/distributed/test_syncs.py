@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.program import run_ranks
-from tgdpo_megatron.methods import METHODS
+from tgdpo_megatron.losses import LOSSES
 
-LOSSES: dict[str, dict[str, str]] = {name: {} for name in METHODS} | {"simpo_reg": {"token_rewards": "file"}}
+LOSSES: dict[str, dict[str, str]] = {name: {} for name in LOSSES} | {"simpo_reg": {"token_rewards": "file"}}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def waits(checkpoint: Path) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOSSES)
 def test_no_line_of_a_micro_batch_waits_for_the_other_side(method: str, waits: dict[str, list[str]]) -> None:
     assert waits[method] == []
 

@@ -10,7 +10,6 @@ import json
 import math
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +71,16 @@ def compare(
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.data.batch import rank_batches
     from tgdpo_megatron.engine import build_engine
-    from tgdpo_megatron.losses import formula
+    from tgdpo_megatron.pair_losses import PreferenceLoss
     from tgdpo_megatron.preflight import carried_checkpoints
-    from tgdpo_megatron.report.metrics import add_up, names_for
-    from tgdpo_megatron.train import forward_step
 
     data, config = make_pairs(), row.config(folder, scores)
     description = describe(folder / "policy")
-    engine = build_engine(config, description, start=folder / "policy", frozen=carried_checkpoints(config))
+    start = folder / "policy"
+    frozen_at = carried_checkpoints(config)
+    engine = build_engine(config, description, loss=PreferenceLoss(config), start=start, frozen=frozen_at)
     read = _from_files(config, data, frozen)
-    sides = (CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED)
+    sides = config.loss.method.sides
 
     def batches(step: int) -> Any:
         picked = np.arange(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP)
@@ -96,15 +95,12 @@ def compare(
             scores=read,
         )
 
-    def losses(some_engine: Any, some_config: Config, step: int, forward_only: bool) -> float:
-        run_micro_batch = partial(forward_step, config=some_config, formula=formula(some_config.loss))
-        sums = some_engine.over(run_micro_batch, batches(step), forward_only=forward_only)()
-        totals = add_up(sums, names=names_for(some_config.loss), counts_here=_counts_here(), device=device)
+    def mean_loss(totals: dict[str, float]) -> float:
         return totals["loss"] / totals["pairs"]
 
     errors = _token_errors(engine, config, batches(0), frozen, sides)
     engine.zero_grad()
-    found = [losses(engine, config, 0, False)]
+    found = [mean_loss(engine.forward_backward(batches(0)))]
     if not row.distributed_optimizer:  # which leaves each rank only its part of the gradient
         largest = max(float(gradient.abs().max()) for gradient in expected["gradient"].values())
         error = _worst(engine.chunks, expected["gradient"], description, gradients=True)
@@ -113,7 +109,7 @@ def compare(
     for step in range(STEPS):
         if step:
             engine.zero_grad()
-            found.append(losses(engine, config, step, False))
+            found.append(mean_loss(engine.forward_backward(batches(step))))
         norm, _ = engine.update()
         norm_errors.append(_distance(norm / expected["norms"][step], 1.0))
     errors["grad norm"] = max(norm_errors)
@@ -124,10 +120,9 @@ def compare(
     errors["weights"] = _worst(engine.chunks, expected["weights"], description, gradients=False)
 
     if scores == "live" and row.method in STARTS_AT_LN_2:  # step 0: the policy is the reference
-        start = config.model_copy(update={"loss": STARTS_AT_LN_2[row.method]})
-        same = build_engine(start, description, start=folder / "policy", frozen=[folder / "policy"])
-        with torch.no_grad():
-            errors["ln 2"] = abs(losses(same, start, 0, True) - math.log(2))
+        same_models = config.model_copy(update={"loss": STARTS_AT_LN_2[row.method]})
+        same = build_engine(same_models, description, loss=PreferenceLoss(same_models), start=start, frozen=[start])
+        errors["ln 2"] = abs(mean_loss(same.forward(batches(0))) - math.log(2))
 
     kinds = sorted(errors)
     worst = torch.tensor([errors[kind] for kind in kinds], dtype=torch.float64, device=device)
@@ -139,13 +134,6 @@ def _distance(found: torch.Tensor | float, wanted: torch.Tensor | float) -> floa
     """Largest absolute difference; infinite where one is not a number, which max() would pass over."""
     difference = torch.as_tensor(found, dtype=torch.float64).cpu() - torch.as_tensor(wanted, dtype=torch.float64)
     return float(difference.abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
-
-
-def _counts_here() -> bool:
-    from megatron.core import parallel_state
-
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    return bool(last and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
 def _from_files(config: Config, data: PreparedPairs, frozen: Scores) -> Any:
@@ -163,10 +151,9 @@ def _token_errors(
     engine: Any, config: Config, batches: Any, frozen: Scores, sides: tuple[int, ...]
 ) -> dict[str, float]:
     """Largest error of any model's token log-probs, and of the divergence, on the first step's pairs."""
-    from tgdpo_megatron.score import forward_step
+    from tgdpo_megatron.engine import token_logps
 
-    with torch.no_grad():
-        outputs = engine.over(forward_step, batches, forward_only=True, collect_non_loss_data=True)()
+    outputs = token_logps(engine.policy, batches, config, stacked=1 + len(engine.chunks[0].frozen))
     names = ["policy", *(config.loss.carried if config.scores.source == "live" else ())]
     names += ["divergence"] if "divergence" in config.loss.method.reads else []
     errors = {"divergence" if name == "divergence" else "logps": 0.0 for name in names}

@@ -36,15 +36,14 @@ def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[
 
     All see one and the same pack, of a multiple of 16 tokens.
     """
-    import torch
 
     from bench.pairs import ultrafeedback_like
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.config import Config, load
     from tgdpo_megatron.data.batch import make_batch
-    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.engine import build_engine, token_logps
+    from tgdpo_megatron.pair_losses import PreferenceLoss
     from tgdpo_megatron.platform.processes import initialize_model_parallel
-    from tgdpo_megatron.score import forward_step
 
     policy, guidance = Path(models["checkpoint"]), Path(models["guidance"])
     description = describe(policy)
@@ -54,9 +53,9 @@ def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[
     found = []
     for train in policies:
         config = load(Config(), {"train": {"precision": "bf16", **train}}, where="test")
-        engine = build_engine(config, description, start=policy, frozen=[policy, guidance])
-        with torch.no_grad():
-            (logps,) = engine.over(forward_step, [batch], forward_only=True, collect_non_loss_data=True)()
+        loss = PreferenceLoss(config)
+        engine = build_engine(config, description, loss=loss, start=policy, frozen=[policy, guidance])
+        (logps,) = token_logps(engine.policy, [batch], config, stacked=3)
         found.append(logps.tolist())
     return found
 

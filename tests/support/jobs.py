@@ -38,11 +38,10 @@ def distribution(
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config
     from tgdpo_megatron.data.batch import Batch
-    from tgdpo_megatron.engine import pipeline_pass
+    from tgdpo_megatron.engine import token_logps
     from tgdpo_megatron.losses import Pairs
     from tgdpo_megatron.model.build import build_model, transformer_config
     from tgdpo_megatron.platform.processes import initialize_model_parallel
-    from tgdpo_megatron.score import forward_step
 
     config = load(Config(), {"parallel": parallel, "train": {"precision": precision}}, where="test")
     initialize_model_parallel(config.parallel, seed=1)
@@ -62,16 +61,7 @@ def distribution(
         scores={},
         samples=(0,),
     )
-    with torch.no_grad():
-        outputs = pipeline_pass(
-            chunks,
-            forward_step,
-            [batch.to(ranks.device)],
-            config,
-            stacked=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )()
+    outputs = token_logps(chunks, [batch.to(ranks.device)], config)
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         torch.save(outputs[0][0].cpu().view(len(ids), vocab), output)
     parallel_state.destroy_model_parallel()
@@ -89,18 +79,16 @@ def packed_logps(
 ) -> list[list[list[float]]]:
     """Log-probs of every token of some sequences, packed as asked. Pack -> sequence -> token."""
     import numpy as np
-    import torch
 
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config
     from tgdpo_megatron.data.batch import make_batch
     from tgdpo_megatron.data.prepare import PreparedPairs, Summary
-    from tgdpo_megatron.engine import pipeline_pass
+    from tgdpo_megatron.engine import token_logps
     from tgdpo_megatron.losses import CHOSEN
     from tgdpo_megatron.model.build import build_model, transformer_config
     from tgdpo_megatron.platform.processes import initialize_model_parallel
-    from tgdpo_megatron.score import forward_step
 
     config = load(Config(), {"train": {"precision": precision}}, where="test")
     initialize_model_parallel(config.parallel, seed=1)
@@ -119,10 +107,7 @@ def packed_logps(
             summary=Summary(source="test"),
         )
         batch = make_batch(data, range(len(pack)), sides=(CHOSEN,)).to(ranks.device)
-        with torch.no_grad():
-            (logps,) = pipeline_pass(
-                chunks, forward_step, [batch], config, stacked=1, forward_only=True, collect_non_loss_data=True
-            )()
+        (logps,) = token_logps(chunks, [batch], config)
         found.append([logps[0][batch.pairs.pair == place].tolist() for place in range(len(pack))])
     return found
 

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
-from tgdpo_megatron.engine import Engine, build_engine, pipeline_pass
-from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
+from tgdpo_megatron.engine import Engine, build_engine, token_logps
+from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model import vocabulary
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.pair_losses import PreferenceLoss
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 
 
@@ -126,18 +127,15 @@ def _batches(ranks: Ranks, config: Config, pairs: PreparedPairs, **settings: Any
 def _train(
     ranks: Ranks, tracker: LiveBytes, config: Config, description: ModelDescription, pairs: PreparedPairs
 ) -> dict[str, int]:
-    from tgdpo_megatron.train import forward_step
-
-    engine = build_engine(config, description, start=None, frozen=[])
+    engine = build_engine(config, description, loss=PreferenceLoss(config), start=None, frozen=[])
     live = config.loss.carried if config.scores.source == "live" else ()
     carried = [build_model(description, transformer_config(description, config)) for _ in live]
     for place, chunk in enumerate(engine.chunks):
         chunk.carry([model[place] for model in carried], divergence="divergence" in config.loss.method.reads)
-    step = partial(forward_step, config=config, formula=formula(config.loss))
     batches = _batches(ranks, config, pairs)
     for _ in range(2):  # Adam's moments are made in the first step
         engine.zero_grad()
-        forward_backward = tracker.peak_of(engine.over(step, batches))
+        forward_backward = tracker.peak_of(partial(engine.forward_backward, batches))
         update = tracker.peak_of(engine.update)
     return {
         "weights and optimizer": tracker.live - sum(_bytes(batch) for batch in batches),
@@ -150,8 +148,6 @@ def _train(
 def _score(
     ranks: Ranks, tracker: LiveBytes, config: Config, description: ModelDescription, pairs: PreparedPairs
 ) -> dict[str, int]:
-    from tgdpo_megatron.score import forward_step
-
     models = [build_model(description, transformer_config(description, config)) for _ in config.loss.frozen_models]
     for chunk in (chunk for model in models for chunk in model):
         chunk.requires_grad_(False).eval()
@@ -159,17 +155,8 @@ def _score(
         chunk.carry([model[place] for model in models[1:]])
     weights = tracker.live
     batches = _batches(ranks, config, pairs)
-    run = pipeline_pass(
-        models[0],
-        forward_step,
-        batches,
-        config,
-        stacked=len(models),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    with torch.no_grad():
-        return {"weights": weights, "scoring": tracker.peak_of(run)}
+    scoring = partial(token_logps, models[0], batches, config, stacked=len(models))
+    return {"weights": weights, "scoring": tracker.peak_of(scoring)}
 
 
 def _bytes(batch: Any) -> int:

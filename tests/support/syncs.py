@@ -71,8 +71,7 @@ def record(
     from tgdpo_megatron.data.batch import make_batch
     from tgdpo_megatron.data.token_scores import TokenScores, response_starts
     from tgdpo_megatron.engine import build_engine
-    from tgdpo_megatron.losses import formula
-    from tgdpo_megatron.train import forward_step
+    from tgdpo_megatron.pair_losses import PreferenceLoss
 
     checkpoint = Path(folder)
     description = describe(checkpoint)
@@ -90,14 +89,14 @@ def record(
         if not found:
             initialize_model_parallel(config.parallel, seed=1)
         frozen = [checkpoint for _ in loss.carried] if live else []
-        engine = build_engine(config, description, start=checkpoint, frozen=frozen)
+        engine = build_engine(config, description, loss=PreferenceLoss(config), start=checkpoint, frozen=frozen)
         scores = None if live else TokenScores.of(data, dict.fromkeys(loss.scores, zeros))
         batch = make_batch(data, [0, 1], scores=scores).to(ranks.device)
         for _ in range(2 if ranks.device.type == "cuda" else 1):  # kernels are loaded by the first
             engine.zero_grad()
             engine.chunks[0].set_input_tensor([None])
             with _Waits() as waits, _device_waits(ranks.device, waits.found):
-                output, loss_of = forward_step(iter([batch]), engine.chunks[0], config=config, formula=formula(loss))
+                output, loss_of = engine.forward_step(iter([batch]), engine.chunks[0])
                 total, _, _ = loss_of(output)
                 total.backward()
             found[name] = waits.found

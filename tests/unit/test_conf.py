@@ -1,8 +1,9 @@
-"""Every YAML file loads on the recipe it is named for, and each of its lines changes something."""
+"""Every experiment file names the recipe it is called after, loads alone, and changes something in each line."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,28 +20,39 @@ def recipe_of(path: Path) -> str:
     return f"{method}_{model}"
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
-def test_conf_loads_on_its_recipe_and_fits_eight_gpus(path: Path) -> None:
-    arguments = ["--recipe", recipe_of(path), "--conf", str(path), "--nproc-per-node", "8"]
-    config, processes = read_command_line("recipes.train", "", arguments)
+def test_an_experiment_alone_is_enough_and_fits_eight_gpus(path: Path) -> None:
+    config, processes = read_command_line("recipes.train", "", ["--conf", str(path), "--nproc-per-node", "8"])
     check_batch_layout(config, world_size=processes)
+    assert config.loss.type == RECIPES[recipe_of(path)]().loss.type
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
-def test_every_line_of_conf_changes_its_recipe(path: Path) -> None:
+def test_the_first_key_of_an_experiment_is_the_recipe_of_its_name(path: Path) -> None:
+    assert next(iter(content_of(path).items())) == ("recipe", recipe_of(path))
+
+
+@pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
+def test_every_line_of_an_experiment_changes_its_recipe(path: Path) -> None:
     recipe = RECIPES[recipe_of(path)]().model_dump(mode="json")
-    for group, settings in yaml.safe_load(path.read_text()).items():
+    content = content_of(path)
+    del content["recipe"]
+    for group, settings in content.items():
         for name, value in settings.items():
             assert recipe[group][name] != value, f"{group}.{name}"
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_conf_names_its_own_output_and_the_guidance_run_of_its_model(path: Path) -> None:
-    content = yaml.safe_load(path.read_text())
+    content = content_of(path)
     assert content["train"]["output"] == f"runs/{path.stem}"
     if path.stem.startswith("tgdpo-"):
         run = path.with_name(path.name.removeprefix("tg"))
-        guidance = yaml.safe_load(run.read_text())
+        guidance = content_of(run)
         last = f"iter-{RECIPES[recipe_of(run)]().train.train_iters:07d}"
         assert content["model"]["guidance"] == f"{guidance['train']['output']}/checkpoints/{last}"
         assert content["model"]["checkpoint"] == guidance["model"]["checkpoint"]

@@ -11,7 +11,8 @@ from recipes.settings import RECIPES, read_command_line
 from tgdpo_megatron.config import Config, LossConfig, check_batch_layout, check_layout, complete, load
 from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.methods import METHODS, SOURCES
+from tgdpo_megatron.losses import LOSSES
+from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 
 
 def settings(*changes: str) -> Config:
@@ -48,12 +49,12 @@ def test_an_unknown_key_names_the_nearest(written: str, meant: str) -> None:
 
 
 def test_a_key_like_no_other_lists_what_is_known() -> None:
-    assert "known here: loss.type, loss.beta, loss.label_smoothing, " in refusal("loss.zzzzzz=1")
+    assert "known here: loss.type, loss.sft_loss_weight, " in refusal("loss.zzzzzz=1")
 
 
 def test_an_unknown_key_in_yaml_names_the_file(tmp_path: Path) -> None:
     conf = tmp_path / "experiment.yaml"
-    conf.write_text("loss: {betta: 0.2}\n")
+    conf.write_text("recipe: dpo_tiny\nloss: {betta: 0.2}\n")
     assert refusal("--conf", str(conf)) == f"{conf}: unknown key 'loss.betta'; did you mean 'loss.beta'."
 
 
@@ -206,7 +207,7 @@ def test_the_methods_defaults_are_written_out() -> None:
     assert (loss.beta_r, loss.reward_squash, loss.gamma) == (1.0, True, None)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_completing_twice_changes_nothing(name: str) -> None:
     config = complete(Config(loss=LossConfig(type=name)), where="here")
     assert complete(config, where="here") == config
@@ -217,10 +218,10 @@ def test_completing_twice_changes_nothing(name: str) -> None:
     ("name", "option"),
     [
         (name, option)
-        for name, method in METHODS.items()
+        for name, method in LOSSES.items()
         for option in LossConfig.model_fields
         if option not in ("type", "sft_loss_weight", "token_rewards", *method.options)
-        and not (method.rewards and option in SOURCES[method.rewards].options and not method.order_alone)
+        and not (method.rewards and option in REWARD_SOURCES[method.rewards].options and not method.order_alone)
     ],
 )
 def test_a_setting_that_a_method_does_not_read_is_refused(name: str, option: str) -> None:
@@ -229,7 +230,7 @@ def test_a_setting_that_a_method_does_not_read_is_refused(name: str, option: str
     assert f"loss.type={name}" in sentence and f"does not read loss.{option}=" in sentence
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.rewards])
+@pytest.mark.parametrize("name", [name for name, method in LOSSES.items() if not method.rewards])
 def test_token_rewards_are_refused_for_a_method_without(name: str) -> None:
     assert f"loss.type={name} does not read loss.token_rewards=file" in refusal(
         f"loss.type={name}", "loss.token_rewards=file"
@@ -367,3 +368,28 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(changes: Any, words:
 def test_the_old_name_of_a_setting_is_taken_and_said_to_be_old(capsys: pytest.CaptureFixture[str]) -> None:
     assert load(Config(), {"data": {"layout": "trl"}}, where="old.yaml").data.format == "trl"
     assert "old.yaml: data.layout is now called data.format" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- recipes of experiment files
+
+
+def test_an_experiment_without_a_recipe_is_refused(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("loss: {beta: 0.2}\n")
+    assert refusal("--conf", str(conf)).startswith(f"{conf}: names no recipe; add 'recipe: NAME' as its first key")
+    assert read_command_line("recipes.train", "", ["--conf", str(conf), "--recipe", "dpo_tiny"])[0].loss.beta == 0.2
+
+
+def test_an_experiment_with_an_unknown_recipe_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("recipe: tgpdo_tiny\n")
+    assert refusal("--conf", str(conf)) == f"{conf}: recipe: tgpdo_tiny: no such recipe; did you mean 'tgdpo_tiny'?"
+
+
+def test_a_recipe_that_contradicts_the_experiment_is_refused_and_the_same_one_taken(tmp_path: Path) -> None:
+    conf = tmp_path / "experiment.yaml"
+    conf.write_text("recipe: dpo_tiny\n")
+    assert refusal("--conf", str(conf), "--recipe", "tgdpo_tiny") == (
+        f"{conf}: its recipe is dpo_tiny, but --recipe tgdpo_tiny was given; leave --recipe out."
+    )
+    assert read_command_line("recipes.train", "", ["--conf", str(conf), "--recipe", "dpo_tiny"])[0].loss.type == "dpo"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tgdpo_megatron.config import LossConfig
-from tgdpo_megatron.losses import Pairs, inputs_of, pair_losses
-from tgdpo_megatron.methods import METHODS
+from tgdpo_megatron.losses import LOSSES, Pairs
+from tgdpo_megatron.pair_losses import inputs_of, pair_losses
 from tgdpo_megatron.report.metrics import Logger, averages, micro_batch_sums, names_for, warnings
 
 DPO = LossConfig(type="dpo", beta=0.1)
@@ -137,10 +137,10 @@ def test_micro_batches_add_up_to_the_whole(part_a: Any) -> None:
     assert averages(sums) == pytest.approx(metrics_of(TGDPO, *part_a), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOSSES)
 def test_ranks_that_count_nothing_know_the_names_reported(method: Any, part_a: Any) -> None:
     """Names and order must agree between ranks: they are added up as one vector."""
-    config = LossConfig(type=method, token_rewards="guidance" if METHODS[method].rewards else None)
+    config = LossConfig(type=method, token_rewards="guidance" if LOSSES[method].rewards else None)
     assert list(sums_of(config, *part_a)) == names_for(config)
 
 

@@ -11,7 +11,8 @@ import yaml
 
 from recipes.settings import RECIPES, read_command_line
 from tgdpo_megatron.config import Config, LossConfig, ParallelConfig
-from tgdpo_megatron.methods import METHODS, SOURCES
+from tgdpo_megatron.losses import LOSSES
+from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 from tgdpo_megatron.report.metrics import averages, names_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +37,8 @@ def defaults(cell: str) -> dict[str, Any]:
 def test_the_table_of_methods_has_every_type_with_its_parameters_and_defaults() -> None:
     rows = table("`loss.type`")
     written = {quoted(row["`loss.type`"])[0]: defaults(row["parameters and defaults"]) for row in rows}
-    assert written == {name: dict(method.options) for name, method in METHODS.items()}
-    assert list(written) == list(METHODS)
+    assert written == {name: dict(method.options) for name, method in LOSSES.items()}
+    assert list(written) == list(LOSSES)
 
 
 def test_the_files_of_the_methods_define_them() -> None:
@@ -58,7 +59,7 @@ def test_the_golden_numbers_named_are_there(golden: Any) -> None:
 def test_the_table_of_token_rewards_has_every_source_with_its_settings_and_defaults() -> None:
     rows = table("`loss.token_rewards`")
     written = {quoted(row["`loss.token_rewards`"])[0]: defaults(row["settings and defaults"]) for row in rows}
-    assert written == {name: dict(source.options) for name, source in SOURCES.items()}
+    assert written == {name: dict(source.options) for name, source in REWARD_SOURCES.items()}
 
 
 def test_the_table_of_token_rewards_says_whose_default_a_source_is() -> None:
@@ -66,7 +67,7 @@ def test_the_table_of_token_rewards_says_whose_default_a_source_is() -> None:
         quoted(row["`loss.token_rewards`"])[0]: quoted(row["default of"]) for row in table("`loss.token_rewards`")
     }
     assert written == {
-        source: [name for name, method in METHODS.items() if method.rewards == source] for source in SOURCES
+        source: [name for name, method in LOSSES.items() if method.rewards == source] for source in REWARD_SOURCES
     }
 
 
@@ -80,7 +81,7 @@ def test_the_settings_that_give_token_rewards_exist() -> None:
 
 def test_the_table_of_metrics_has_every_metric_of_token_rewards() -> None:
     reported: set[str] = set()
-    for name in METHODS:
+    for name in LOSSES:
         sums = dict.fromkeys(names_for(LossConfig(type=name)), 1.0)
         reported |= {metric for metric in averages(sums) if metric.startswith(("token_rewards/", "tgdpo/", "treg/"))}
     written = {name for row in table("metric") for name in quoted(row["metric"])}

@@ -34,11 +34,8 @@ TABLE = {
     "tgdpo_llama3_8b_armorm": Published("Llama-3-8B", "tgdpo", lr=7e-7, beta=0.1, alpha=0.5),
     "dpo_llama32_3b": Published("Llama-3.2-3B", "dpo", lr=3e-7, beta=0.01, scores="live"),
     "tgdpo_llama32_3b": Published("Llama-3.2-3B", "tgdpo", lr=7e-7, beta=0.1, alpha=0.5),
-    "dpo_gemma2_2b": Published("Gemma-2-2B", "dpo", lr=5e-7, beta=0.01, scores="live"),
-    "tgdpo_gemma2_2b": Published("Gemma-2-2B", "tgdpo", lr=7e-7, beta=0.1, alpha=0.5),
     "dpo_reg_llama3_8b": Published("Llama-3-8B", "dpo_reg", lr=3e-7, beta=0.01, alpha=0.25),
     "simpo_reg_llama3_8b": Published("Llama-3-8B", "simpo_reg", lr=1e-6, beta=10, alpha=0.25, gamma_beta_ratio=0.3),
-    "simpo_reg_gemma2_9b": Published("Gemma-2-9B", "simpo_reg", lr=8e-7, beta=10, alpha=0.25, gamma_beta_ratio=0.5),
 }
 
 # Shapes from the models' config.json on HuggingFace.
@@ -82,14 +79,11 @@ class Size:
     ffn: int
     heads: int
     groups: int
-    post_norms: bool = False
 
 
 SIZES = {
     "Llama-3-8B": Size(8.03e9, 32, 4096, 14336, 32, 8),
     "Llama-3.2-3B": Size(3.21e9, 28, 3072, 8192, 24, 8),
-    "Gemma-2-2B": Size(2.61e9, 26, 2304, 9216, 8, 4, post_norms=True),
-    "Gemma-2-9B": Size(9.24e9, 42, 3584, 14336, 16, 8, post_norms=True),
 }
 
 
@@ -150,7 +144,7 @@ def test_a_longest_pair_fits_a_micro_batch(name: str) -> None:
     assert 2 * config.data.max_length <= config.train.micro_batch_tokens
 
 
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.model in LLAMA])
+@pytest.mark.parametrize("name", TABLE)
 def test_megatron_takes_the_model_at_the_recipes_layout(name: str) -> None:
     from tgdpo_megatron.model.build import transformer_config
 
@@ -167,7 +161,8 @@ def test_megatron_takes_the_model_at_the_recipes_layout(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_arithmetic_of_memory_fits_80_gb_with_an_eighth_to_spare(name: str) -> None:
-    """The formulas of recipes/ultrafeedback.py, on shapes written here."""
+    """By hand, apart from the planner, in bytes: n = parameters of a GPU, 6 n + 12 n/DP for the policy, 2 n for a live
+    frozen model, and what each layer keeps of each token."""
     config, size = read(name), SIZES[TABLE[name].model]
     tensor = config.parallel.tensor_model_parallel_size
     here = size.parameters / tensor
@@ -175,7 +170,6 @@ def test_the_arithmetic_of_memory_fits_80_gb_with_an_eighth_to_spare(name: str) 
     assert size.groups % tensor == 0 and size.ffn % tensor == 0
     frozen = len(config.loss.carried) if config.scores.source == "live" else 0
     per_token = 12 * size.hidden + 4 * size.hidden * size.groups / size.heads + 6 * size.ffn
-    per_token += 4 * size.hidden * size.post_norms
     activations = config.train.micro_batch_tokens * size.layers * per_token / tensor
     needed = here * (6 + 12 / (GPUS // tensor) + 2 * frozen) + activations
     assert needed < 7 / 8 * GPU_BYTES, f"{needed / 1e9:.1f} GB"

@@ -16,7 +16,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import ScoresManifest
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN
-from tgdpo_megatron.methods import SCORE_NAMES
+from tgdpo_megatron.losses.rewards import SCORE_NAMES
 from tgdpo_megatron.scores.store import (
     Key,
     check_belongs,

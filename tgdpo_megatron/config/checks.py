@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgdpo_megatron.config.settings import Config, LossConfig
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.methods import GIVEN_BY
+from tgdpo_megatron.losses.rewards import GIVEN_BY
 
 
 def complete(config: Config, *, where: str) -> Config:
@@ -15,19 +15,19 @@ def complete(config: Config, *, where: str) -> Config:
     """
     loss = config.loss
     reads = {"type", "sft_loss_weight", *loss.method.options}
-    reads |= {"token_rewards", *loss.reward_options} if loss.source else set()
-    if loss.type == "sft":
+    reads |= {"token_rewards", *loss.reward_options} if loss.reward_source else set()
+    if not loss.method.compares:
         reads.remove("sft_loss_weight")
     for name, field in LossConfig.model_fields.items():
         value = getattr(loss, name)
         if name not in reads and value != field.default:
             method = f"loss.type={loss.type}"
-            method += f" with loss.token_rewards={loss.source}" if loss.source else ""
+            method += f" with loss.token_rewards={loss.reward_source}" if loss.reward_source else ""
             default = "null" if field.default is None else field.default
             raise UserError(
                 f"{where}: {method} does not read loss.{name}={value}; leave it out (loss.{name}={default})."
             )
-    if loss.source == "chosen" and loss.method.order_alone:
+    if loss.reward_source == "chosen" and loss.method.order_alone:
         raise UserError(
             f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, and "
             f"loss.type={loss.type} nothing to select; choose another source."
@@ -37,17 +37,18 @@ def complete(config: Config, *, where: str) -> Config:
         "validation_reward_file": "file",
         "contrastive_prompts": "contrastive",
     }.items():
-        if getattr(config.scores, name) is not None and loss.source != source:
+        if getattr(config.scores, name) is not None and loss.reward_source != source:
+            given = loss.reward_source
             raise UserError(
                 f"{where}: scores.{name} is not read by loss.type={loss.type}"
-                + (f" with loss.token_rewards={loss.source}; set that to {source}, or" if loss.source else ";")
+                + (f" with loss.token_rewards={given}; set that to {source}, or" if given else ";")
                 + f" leave scores.{name} out."
             )
     for role in GIVEN_BY:
         if getattr(config.model, role) is not None and role not in loss.frozen_models:
             raise UserError(
                 f"{where}: model.{role} is not read by loss.type={loss.type}"
-                + (f" with loss.token_rewards={loss.source}" if loss.source else "")
+                + (f" with loss.token_rewards={loss.reward_source}" if loss.reward_source else "")
                 + "; leave it out."
             )
     if loss.static_weight is not None and loss.sequence_weight != "static":
@@ -61,7 +62,7 @@ def complete(config: Config, *, where: str) -> Config:
         raise UserError(
             f"{where}: train.fp8={train.fp8} needs train.precision=bf16, which the other layers keep; set it."
         )
-    filled = loss.options | loss.reward_options | ({"token_rewards": loss.source} if loss.source else {})
+    filled = loss.options | loss.reward_options | ({"token_rewards": loss.reward_source} if loss.reward_source else {})
     if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
         raise UserError(
             f"{where}: train.fp8_recipe=blockwise takes train.fp8=e4m3, Transformer Engine's own choice for it; set it."

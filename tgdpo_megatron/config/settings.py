@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
-from tgdpo_megatron.methods import GIVEN_BY, METHODS, SCORE_NAMES, SOURCES, Method, SequenceWeight, reward_options
+from tgdpo_megatron.losses import LOSSES, Loss, Option
+from tgdpo_megatron.losses.rewards import GIVEN_BY, REWARD_SOURCES, SCORE_NAMES, reward_options
 
 FormatName = Literal[
     "trl",
@@ -61,54 +62,17 @@ class ParallelConfig(_Group):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
-class LossConfig(_Group):
-    """Which loss, and its strength. The formulas are in tgdpo_megatron/losses, the defaults in methods.py.
+class _LossSettings(_Group):
+    """Which loss, and its strength. The formulas, their options and defaults are in tgdpo_megatron/losses.
 
-    A setting left unset takes the method's default; one that the method does not read is refused.
+    A setting left unset takes the default of the loss; one that the loss does not read is refused.
     """
 
-    type: Literal[
-        "sft",
-        "dpo",
-        "dpo_norm",
-        "robust",
-        "hinge",
-        "ipo",
-        "ipo_sum",
-        "simpo",
-        "tgdpo",
-        "tdpo1",
-        "tdpo2",
-        "sepo",
-        "dpo_reg",
-        "simpo_reg",
-    ] = "tgdpo"
-    """`sft`: likelihood of the chosen response. `dpo`; `dpo_norm`: per token; `robust`, `hinge`, `ipo` (per token),
-    `ipo_sum`: other losses on DPO's margin. `simpo`: per token, no reference. `tgdpo`: DPO with every token weighted by
-    its reward. `tdpo1`, `tdpo2`: with the divergence from the reference. `sepo`: on the tokens of highest and lowest
-    reward. `dpo_reg`, `simpo_reg`: T-REG."""
-    beta: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Inverse temperature, unitless."""
-    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
-    """dpo, dpo_norm, simpo, robust: probability that a pair's label is wrong."""
-    gamma_beta_ratio: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """simpo, simpo_reg: margin that is asked for, over beta."""
-    alpha: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """tgdpo: strength of r̂ in a token's weight; 0 is DPO. tdpo2: of the divergence. dpo_reg, simpo_reg: of the
-    regulariser. Unitless."""
-    sequence_weight: SequenceWeight | None = None
-    """dpo_reg, simpo_reg: weight of a pair's regulariser: σ(−margin), `detached` from the gradient or `attached`, or
-    `static`."""
-    static_weight: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """The weight where sequence_weight=static. Default: 1."""
-    gamma: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """sepo: scale of the mean log-prob of selected tokens."""
-    selected_share: float | None = Field(None, gt=0, le=1)
-    """sepo: share of a response's tokens that is selected."""
+    type: str = "tgdpo"
     sft_loss_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Adds this much of the chosen response's negative mean log-prob to the loss."""
     token_rewards: Literal["guidance", "contrastive", "file", "chosen"] | None = None
-    """tgdpo, sepo, dpo_reg, simpo_reg: where the token rewards r̂ come from. `guidance`: log-ratio of model.guidance to
+    """For losses with token rewards r̂: where they come from. `guidance`: log-ratio of model.guidance to
     the reference. `contrastive`: log-ratio of the reference under a prompt that asks for better and one that asks for
     worse. `file`: scores.reward_file. `chosen`: 1 on the chosen response, 0 on the rejected one."""
     beta_r: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -121,26 +85,26 @@ class LossConfig(_Group):
     """Whether the token that closes a response has a reward; false gives it 0. Default: true."""
 
     @property
-    def method(self) -> Method:
-        """What `type` reads."""
-        return METHODS[self.type]
+    def method(self) -> Loss:
+        """The declaration of `type`."""
+        return LOSSES[self.type]
 
     @property
-    def source(self) -> str | None:
-        """Where token rewards come from; None for a method without."""
+    def reward_source(self) -> str | None:
+        """Where the token rewards come from; None for a loss without."""
         return (self.token_rewards or self.method.rewards) if self.method.rewards else None
 
     @property
     def options(self) -> dict[str, Any]:
         """The method's own settings, defaults filled in: what its formula takes."""
-        return {name: _value(self, name, default) for name, default in self.method.options.items()}
+        return {name: _value(self, name, default) for name, default in self.method.defaults.items()}
 
     @property
     def reward_options(self) -> dict[str, Any]:
         """The settings of its token rewards, defaults filled in."""
-        if self.source is None:
+        if self.reward_source is None:
             return {}
-        defaults = reward_options(self.method, self.source)
+        defaults = reward_options(self.method, self.reward_source)
         options = {name: _value(self, name, default) for name, default in defaults.items()}
         if "beta_r" in options and options["beta_r"] is None:
             options["beta_r"] = self.options.get("beta", 1.0)
@@ -150,7 +114,7 @@ class LossConfig(_Group):
     def scores(self) -> tuple[str, ...]:
         """The per-token scores it needs beside the policy, in the order of the store."""
         needed = {"reference"} if "reference" in self.method.reads else set()
-        needed |= set(SOURCES[self.source].scores) if self.source else set()
+        needed |= set(REWARD_SOURCES[self.reward_source].scores) if self.reward_source else set()
         return tuple(name for name in SCORE_NAMES if name in needed)
 
     @property
@@ -169,9 +133,58 @@ class LossConfig(_Group):
         return tuple(name for name in ("reference", "guidance") if name in self.scores)
 
 
-def _value(loss: LossConfig, name: str, default: Any) -> Any:
+def _value(loss: _LossSettings, name: str, default: Any) -> Any:
     value = getattr(loss, name)
     return default if value is None else value
+
+
+def _loss_config() -> type[_LossSettings]:
+    """The loss's settings, with those that the declared losses have as options."""
+    meanings = " ".join(f"`{name}`: {loss.meaning}" for name, loss in LOSSES.items())
+    fields: dict[str, Any] = {"type": (Literal[tuple(LOSSES)], Field("tgdpo", description=meanings))}
+    for loss in LOSSES.values():
+        for name, option in loss.options.items():
+            fields.setdefault(name, (_annotation(option), _field(name, option)))
+    return create_model("LossConfig", __base__=_LossSettings, __doc__=_LossSettings.__doc__, **fields)
+
+
+def _annotation(option: Option) -> Any:
+    return Literal[option.choices] | None if option.choices else float | None
+
+
+def _field(name: str, option: Option) -> Any:
+    """An option's field: unset by default, its range, and what it means for each loss that has it."""
+    told: dict[str, list[str]] = {}
+    for loss in LOSSES.values():
+        if name in loss.options:
+            its = loss.options[name]
+            default = "" if its.default is None else f" ({its.default})"
+            told.setdefault(its.meaning, []).append(f"{loss.name}{default}")
+    description = " ".join(f"{meaning} Default by loss: {', '.join(losses)}." for meaning, losses in told.items())
+    if option.choices:
+        return Field(None, description=description)
+    return Field(
+        None,
+        gt=option.above,
+        ge=option.at_least,
+        lt=option.below,
+        le=option.at_most,
+        allow_inf_nan=False,
+        description=description,
+    )
+
+
+if TYPE_CHECKING:
+
+    class LossConfig(_LossSettings):
+        """As below; which options there are is known only when the losses have been read."""
+
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    LossConfig = _loss_config()
 
 
 class ScoresConfig(_Group):

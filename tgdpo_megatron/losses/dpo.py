@@ -1,19 +1,32 @@
 """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) and other losses on its margin.
 
-The margin z is the difference of two responses' summed log-ratios to the reference, times β; the methods differ in
-what they make of it. Everywhere: `policy` [R] token log-probs, nats, carries gradient; `reference` [R] the same tokens
-under the frozen reference, constant; results are loss and margin of each pair, both [P], unreduced.
+The margin z is the difference of two responses' summed log-ratios to the reference, times β. The losses differ in what
+they make of the margin. Everywhere: `policy` [R] token log-probs, nats, carries gradient; `reference` [R] the same
+tokens under the frozen reference, constant; results are loss and margin of each pair, both [P], unreduced.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
-from tgdpo_megatron.losses.pairs import Pairs
+from tgdpo_megatron.losses.declaration import Loss, Option
+from tgdpo_megatron.losses.pairs import Pairs, log_sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def dpo(
+def beta(default: float) -> Option:
+    """The option `beta` of losses on log-ratios or log-probs."""
+    return Option(default, "Inverse temperature, unitless.", above=0)
+
+
+def label_smoothing(default: float) -> Option:
+    """The option `label_smoothing`."""
+    return Option(default, "Probability that a pair's label is wrong.", at_least=0, below=0.5)
+
+
+def dpo_loss(
     policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """L = −(1 − ε) log σ(z) − ε log σ(−z),  z = Σ_chosen β (ℓ − ℓ_ref) − Σ_rejected β (ℓ − ℓ_ref).
@@ -29,7 +42,7 @@ def dpo(
     return smoothed(margin, label_smoothing), margin
 
 
-def dpo_norm(
+def dpo_norm_loss(
     policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """DPO on log-ratios averaged over each response's tokens; TRL's `sigmoid_norm`."""
@@ -37,28 +50,28 @@ def dpo_norm(
     return smoothed(margin, label_smoothing), margin
 
 
-def robust(
+def robust_loss(
     policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """L = [−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε): unbiased where labels flip with that ε (arXiv 2403.00409)."""
     margin = pairs.difference(beta * (policy - reference))
-    flipped = -(1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
+    flipped = -(1 - label_smoothing) * log_sigmoid(margin) + label_smoothing * log_sigmoid(-margin)
     return flipped / (1 - 2 * label_smoothing), margin
 
 
-def hinge(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def hinge_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """L = max(0, 1 − z), as in SLiC (arXiv 2305.10425)."""
     margin = pairs.difference(beta * (policy - reference))
     return (1 - margin).relu(), margin
 
 
-def ipo(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def ipo_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """L = (z − 1/(2β))²,  z the difference of *mean* log-ratios, without β: IPO (arXiv 2310.12036) as TRL has it."""
     margin = pairs.difference(pairs.per_length(policy - reference))
     return (margin - 1 / (2 * beta)).square(), margin
 
 
-def ipo_sum(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def ipo_sum_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """IPO with *summed* log-ratios, as DPO's first repository has it."""
     margin = pairs.difference(policy - reference)
     return (margin - 1 / (2 * beta)).square(), margin
@@ -67,5 +80,55 @@ def ipo_sum(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> 
 def smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
     """−(1 − ε) log σ(z) − ε log σ(−z). [P] -> [P]."""
     if not label_smoothing:
-        return -logsigmoid(margin)
-    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+        return -log_sigmoid(margin)
+    return -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
+
+
+DPO = Loss(
+    "dpo",
+    dpo_loss,
+    meaning="Direct preference optimisation; with label smoothing it is cDPO.",
+    equation="−log σ(z), z = β (Σ_w d − Σ_l d)",
+    paper="arXiv 2305.18290",
+    options={"beta": beta(0.1), "label_smoothing": label_smoothing(0.0)},
+)
+DPO_NORM = Loss(
+    "dpo_norm",
+    dpo_norm_loss,
+    meaning="DPO on log-ratios averaged over each response's tokens.",
+    equation="−log σ(z), z = β (mean_w d − mean_l d)",
+    paper="TRL's `sigmoid_norm`",
+    options={"beta": beta(2.0), "label_smoothing": label_smoothing(0.0)},
+)
+ROBUST = Loss(
+    "robust",
+    robust_loss,
+    meaning="DPO that is unbiased where a known share of the labels is wrong.",
+    equation="[−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε), z as in `dpo`",
+    paper="arXiv 2403.00409",
+    options={"beta": beta(0.1), "label_smoothing": label_smoothing(0.1)},
+)
+HINGE = Loss(
+    "hinge",
+    hinge_loss,
+    meaning="A hinge on DPO's margin, as in SLiC.",
+    equation="max(0, 1 − z), z as in `dpo`",
+    paper="arXiv 2305.10425",
+    options={"beta": beta(0.1)},
+)
+IPO = Loss(
+    "ipo",
+    ipo_loss,
+    meaning="Identity preference optimisation on mean log-ratios, as TRL has it.",
+    equation="(z − 1/(2β))², z = mean_w d − mean_l d",
+    paper="arXiv 2310.12036",
+    options={"beta": beta(0.1)},
+)
+IPO_SUM = Loss(
+    "ipo_sum",
+    ipo_sum_loss,
+    meaning="IPO on summed log-ratios, as the authors of DPO have it.",
+    equation="(z − 1/(2β))², z = Σ_w d − Σ_l d",
+    paper="arXiv 2310.12036",
+    options={"beta": beta(0.1)},
+)

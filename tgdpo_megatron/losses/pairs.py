@@ -1,14 +1,18 @@
 """Which token belongs to which response of which pair, and the two sums every loss is made of.
 
 Legend: R labelled response tokens of a micro-batch, P pairs.
+
+This file and the losses use methods of tensors and do not import torch: settings are checked against the losses'
+declarations before torch, which takes seconds, is loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHOSEN, REJECTED = 0, 1
 
@@ -41,7 +45,7 @@ class Pairs:
 
     def lengths(self) -> Tensor:
         """Number of labelled tokens of each response. [P, 2] int64."""
-        return self.sums(torch.ones_like(self.pair))
+        return self.sums(self.pair.new_ones(self.pair.shape))
 
     @property
     def response(self) -> Tensor:
@@ -80,6 +84,13 @@ class Pairs:
         order = by_number[self.response[by_number].argsort(stable=True)]  # response after response, largest first
         lengths = self.lengths().flatten()
         starts = lengths.cumsum(0) - lengths
-        ranks = torch.empty_like(order)
-        ranks[order] = torch.arange(len(order), device=order.device) - starts[self.response[order]]
+        ranks = order.new_empty(order.shape)
+        ranks[order] = order.new_ones(order.shape).cumsum(0) - 1 - starts[self.response[order]]
         return ranks
+
+
+def log_sigmoid(margin: Tensor) -> Tensor:
+    """log σ(z), exact where σ(z) rounds to 0 or 1. [P] -> [P]."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(margin)

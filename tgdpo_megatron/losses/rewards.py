@@ -1,4 +1,4 @@
-"""Token rewards r̂: one number per response token, constant, from whatever source.
+"""Token rewards r̂: one number per response token, constant, and where they can come from.
 
     guidance:     β_r (ℓ_guidance − ℓ_ref)                  TGDPO's; SePO's oracle
     contrastive:  σ(β_r (ℓ_better − ℓ_worse)) − ½           T-REG's; the reference under two prompts
@@ -11,10 +11,50 @@ Each can be squashed to (−½, ½) and clipped; both are off for guidance, as i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from tgdpo_megatron.losses.declaration import Loss
 from tgdpo_megatron.losses.pairs import CHOSEN, Pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCORE_NAMES = ("reference", "guidance", "better", "worse", "reward")
+"""Per-token numbers that do not change in training: log-probs of frozen models, and rewards from elsewhere.
+
+Only ever added to at the end: the store of scores keeps a name as its position here."""
+
+GIVEN_BY = {"reference": ("reference", "better", "worse"), "guidance": ("guidance",)}
+"""Frozen model -> the scores that are its log-probs."""
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One value of `loss.token_rewards`: where r̂ comes from.
+
+    Attributes:
+        scores: The per-token numbers it is made of.
+        options: The settings it reads, with their defaults; a `beta_r` of None is the `beta` of the loss.
+    """
+
+    scores: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+_SHAPE = {"reward_squash": False, "reward_clip": None, "reward_end_of_turn": True}
+
+REWARD_SOURCES: dict[str, RewardSource] = {
+    "guidance": RewardSource(("reference", "guidance"), {"beta_r": None, **_SHAPE}),
+    "contrastive": RewardSource(("better", "worse"), {"beta_r": 1.0, **_SHAPE, "reward_squash": True}),
+    "file": RewardSource(("reward",), {"beta_r": 1.0, **_SHAPE}),
+    "chosen": RewardSource((), {"reward_end_of_turn": True}),
+}
+
+
+def reward_options(loss: Loss, source: str) -> dict[str, Any]:
+    """The settings of a loss's token rewards, with their defaults."""
+    return {} if loss.order_alone else dict(REWARD_SOURCES[source].options)
 
 
 def token_rewards(

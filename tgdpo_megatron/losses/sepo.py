@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
-from tgdpo_megatron.losses.pairs import CHOSEN, Pairs
+from tgdpo_megatron.losses.declaration import Loss, Option
+from tgdpo_megatron.losses.pairs import CHOSEN, Pairs, log_sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def sepo(
+def sepo_loss(
     policy: Tensor, pairs: Pairs, *, rewards: Tensor, gamma: float, selected_share: float
 ) -> tuple[Tensor, Tensor]:
     """L = −log σ(z),  z = γ mean_selected(ℓ, chosen) − γ mean_selected(ℓ, rejected).
@@ -33,4 +36,19 @@ def sepo(
     selected = pairs.rank(telling) < wanted
     mean = policy.where(selected, 0) / wanted.to(policy.dtype)
     margin = gamma * pairs.difference(mean)
-    return -logsigmoid(margin), margin
+    return -log_sigmoid(margin), margin
+
+
+SEPO = Loss(
+    "sepo",
+    sepo_loss,
+    meaning="Selective preference optimisation: only the tokens of highest or lowest token reward count.",
+    equation="−log σ(z), z = γ (mean_w ℓ − mean_l ℓ) over the tokens of highest (w) and lowest (l) r̂",
+    paper="arXiv 2408.13518",
+    options={
+        "gamma": Option(2.1, "Scale of the mean log-prob of the selected tokens, unitless.", above=0),
+        "selected_share": Option(0.3, "Share of a response's tokens that is selected.", above=0, at_most=1),
+    },
+    rewards="guidance",
+    order_alone=True,
+)

@@ -6,12 +6,16 @@ over all tokens of the batch, so that the unit of every loss here is the pair.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from tgdpo_megatron.losses.pairs import Pairs
+from tgdpo_megatron.losses.declaration import Loss
+from tgdpo_megatron.losses.pairs import CHOSEN, Pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def sft(policy: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def sft_loss(policy: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Negative mean log-prob of the chosen response's tokens.
 
     Args:
@@ -24,3 +28,13 @@ def sft(policy: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     chosen_logps, chosen_tokens = pairs.sums(policy)[:, 0], pairs.lengths()[:, 0]
     losses = -chosen_logps / chosen_tokens.clamp(min=1)
     return losses, losses.detach().new_zeros(pairs.num_pairs)
+
+
+SFT = Loss(
+    "sft",
+    sft_loss,
+    meaning="Supervised fine-tuning on the chosen responses alone.",
+    equation="−mean_w ℓ",
+    paper="–",
+    sides=(CHOSEN,),
+)

@@ -5,13 +5,19 @@ The divergence K_t = KL(π_ref ‖ π) at a token's place is a sum over the whol
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
-from tgdpo_megatron.losses.pairs import Pairs
+from tgdpo_megatron.losses.declaration import Loss, Option
+from tgdpo_megatron.losses.dpo import beta
+from tgdpo_megatron.losses.pairs import Pairs, log_sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def tdpo1(policy: Tensor, pairs: Pairs, *, reference: Tensor, divergence: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def tdpo1_loss(
+    policy: Tensor, pairs: Pairs, *, reference: Tensor, divergence: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
     """L = −log σ(z),  z = β [Σ_chosen (d + K) − Σ_rejected (d + K)],  d = ℓ − ℓ_ref.
 
     Args:
@@ -25,10 +31,10 @@ def tdpo1(policy: Tensor, pairs: Pairs, *, reference: Tensor, divergence: Tensor
         Loss and margin of each pair. Both [P], unreduced.
     """
     margin = beta * pairs.difference(policy - reference + divergence)
-    return -logsigmoid(margin), margin
+    return -log_sigmoid(margin), margin
 
 
-def tdpo2(
+def tdpo2_loss(
     policy: Tensor, pairs: Pairs, *, reference: Tensor, divergence: Tensor, beta: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """L = −log σ(z),  z = β [Σ_chosen d − Σ_rejected d − α (Σ_rejected K − sg Σ_chosen K)].
@@ -37,4 +43,22 @@ def tdpo2(
     """
     chosen, rejected = pairs.sums(divergence).unbind(dim=1)
     margin = beta * (pairs.difference(policy - reference) - alpha * (rejected - chosen.detach()))
-    return -logsigmoid(margin), margin
+    return -log_sigmoid(margin), margin
+
+
+TDPO1 = Loss(
+    "tdpo1",
+    tdpo1_loss,
+    meaning="Token-level DPO: the divergence from the reference at every token is part of the margin.",
+    equation="−log σ(z), z = β (Σ_w (d + K) − Σ_l (d + K))",
+    paper="arXiv 2404.11999",
+    options={"beta": beta(0.1)},
+)
+TDPO2 = Loss(
+    "tdpo2",
+    tdpo2_loss,
+    meaning="TDPO whose divergence has a weight and is held constant on the chosen response.",
+    equation="−log σ(z), z = β (Σ_w d − Σ_l d − α (Σ_l K − Σ_w K)), Σ_w K held constant",
+    paper="arXiv 2404.11999",
+    options={"beta": beta(0.1), "alpha": Option(0.5, "Strength of the divergence, unitless.", at_least=0)},
+)

@@ -11,15 +11,30 @@ margin) ask for `detached`. Their ablations: `static` weight; r̂ = 1 on the cho
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from tgdpo_megatron.losses.pairs import Pairs
-from tgdpo_megatron.losses.simpo import simpo
-from tgdpo_megatron.methods import SequenceWeight
+from tgdpo_megatron.losses.declaration import Formula, Loss, Metric, Option
+from tgdpo_megatron.losses.dpo import beta
+from tgdpo_megatron.losses.pairs import Pairs, log_sigmoid
+from tgdpo_megatron.losses.simpo import GAMMA_BETA_RATIO, simpo_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPTIONS = {
+    "alpha": Option(0.25, "Strength of the regulariser, unitless.", at_least=0),
+    "sequence_weight": Option(
+        "detached",
+        "Weight W of a pair's regulariser: σ(−z), detached from the gradient or attached to it, or a static number.",
+        choices=("detached", "attached", "static"),
+    ),
+    "static_weight": Option(None, "That number, where sequence_weight=static; 1 unless given.", above=0),
+}
+METRICS = {"treg/regulariser": Metric("What the regulariser adds to the loss.")}
 
 
-def dpo_reg(
+def dpo_reg_loss(
     policy: Tensor,
     pairs: Pairs,
     *,
@@ -27,7 +42,7 @@ def dpo_reg(
     rewards: Tensor,
     beta: float,
     alpha: float,
-    sequence_weight: SequenceWeight = "detached",
+    sequence_weight: str = "detached",
     static_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DPO with the regulariser.
@@ -45,11 +60,11 @@ def dpo_reg(
         Loss and DPO's margin z of each pair. Both [P], unreduced.
     """
     margin = pairs.difference(beta * (policy - reference))
-    regulariser = pairs.sums(-beta * rewards * policy).sum(dim=1)
-    return -logsigmoid(margin) + alpha * _weight(margin, sequence_weight, static_weight) * regulariser, margin
+    token_loss = pairs.sums(-beta * rewards * policy).sum(dim=1)
+    return -log_sigmoid(margin) + alpha * _weight(margin, sequence_weight, static_weight) * token_loss, margin
 
 
-def simpo_reg(
+def simpo_reg_loss(
     policy: Tensor,
     pairs: Pairs,
     *,
@@ -57,18 +72,52 @@ def simpo_reg(
     beta: float,
     gamma_beta_ratio: float,
     alpha: float,
-    sequence_weight: SequenceWeight = "detached",
+    sequence_weight: str = "detached",
     static_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SimPO with the regulariser, arguments as above. SimPO's margin, γ included, is inside W."""
-    losses, margin = simpo(policy, pairs, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
-    regulariser = pairs.sums(-beta * rewards * pairs.per_length(policy)).sum(dim=1)
-    return losses + alpha * _weight(margin, sequence_weight, static_weight) * regulariser, margin
+    losses, margin = simpo_loss(policy, pairs, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
+    token_loss = pairs.sums(-beta * rewards * pairs.per_length(policy)).sum(dim=1)
+    return losses + alpha * _weight(margin, sequence_weight, static_weight) * token_loss, margin
 
 
-def _weight(margin: Tensor, how: SequenceWeight, static: float | None) -> Tensor:
+def _weight(margin: Tensor, how: str, static: float | None) -> Tensor:
     """W of each pair. [P]"""
     if how == "static":
         return margin.new_full(margin.shape, 1.0 if static is None else static)
     weight = (-margin).sigmoid()
     return weight.detach() if how == "detached" else weight
+
+
+def _reported(formula: Formula) -> Callable[..., dict[str, Tensor]]:
+    """The report of either loss: what is in the loss beside −log σ(z)."""
+
+    def report(policy: Tensor, pairs: Pairs, margins: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        losses, _ = formula(policy, pairs, **inputs)
+        return {"treg/regulariser": (losses + log_sigmoid(margins)).sum()}
+
+    return report
+
+
+DPO_REG = Loss(
+    "dpo_reg",
+    dpo_reg_loss,
+    meaning="T-REG: DPO with a regulariser that rewards single tokens.",
+    equation="that of `dpo` − α σ(−z) β (Σ_w r̂ ℓ + Σ_l r̂ ℓ)",
+    paper="arXiv 2412.02685",
+    options={"beta": beta(0.1), **OPTIONS},
+    rewards="contrastive",
+    metrics=METRICS,
+    report=_reported(dpo_reg_loss),
+)
+SIMPO_REG = Loss(
+    "simpo_reg",
+    simpo_reg_loss,
+    meaning="T-REG: SimPO with a regulariser that rewards single tokens.",
+    equation="that of `simpo` − α σ(−z) β (mean_w r̂ ℓ + mean_l r̂ ℓ)",
+    paper="arXiv 2412.02685",
+    options={"beta": beta(2.5), "gamma_beta_ratio": GAMMA_BETA_RATIO, **OPTIONS},
+    rewards="contrastive",
+    metrics=METRICS,
+    report=_reported(simpo_reg_loss),
+)

@@ -100,7 +100,7 @@ def most_tokens(config: Config, description: ModelDescription, program: Program 
 
 def longest_pair(config: Config, description: ModelDescription) -> int:
     """The most tokens that one pair can have."""
-    sequences = 1 if config.loss.type == "sft" else 2
+    sequences = len(config.loss.method.sides)
     return sequences * (min(config.data.max_length, description.max_position_embeddings) - 1)
 
 

@@ -1,13 +1,13 @@
 """Metrics: sums over a micro-batch, added over the step and all ranks, divided once.
 
 Names are TRL's; rewards include β. `rewards/*` are plain DPO rewards for every method with a reference, β times the
-mean log-prob for the others; what guidance adds is under `token_rewards/*`, `tgdpo/*` and `treg/*`.
+mean log-prob for the others. Token rewards are under `token_rewards/*`; what single losses report beside is declared
+with the loss.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tgdpo_megatron.config import LossConfig
-from tgdpo_megatron.losses import Pairs, sft, token_weights
+from tgdpo_megatron.losses import LOSSES, Pairs
 
 Sums = dict[str, Tensor]
 
-# Divided by the number of labelled tokens; everything else by the number of pairs.
-_PER_TOKEN = ("token_rewards/", "tgdpo/weight", "divergence/")
-_WEIGHT_BORDERS = (0.0, 0.5, 1.0, 1.5, 2.0)
-"""Between them, shares of TGDPO's token weights."""
+_DECLARED = {name: metric for loss in LOSSES.values() for name, metric in loss.metrics.items()}
+"""What single losses report."""
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ def micro_batch_sums(
         "not_finite": (~torch.isfinite(losses)).sum().float(),
         "logps/chosen": logps[:, 0].sum(),
     }
-    if loss.type == "sft":
+    if not loss.method.compares:
         return sums
     implicit = implicit_rewards(loss, pairs, policy, inputs)
     rewards = pairs.sums(implicit)
@@ -71,12 +69,8 @@ def micro_batch_sums(
         sums["divergence/mean"] = inputs["divergence"].detach().sum()
     if "rewards" in inputs:
         sums |= _token_rewards(loss, inputs["rewards"], implicit)
-    if loss.type == "tgdpo":
-        sums |= _tgdpo(loss, pairs, inputs["rewards"], margins, rewards[:, 0] - rewards[:, 1])
-    if loss.type in ("dpo_reg", "simpo_reg"):
-        sums["treg/regulariser"] = (losses + torch.nn.functional.logsigmoid(margins)).sum()
-        if loss.sft_loss_weight:
-            sums["treg/regulariser"] -= loss.sft_loss_weight * sft(policy, pairs)[0].sum()
+    if loss.method.report is not None:
+        sums |= loss.method.report(policy, pairs, margins, **inputs, **loss.options)
     return sums
 
 
@@ -111,21 +105,6 @@ def _squashed_limit(loss: LossConfig) -> float:
     return 0.49 if loss.reward_options.get("reward_squash") else math.inf
 
 
-def _tgdpo(loss: LossConfig, pairs: Pairs, rewards: Tensor, margins: Tensor, plain: Tensor) -> Sums:
-    """The margin and its guided part, and how the token weights are distributed."""
-    weights = token_weights(rewards, pairs, alpha=loss.options["alpha"])
-    sums = {
-        "tgdpo/margins": margins.sum(),
-        "tgdpo/margins_guided": (margins - plain).sum(),
-        "tgdpo/weight_mean": weights.sum(),
-        "tgdpo/weight_square": weights.square().sum(),
-        "tgdpo/weight_neg_frac": (weights <= 0).sum().float(),
-    }
-    for low, high in itertools.pairwise((*_WEIGHT_BORDERS, math.inf)):
-        sums[f"tgdpo/weight_share_{low:g}_to_{high:g}"] = ((weights > low) & (weights <= high)).sum().float()
-    return sums
-
-
 def add_up(parts: Sequence[Sums], *, names: Sequence[str], counts_here: bool, device: torch.device) -> dict[str, float]:
     """Add micro-batch sums over the step and all ranks. Collective; one synchronisation.
 
@@ -154,21 +133,25 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     pairs, tokens = max(1.0, sums["pairs"]), max(1.0, sums["tokens"])
     skipped = ("pairs", "tokens", "padding", "not_finite")
     metrics = {
-        name: value / (tokens if name.startswith(_PER_TOKEN) else pairs)
-        for name, value in sums.items()
-        if name not in skipped
+        name: value / (tokens if _is_per_token(name) else pairs) for name, value in sums.items() if name not in skipped
     }
-    if "tgdpo/weight_square" in metrics:
-        metrics["tgdpo/weight_std"] = _deviation(metrics["tgdpo/weight_mean"], metrics.pop("tgdpo/weight_square"))
-    if "token_rewards/square" in metrics:
-        mean = metrics["token_rewards/mean"]
-        deviation = metrics["token_rewards/std"] = _deviation(mean, metrics.pop("token_rewards/square"))
-    if "token_rewards/product" in metrics:
+    product = metrics.pop("token_rewards/product", None)
+    for name in [name for name in metrics if name.endswith("square")]:
+        moment = name.removesuffix("square")
+        metrics[f"{moment}std"] = _deviation(metrics[f"{moment}mean"], metrics.pop(name))
+    if product is not None:
         implicit = metrics.pop("token_rewards/implicit_mean")
-        both = deviation * _deviation(implicit, metrics.pop("token_rewards/implicit_square"))
-        covariance = metrics.pop("token_rewards/product") - mean * implicit
+        both = metrics["token_rewards/std"] * metrics.pop("token_rewards/implicit_std")
+        covariance = product - metrics["token_rewards/mean"] * implicit
         metrics["token_rewards/correlation"] = covariance / both if both > 1e-12 else 0.0
     return metrics
+
+
+def _is_per_token(name: str) -> bool:
+    """Whether a sum is divided by the number of response tokens; every other one is divided by the number of pairs."""
+    if name in _DECLARED:
+        return _DECLARED[name].per_token
+    return name.startswith(("token_rewards/", "divergence/"))
 
 
 def _deviation(mean: float, square: float) -> float:
@@ -183,7 +166,7 @@ def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
             "guidance": "the guidance gives the reference's own log-probs; check model.guidance",
             "contrastive": "the reference answers both prompts alike; check scores.contrastive_prompts",
         }
-        reason = reasons.get(loss.source or "", "check scores.reward_file")
+        reason = reasons.get(loss.reward_source or "", "check scores.reward_file")
         found["token_rewards/zero_frac"] = f"all token rewards are 0, and guide nothing: {reason}."
     if (share := metrics.get("token_rewards/limit_frac", 0)) > 0.5:
         remedy = " or raise loss.reward_clip" if loss.reward_options.get("reward_clip") else ""
@@ -191,11 +174,9 @@ def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
             f"{share:.0%} of the token rewards are at their limit, and only their signs are left; lower "
             f"loss.beta_r{remedy}."
         )
-    if (share := metrics.get("tgdpo/weight_neg_frac", 0)) > 0.05:
-        found["tgdpo/weight_neg_frac"] = (
-            f"{share:.0%} of the token weights are ≤ 0 and push their tokens the wrong way; lower loss.alpha or "
-            "loss.beta_r."
-        )
+    for name, metric in loss.method.metrics.items():
+        if metric.warn_above is not None and (share := metrics.get(name, 0)) > metric.warn_above:
+            found[name] = f"{share:.0%} {metric.warning}"
     return found
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import FORMAT, ScoresManifest, TokenScores, response_starts
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.methods import SCORE_NAMES
+from tgdpo_megatron.losses.rewards import SCORE_NAMES
 
 
 class Key(NamedTuple):
