@@ -18,7 +18,8 @@ from typing import Any
 from recipes.settings import read_command_line
 from tgdpo_megatron.config import Config, check_batch_layout
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
-from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout, read_description
+from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
+from tgdpo_megatron.model.families import read_description
 from tgdpo_megatron.planning.memory import GIB, ROOM, Plan, plan, size
 from tgdpo_megatron.planning.remedies import layouts, remedies
 

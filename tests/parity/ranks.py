@@ -169,12 +169,15 @@ def _token_errors(
 def _worst(chunks: Any, hf: dict[str, torch.Tensor], description: Any, *, gradients: bool) -> float:
     """Largest difference between this rank's weights, or gradients, and the oracle's."""
     from tgdpo_megatron.checkpoint.fingerprint import sharded_tensors
-    from tgdpo_megatron.checkpoint.names import llama_tensors
     from tgdpo_megatron.checkpoint.state import sharded_model_state
+    from tgdpo_megatron.model.families import family_of
 
     with _gradients_as_weights(chunks) if gradients else _nothing():
         shards = [(shard, shard.data.clone()) for shard in sharded_tensors(sharded_model_state(chunks))]
-    whole = {tensor.key: tensor.join([hf[name] for name in tensor.names]) for tensor in llama_tensors(description)}
+    whole = {
+        tensor.key: tensor.join([hf[name] for name in tensor.names])
+        for tensor in family_of(description).tensors(description)
+    }
     worst = 0.0
     for shard, found in shards:
         wanted = whole[shard.key]

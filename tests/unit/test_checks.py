@@ -188,7 +188,7 @@ def test_fp8_is_refused_for_a_model_whose_sizes_it_does_not_divide(describe: Any
 
 @pytest.fixture(scope="module")
 def describe(hf_model: Path) -> Any:
-    from tgdpo_megatron.model.description import read_description
+    from tgdpo_megatron.model.families import read_description
 
     return read_description(hf_model)
 

@@ -359,7 +359,8 @@ def test_fp8_takes_its_recipe_from_the_default_and_bf16_beneath_it() -> None:
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(changes: Any, words: str, hf_model: Path) -> None:
     from tgdpo_megatron.config import ParallelConfig
-    from tgdpo_megatron.model.description import check_model_layout, read_description
+    from tgdpo_megatron.model.description import check_model_layout
+    from tgdpo_megatron.model.families import read_description
 
     with pytest.raises(UserError, match=words):
         check_model_layout(read_description(hf_model), ParallelConfig(**changes))

@@ -34,11 +34,11 @@ from tgdpo_megatron.checkpoint.manifest import (
     read_metadata,
     write_manifest,
 )
-from tgdpo_megatron.checkpoint.names import TensorMap, llama_tensors
 from tgdpo_megatron.checkpoint.safetensors import HfWeights, write_shards
 from tgdpo_megatron.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.model.description import read_description
+from tgdpo_megatron.model.families import family_of, read_description
+from tgdpo_megatron.model.tensor_maps import TensorMap
 
 CONTENT_METADATA = {"non_homogeneous_layers": True}
 """Says to Megatron that layers are stored one key each, not stacked."""
@@ -59,7 +59,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
             finite, or a target in use. Nothing half-written is left.
     """
     description = read_description(source)
-    tensors = llama_tensors(description)
+    tensors = family_of(description).tensors(description)
     weights = HfWeights(source)
     _check_tensors(tensors, weights, source)
     dtypes = {tensor.key: _DTYPES[dtype] if dtype else _common_dtype(tensor, weights) for tensor in tensors}
@@ -98,7 +98,8 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> N
         UserError: Not a checkpoint, unreadable weights, a weight that is not finite, or a target in use.
     """
     manifest = read_manifest(source)
-    tensors = llama_tensors(describe(source))
+    description = describe(source)
+    tensors = family_of(description).tensors(description)
     wanted = _DTYPES[dtype] if dtype else None
     stored = read_metadata(source / WEIGHTS).state_dict_metadata
     if lacking := next((tensor.key for tensor in tensors if tensor.key not in stored), None):

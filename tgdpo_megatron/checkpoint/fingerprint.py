@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -58,9 +57,8 @@ def _odd_number(place: Tensor) -> Tensor:
 
 def combine(sums: Mapping[str, int], description: ModelDescription) -> str:
     """Fingerprint of a model from its tensors' sums and what is computed with them (RoPE, norms, heads)."""
-    shape = {name: value for name, value in asdict(description).items() if name != "max_position_embeddings"}
     lines = [f"{key} {value & _MASK:016x}" for key, value in sorted(sums.items())]
-    return hashlib.sha256("\n".join([json.dumps(shape, sort_keys=True), *lines]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([json.dumps(description.identity(), sort_keys=True), *lines]).encode()).hexdigest()
 
 
 def model_fingerprint(

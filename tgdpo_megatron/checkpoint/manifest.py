@@ -19,7 +19,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.model.description import ModelDescription, read_description
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import read_description
 
 FORMAT = 1
 WEIGHTS, HF = "weights", "hf"

@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.constants import VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import family_of
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
@@ -58,10 +59,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         num_query_groups=description.num_query_groups,
         kv_channels=description.kv_channels,
         layernorm_epsilon=description.layernorm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        **family_of(description).megatron(description),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -1,10 +1,8 @@
-"""A model's shape, read from a HuggingFace config.json without loading anything else."""
+"""A model's shape, and which layouts and FP8 settings it takes."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from tgdpo_megatron.config import Config, ParallelConfig
@@ -14,7 +12,7 @@ from tgdpo_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is needed to build a Llama model in Megatron. Sizes in elements."""
+    """What is needed to build a model in Megatron. Sizes in elements."""
 
     num_layers: int
     hidden_size: int
@@ -29,85 +27,35 @@ class ModelDescription:
     rotary_base: float
     rope_scaling_factor: float | None
     """Llama-3.1 frequency scaling; None for plain RoPE."""
+    family: str = "llama"
+    """HuggingFace's `model_type`; see model/families/."""
+
+    @property
+    def query_channels(self) -> int:
+        """Channels of all query heads."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_query_groups * self.kv_channels
+
+    def identity(self) -> dict[str, Any]:
+        """What a fingerprint says of a model beside its tensors: all fields but the number of positions.
+
+        A field with a default counts only where it differs from it, so that fingerprints made before the field was
+        there stay true.
+        """
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        values = asdict(self)
+        del values["max_position_embeddings"]
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def differs_from(self, other: ModelDescription) -> list[str]:
         """Names of what keeps two models from running as one pipeline, stacked: any difference but the number of
         positions."""
         ours, theirs = asdict(self), asdict(other)
         return [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
-
-
-def read_description(folder: Path) -> ModelDescription:
-    """Read config.json of a HuggingFace model folder.
-
-    Raises:
-        UserError: No config there, or an architecture or option this project does not build.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder.")
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, found {type(config).__name__}.")
-    if config.get("quantization_config"):
-        raise UserError(f"{path}: the weights are quantised; use a bf16 or fp32 copy of the model.")
-    architecture = (config.get("architectures") or ["LlamaForCausalLM"])[0]
-    if config.get("model_type") != "llama" or architecture != "LlamaForCausalLM":
-        if config.get("model_type") != "llama":
-            architecture = (config.get("architectures") or [config.get("model_type")])[0]
-        raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: LlamaForCausalLM.")
-    for name, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
-        if config.get(name, supported) != supported:
-            raise UserError(f"{path}: {name}={config[name]!r} is not supported; only {supported!r} is.")
-    try:
-        return _llama(config, path)
-    except KeyError as error:
-        raise UserError(f"{path}: {error} is missing.") from None
-    except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: a field has a value of the wrong kind; it is not a Llama configuration.") from None
-
-
-def _llama(config: dict[str, Any], path: Path) -> ModelDescription:
-    heads = config["num_attention_heads"]
-    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    for name in (*sizes, "max_position_embeddings"):
-        if not config[name] > 0:
-            raise UserError(f"{path}: {name}={config[name]} is not a size.")
-    base, factor = _rope(config, path)
-    return ModelDescription(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        layernorm_epsilon=config["rms_norm_eps"],
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        rotary_base=base,
-        rope_scaling_factor=factor,
-    )
-
-
-def _rope(config: dict[str, Any], path: Path) -> tuple[float, float | None]:
-    """RoPE base and Llama-3.1 factor, from the old keys (rope_theta, rope_scaling) or the new (rope_parameters)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return base, None
-    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind != "llama3" or any(rope.get(name) != value for name, value in fixed.items()):
-        raise UserError(f"{path}: RoPE scaling {rope} is not supported; only Llama-3.1's (llama3, 1, 4, 8192) is.")
-    return base, float(rope["factor"])
 
 
 def check_model_layout(description: ModelDescription, parallel: ParallelConfig) -> None:
@@ -145,8 +93,7 @@ def check_fp8_sizes(description: ModelDescription, config: Config) -> None:
     if config.train.fp8 is None:
         return
     tensor = config.parallel.tensor_model_parallel_size
-    queries = description.num_attention_heads * description.kv_channels
-    keys = description.num_query_groups * description.kv_channels
+    queries, keys = description.query_channels, description.key_channels
     each = f"on each of {tensor} tensor-parallel ranks"
     for what, number, multiple in (
         ("hidden channels", description.hidden_size, config.fp8_multiple),

@@ -18,6 +18,7 @@ from typing import Literal
 from tgdpo_megatron.config import Config, check_layout
 from tgdpo_megatron.config.constants import SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import family_of
 
 Program = Literal["train", "score"]
 Device = Literal["cpu", "cuda"]
@@ -173,6 +174,7 @@ class Sizes:
         parallel, loss = config.parallel, config.loss
         tensor = parallel.tensor_model_parallel_size
         self.data_parallel = check_layout(config, world_size=world_size)
+        self.tensor = tensor
         self.pipeline = parallel.pipeline_model_parallel_size
         self.virtual = parallel.virtual_pipeline_model_parallel_size or 1
         self.width = 2 if config.train.precision == "bf16" else 4  # bytes of a weight or an activation
@@ -205,7 +207,7 @@ class Sizes:
     def parameters(self, stage: int) -> float:
         """n, of one model."""
         hidden = self.hidden
-        total = self.layers * (self.layer_matrices + 2 * hidden)
+        total = self.layers * (self.layer_matrices + family_of(self.description).layer_vectors(self.description))
         matrices = int(stage == 0) + int(stage == self.pipeline - 1)
         if self.description.tie_word_embeddings:
             matrices = min(1, matrices)
@@ -213,8 +215,8 @@ class Sizes:
 
     @property
     def layer_matrices(self) -> float:
-        """Parameters of a layer's linear products."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.feed_forward)
+        """This rank's parameters of a layer's linear products."""
+        return family_of(self.description).layer_matrices(self.description) / self.tensor
 
     @property
     def largest_matrix(self) -> float:

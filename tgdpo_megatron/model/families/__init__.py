@@ -1,0 +1,71 @@
+"""The families of models that can be trained, one file each: what HuggingFace's config.json means and what Megatron gets.
+
+A file of this folder that holds a :class:`Family` is all that conversion, training and the memory planner need. torch is
+not imported here: the planner works without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families.family import Family
+
+__all__ = ["FAMILIES", "Family", "family_of", "read_description"]
+
+
+def _declared() -> dict[str, Family]:
+    """Every Family that a file of this folder holds, by the `model_type` it reads."""
+    files = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f"{__name__}.{file}") for file in files]
+    return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+
+
+FAMILIES = _declared()
+"""HuggingFace's `model_type` -> the family."""
+
+
+def family_of(description: ModelDescription) -> Family:
+    """The family of a model."""
+    return FAMILIES[description.family]
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """Read config.json of a HuggingFace model folder, and nothing else.
+
+    Raises:
+        UserError: No config there, or an architecture or option this project does not build.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder.")
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, found {type(config).__name__}.")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantised; use a bf16 or fp32 copy of the model.")
+    kind = config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    architecture = (config.get("architectures") or [family.architecture if family else kind])[0]
+    if family is None or architecture != family.architecture:
+        supported = ", ".join(known.architecture for known in FAMILIES.values())
+        raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: {supported}.")
+    try:
+        return family.read(config, path)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing.") from None
+    except (TypeError, ValueError, AttributeError):
+        words = f"a field has a value of the wrong kind; it is not a {family.title} configuration"
+        raise UserError(f"{path}: {words}.") from None
