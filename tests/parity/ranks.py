@@ -174,10 +174,8 @@ def _worst(chunks: Any, hf: dict[str, torch.Tensor], description: Any, *, gradie
 
     with _gradients_as_weights(chunks) if gradients else _nothing():
         shards = [(shard, shard.data.clone()) for shard in sharded_tensors(sharded_model_state(chunks))]
-    whole = {
-        tensor.key: tensor.join([hf[name] for name in tensor.names])
-        for tensor in family_of(description).tensors(description)
-    }
+    tensors = family_of(description).tensors(description)
+    whole = {tensor.key: tensor.join([hf[name] for name in tensor.names]) for tensor in tensors}
     worst = 0.0
     for shard, found in shards:
         wanted = whole[shard.key]

@@ -583,7 +583,8 @@ def test_log_probs_that_do_not_match_the_pairs_are_refused(random_tokens: Tokens
     ("blocked", "imported"),
     [
         ("megatron", "tgdpo_megatron.losses, tgdpo_megatron.config, recipes.settings"),
-        ("torch", "tgdpo_megatron.config, recipes.settings"),
+        ("torch", "tgdpo_megatron.config, recipes.settings, tgdpo_megatron.losses, tgdpo_megatron.model.families"),
+        ("torch", "tgdpo_megatron.planning.memory, tgdpo_megatron.planning.remedies"),
     ],
 )
 def test_imports_without(blocked: str, imported: str) -> None:

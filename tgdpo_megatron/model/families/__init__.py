@@ -1,7 +1,7 @@
-"""The families of models that can be trained, one file each: what HuggingFace's config.json means and what Megatron gets.
+"""The families of models that can be trained, one file each: what HuggingFace says of them and what Megatron is told.
 
-A file of this folder that holds a :class:`Family` is all that conversion, training and the memory planner need. torch is
-not imported here: the planner works without it.
+A file of this folder that holds a :class:`Family` is all that conversion, training and the memory planner need. Nothing
+here imports torch, since the planner works without it.
 """
 
 from __future__ import annotations
