@@ -6,7 +6,8 @@ STAMP := $(VENV)/installed
 export PYTHONWARNINGS := ignore
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check parity bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+# `docs` is a folder, too.
+.PHONY: docs setup demo test check parity bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)
 
@@ -69,6 +70,9 @@ gpu-fp8:
 
 gpu-wheels: $(STAMP)  ## what `make gpu` needs on a machine without network: HAVE=pip-list.txt leaves out, SPLIT=MiB cuts
 	$(RUN) -m tools.gpu_wheels wheels $(HAVE:%=--have %) $(SPLIT:%=--split %) $(if $(filter 0,$(TE)),--no-transformer-engine)
+
+docs: $(STAMP)  ## the tables of docs/ that follow from the code
+	$(RUN) -m tools.docs
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -7,10 +7,12 @@ Nothing here imports torch, so that settings can be checked before torch is load
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from tgdpo_megatron.errors import UserError
@@ -128,8 +130,10 @@ class Loss:
             UserError: An option that the formula does not take, an argument that nothing gives it, or token rewards
                 without a source.
         """
+        assert isinstance(self.formula, FunctionType), f"{self.name}: a formula is a plain function"
+        code = self.formula.__code__
         for name in self.options:
-            if name not in self._arguments:
+            if name not in self._arguments or not _uses(code, name):
                 raise UserError(
                     f"{self.file}: the loss {self.name} declares the option {name}, which its formula does not read; "
                     "take it as a keyword argument, or leave it out."
@@ -150,6 +154,13 @@ class Loss:
     def _arguments(self) -> tuple[str, ...]:
         parameters = inspect.signature(self.formula).parameters.values()
         return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def _uses(code: CodeType, argument: str) -> bool:
+    """Whether a function ever looks at one of its arguments, itself or in a function inside it."""
+    return argument in code.co_cellvars or any(
+        step.argval == argument and step.opname.startswith("LOAD_FAST") for step in dis.get_instructions(code)
+    )
 
 
 def check_together(losses: Mapping[str, Loss]) -> None:

@@ -34,10 +34,14 @@ class RewardSource:
     """One value of `loss.token_rewards`: where r̂ comes from.
 
     Attributes:
+        meaning: r̂ of a token, for the tables of docs/.
+        given_by: The settings that give it.
         scores: The per-token numbers it is made of.
-        options: The settings it reads, with their defaults; a `beta_r` of None is the `beta` of the loss.
+        options: The settings that shape it, with their defaults; a `beta_r` of None is the `beta` of the loss.
     """
 
+    meaning: str
+    given_by: str
     scores: tuple[str, ...]
     options: Mapping[str, Any]
 
@@ -45,10 +49,30 @@ class RewardSource:
 _SHAPE = {"reward_squash": False, "reward_clip": None, "reward_end_of_turn": True}
 
 REWARD_SOURCES: dict[str, RewardSource] = {
-    "guidance": RewardSource(("reference", "guidance"), {"beta_r": None, **_SHAPE}),
-    "contrastive": RewardSource(("better", "worse"), {"beta_r": 1.0, **_SHAPE, "reward_squash": True}),
-    "file": RewardSource(("reward",), {"beta_r": 1.0, **_SHAPE}),
-    "chosen": RewardSource((), {"reward_end_of_turn": True}),
+    "guidance": RewardSource(
+        "β_r (log-prob under an aligned model − log-prob under the reference)",
+        "`model.guidance`",
+        ("reference", "guidance"),
+        {"beta_r": None, **_SHAPE},
+    ),
+    "contrastive": RewardSource(
+        "σ(β_r (log-prob under a prompt that wants a better response − under one that wants a worse one)) − ½",
+        "`scores.contrastive_prompts`",
+        ("better", "worse"),
+        {"beta_r": 1.0, **_SHAPE, "reward_squash": True},
+    ),
+    "file": RewardSource(
+        "β_r · a number of yours",
+        "`scores.reward_file`",
+        ("reward",),
+        {"beta_r": 1.0, **_SHAPE},
+    ),
+    "chosen": RewardSource(
+        "1 in the chosen response, 0 in the rejected one",
+        "nothing",
+        (),
+        {"reward_end_of_turn": True},
+    ),
 }
 
 

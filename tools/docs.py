@@ -1,0 +1,115 @@
+"""Write the tables of docs/ that follow from the code: losses, token rewards, and what single losses report.
+
+A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.losses import LOSSES, check_declarations
+from tgdpo_megatron.losses.rewards import REWARD_SOURCES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Page -> name -> table."""
+    return {
+        "methods.md": {"losses": _losses(), "token rewards": _token_rewards()},
+        "metrics.md": {"metrics of losses": _metrics()},
+    }
+
+
+def written(page: str, content: dict[str, str], where: str) -> str:
+    """A page with its tables put in.
+
+    Raises:
+        UserError: A pair of lines is missing.
+    """
+    for name, table in content.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        if begin not in page or end not in page:
+            raise UserError(f"{where}: the lines '{begin.strip()}' and '{end}' are missing; put them around the table.")
+        before, rest = page.split(begin, 1)
+        page = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
+    return page
+
+
+def _losses() -> str:
+    rows = [
+        (
+            f"[`{loss.name}`](../{loss.file})",
+            loss.meaning,
+            loss.equation,
+            _options(loss.defaults),
+            _rewards(loss.rewards),
+            loss.paper,
+        )
+        for loss in LOSSES.values()
+    ]
+    headings = ("`loss.type`", "meaning", "loss of a pair", "options and defaults", "token rewards", "source")
+    return _table(headings, rows)
+
+
+def _rewards(source: str | None) -> str:
+    return f"`{source}`" if source else "–"
+
+
+def _token_rewards() -> str:
+    rows = [
+        (
+            f"`{name}`",
+            source.meaning,
+            source.given_by,
+            _options(source.options),
+            ", ".join(f"`{loss.name}`" for loss in LOSSES.values() if loss.rewards == name) or "–",
+        )
+        for name, source in REWARD_SOURCES.items()
+    ]
+    headings = ("`loss.token_rewards`", "r̂ of a token", "given by", "settings and defaults", "default of")
+    return _table(headings, rows)
+
+
+def _metrics() -> str:
+    """A sum of squares is reported as a standard deviation."""
+    declared = {
+        name.replace("square", "std"): (
+            metric,
+            ", ".join(f"`{loss.name}`" for loss in LOSSES.values() if name in loss.metrics),
+        )
+        for loss in LOSSES.values()
+        for name, metric in loss.metrics.items()
+    }
+    rows = [(f"`{name}`", losses, metric.meaning) for name, (metric, losses) in declared.items()]
+    return _table(("metric", "losses", "meaning"), rows)
+
+
+def _options(defaults: Any) -> str:
+    return " ".join(f"`{name}={_yaml(value)}`" for name, value in defaults.items()) or "–"
+
+
+def _yaml(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    with one_sentence_errors():
+        CommandLine(prog="python -m tools.docs", description=__doc__).parse_args()
+        check_declarations()
+        for name, content in tables().items():
+            path = ROOT / "docs" / name
+            path.write_text(written(path.read_text(encoding="utf-8"), content, str(path)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
