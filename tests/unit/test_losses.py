@@ -516,6 +516,16 @@ OTHER_VALUES = {
     "reward_end_of_turn": False,
     "sft_loss_weight": 0.3,
 }
+
+
+def other_value(loss: str, option: str) -> Any:
+    """A value that an option does not have by default."""
+    if option in OTHER_VALUES:
+        return OTHER_VALUES[option]
+    declared = LOSSES[loss].options[option]
+    return declared.choices[-1] if declared.choices else 1.3 * (declared.default or 0) + 0.1
+
+
 OPTIONS = [
     (name, source, option)
     for name, method in LOSSES.items()
@@ -540,7 +550,7 @@ def test_every_option_a_method_reads_changes_its_loss(
     base = {"type": name, "token_rewards": source} | (
         {"sequence_weight": "static"} if option == "static_weight" else {}
     )
-    value = OTHER_VALUES[option]
+    value = other_value(name, option)
     if option == "reward_squash" and source == "contrastive":
         value = False
     plain, changed = LossConfig(**base), LossConfig(**base, **{option: value})
