@@ -77,9 +77,9 @@ def _all_settings() -> str:
     for group, field in Config.model_fields.items():
         for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
             lines.append(f"  {group}.{name}" + ("" if setting.default is None else f"={setting.default}"))
-            lines += textwrap.wrap(
-                " ".join((setting.description or "").split()), 96, initial_indent=6 * " ", subsequent_indent=6 * " "
-            )
+            for paragraph in (setting.description or "").split("\n\n"):
+                words = " ".join(paragraph.split())
+                lines += textwrap.wrap(words, 96, initial_indent=6 * " ", subsequent_indent=6 * " ")
     return "\n".join(lines)
 
 

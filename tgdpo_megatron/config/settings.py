@@ -140,7 +140,7 @@ def _value(loss: _LossSettings, name: str, default: Any) -> Any:
 
 def _loss_config() -> type[_LossSettings]:
     """The loss's settings, with those that the declared losses have as options."""
-    meanings = " ".join(f"`{name}`: {loss.meaning}" for name, loss in LOSSES.items())
+    meanings = "\n\n".join(f"`{name}`: {loss.meaning}" for name, loss in LOSSES.items())
     fields: dict[str, Any] = {"type": (Literal[tuple(LOSSES)], Field("tgdpo", description=meanings))}
     for loss in LOSSES.values():
         for name, option in loss.options.items():
