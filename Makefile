@@ -35,7 +35,7 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 	$(RUN) -m tests.parity --json results/parity.json
 
 bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; minutes
-	$(RUN) -m bench.run --json results/bench.json --picture docs/images/bench.svg
+	$(RUN) -m bench.speed --json results/bench.json --picture docs/images/bench.svg
 
 credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs
 	$(RUN) -m bench.credit $(if $(FAST),--fast --json runs/credit.json,--json results/credit.json --picture docs/images/credit.svg) --report runs/credit.html

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -73,39 +71,3 @@ def table(rows: Sequence[Row]) -> str:
         words = "; ".join(part for part in (row.limit, row.note) if part)
         lines.append(f"{row.name:{width}}  {measured}  {target:>7}  {row.verdict:7}  {words}")
     return "\n".join(lines)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written: whoever writes it may be stopped at any time."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """For the program that started this one."""
-    write_whole(path, json.dumps([asdict(row) for row in rows]))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """What write_rows wrote."""
-    return [Row(**row) for row in json.loads(path.read_text())]
-
-
-def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> None:
-    """The command line that every file of rows has: print the table, or write the rows for the program above.
-
-    Rows are written as they come, so that a file that breaks, or runs out of time, keeps those it has.
-    """
-    import argparse
-
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    parsed = parser.parse_args()
-    rows: list[Row] = []
-    for row in measure():
-        rows.append(row)
-        if parsed.rows:
-            write_rows(rows, parsed.rows)
-    if not parsed.rows:
-        print(table(rows))

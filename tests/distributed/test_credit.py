@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.credit_methods import METHODS, SOURCES
+from bench.credit.methods import METHODS, SOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from tgdpo_megatron.config.constants import FP8_FORMATS
 STEPS = 20
 RECIPES = ("tensorwise", "delayed", "blockwise")
 CLOSE = 0.02
-"""Largest difference of a step's loss from bf16's. With FP8 emulated on a CPU (bench/fp8_emulation.py) the same run was
+"""Largest difference of a step's loss from bf16's. With FP8 emulated on a CPU (bench/fp8/emulation.py) the same run was
 off by 0.003 at most; a GPU also adds up FP8 products with fewer bits."""
 
 

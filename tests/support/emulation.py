@@ -1,4 +1,4 @@
-"""Which layers bench.fp8_emulation changes."""
+"""Which layers bench.fp8.emulation changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def changed_layers(ranks: Ranks, *, folder: str) -> dict[str, Any]:
     """Names of the layers whose product is replaced, under a recipe and after it, and whether log-probs changed."""
     import torch
 
-    from bench.fp8_emulation import RECIPES, emulate
+    from bench.fp8.emulation import RECIPES, emulate
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config, ParallelConfig

@@ -21,7 +21,7 @@ LOCAL, TRANSFORMER_ENGINE = "local layers", "Transformer Engine"
 HAVE_TRANSFORMER_ENGINE = HAVE_GPU and importlib.util.find_spec("transformer_engine") is not None
 ROOT = Path(__file__).resolve().parents[2]
 AS_IF_NOT_INSTALLED = {
-    "PYTHONPATH": f"{ROOT / 'bench' / 'without_transformer_engine'}:{os.environ.get('PYTHONPATH', '')}"
+    "PYTHONPATH": f"{ROOT / 'bench' / 'gpu' / 'without_transformer_engine'}:{os.environ.get('PYTHONPATH', '')}"
 }
 
 

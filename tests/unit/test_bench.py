@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.flops import counted_flops
 from bench.rows import Row, paired
-from bench.run import draw
-from bench.trace import idle_share
+from bench.speed.flops import counted_flops
+from bench.speed.picture import draw
+from bench.speed.trace import idle_share
 
 
 def forward_then_backward(micro_batches: int) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.credit_measures import (
+from bench.credit.measures import (
     Marks,
     average_precision,
     detection,
@@ -17,7 +17,7 @@ from bench.credit_measures import (
     preference_accuracy,
     steps_to_reach,
 )
-from bench.credit_world import right_spans
+from bench.credit.world import right_spans
 from tools.marked_pairs import make_splits
 
 # Two pairs; chosen responses of two tokens, rejected ones of three.

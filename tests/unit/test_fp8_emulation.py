@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.fp8_emulation import (
+from bench.fp8.emulation import (
     BLOCK,
     E4M3,
     E5M2,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.fp8 import TRAINED
-from bench.fp8_report import BEGIN, END, put_into_page, rows
+from bench.fp8.cases import TRAINED
+from bench.fp8.report import BEGIN, END, put_into_page, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")

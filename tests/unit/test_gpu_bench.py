@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.flops import counted_flops
-from bench.gpu_profile import ON_DEVICE, idle_share, waits_of
+from bench.gpu.profile import ON_DEVICE, idle_share, waits_of
 from bench.pairs import ultrafeedback_like
+from bench.speed.flops import counted_flops
 
 
 def test_model_operations_are_three_times_a_forward_as_torch_counts_it() -> None:
@@ -17,7 +17,7 @@ def test_model_operations_are_three_times_a_forward_as_torch_counts_it() -> None
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bench.gpu_model import model_flops
+    from bench.gpu.model import model_flops
     from tgdpo_megatron.model.description import ModelDescription
 
     model = ModelDescription(3, 64, 160, 4, 2, 16, 512, 256, 1e-5, False, 10000.0, None)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import process, rows
+from bench import files, process
 from bench.rows import Row
 
 REHEARSAL = not torch.cuda.is_available()
@@ -86,7 +86,7 @@ def profile(work: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
 
 def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> None:
     """The command line of a file of rows that are measured on a GPU; in a rehearsal nothing is asked of them."""
-    rows.program(description, lambda: _rehearsed(measure()) if REHEARSAL else measure())
+    files.program(description, lambda: _rehearsed(measure()) if REHEARSAL else measure())
 
 
 def _rehearsed(measured: Iterable[Row]) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Whole steps: ours against the authors' computation, cached against live, scoring against training, our model
 against HuggingFace's.
 
-    python -m bench.steps
+    python -m bench.speed.steps
 
 Process CPU seconds at one thread, because wall-clock time on a shared machine measures the others. Both sides of a
 ratio run one after the other on the same batch with the same weights; the row is the median of the ratios, and its
@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from bench.flops import counted_flops
+from bench.files import program
 from bench.ours import BODY, LEARNING_RATE, LOSS, PAIRS_PER_STEP, ROLES, Checkpoints, Ours, make_checkpoints
 from bench.pairs import VOCABULARY, real_file, real_pairs, real_tokenizer, ultrafeedback_like
 from bench.process import cpu_seconds, one_rank
-from bench.rows import Row, paired, program
+from bench.rows import Row, paired
+from bench.speed.flops import counted_flops
 from bench.theirs import Theirs, read_models
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED

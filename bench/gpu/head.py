@@ -1,7 +1,7 @@
 """The distributed head at the size of Llama-3-8B's on a GPU: its rate, its memory, and both against Megatron's own
 output layer and cross-entropy.
 
-    python -m bench.gpu_head
+    python -m bench.gpu.head
 
 8,192 tokens, hidden 4,096, vocabulary 128,256, bf16; per-token upstream gradients are random, and log-probs and
 gradients of both are compared first. Rate: the products that are needed, (2 + 4) T H V and 2 T H V to have the
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import median
 
-from bench import device
-from bench.gpu_rate import matrix_rate
-from bench.head import LABELLED, METHODS, ROUNDING, Problem, differences, make_problem
+from bench.gpu import device
+from bench.gpu.rate import matrix_rate
+from bench.heads import LABELLED, ROUNDING, Problem, differences, make_problem, megatrons, ours
 from bench.process import one_rank
 from bench.rows import Row, paired
 
 TOKENS, HIDDEN, VOCABULARY, REPEATS = (256, 64, 512, 2) if device.REHEARSAL else (8192, 4096, 128256, 7)
 AGREEMENT_TOKENS = 256
-COMPARED = {name: METHODS[name] for name in ("ours", "megatron")}
+COMPARED = {"ours": ours, "megatron": megatrons}
 
 
 def problem(labelled: float = 1.0, tokens: int = TOKENS) -> Problem:

@@ -1,8 +1,8 @@
 """How much faster a step is with the policy's layers in FP8, for each of Megatron's recipes, and how its loss compares.
 
-    python -m bench.gpu_fp8
+    python -m bench.gpu.fp8
 
-The same steps as bench.gpu_steps, cached scores, Transformer Engine: first bf16, then each recipe, with engines built
+The same steps as bench.gpu.steps, cached scores, Transformer Engine: first bf16, then each recipe, with engines built
 one after the other since two do not fit. All start from the same weights. Drift and loss curves are bench.fp8's.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench import device
-from bench.gpu_model import PACKED, InPlace, describe, layers_that_fit, make_pairs
+from bench.gpu import device
+from bench.gpu.model import PACKED, InPlace, describe, layers_that_fit, make_pairs
 from bench.process import one_rank
 from bench.rows import Row, paired, skipped
 from tgdpo_megatron.config.constants import FP8_FORMATS

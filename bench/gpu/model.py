@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench import device
+from bench.gpu import device
 from bench.ours import LEARNING_RATE, LOSS, Ours
 from bench.pairs import ultrafeedback_like
 from tgdpo_megatron.config import Config, OptimizerConfig, ScoresConfig, TrainConfig

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import resource
 import tempfile
 import time
-import warnings
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from bench.credit_methods import GUIDANCE, METHODS, Method
-from bench.credit_world import Effort
+from bench.credit.compare import compare
+from bench.credit.report import as_text, headlines, methods_table, page, picture, sources_table, summarise
+from bench.credit.world import Effort
+from bench.machine import machine
 
 FULL = Effort(seeds=(1, 2, 3, 4, 5))
 FAST = Effort(seeds=(1, 2), train=200, validation=40, sft=400, sft_steps=15, steps=6, eval_interval=3)
@@ -44,9 +38,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         prepared, runs = compare(Path(work), effort, parsed.processes)
     seconds = time.monotonic() - began
-
-    from bench.credit_report import as_text, headlines, methods_table, page, picture, sources_table, summarise
-    from bench.run import machine
 
     where = machine()
     took = {"seconds": round(seconds), "cpu_seconds": round(_cpu_seconds())}
@@ -67,48 +58,6 @@ def _cpu_seconds() -> float:
     """Of this process and those it waited for: what a machine that others use too does not change much."""
     own, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + below.ru_utime + below.ru_stime
-
-
-def compare(work: Path, effort: Effort, processes: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prepare every seed and train with every method. Returns what `prepare` and `run` return, in any order."""
-    from bench import credit_training as training
-
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the processes start: libraries read it once
-    prepared: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
-    names: dict[Future[dict[str, Any]], tuple[str, int, Method | None]] = {}
-    total = len(effort.seeds) * len(METHODS)
-    with (
-        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_join) as pool,
-        tqdm(total=total, desc="credit", unit="run") as progress,
-    ):
-        for seed in effort.seeds:
-            names[pool.submit(training.prepare, work / str(seed), seed, effort)] = ("start and DPO", seed, None)
-        while names:
-            running = [f"{name} (seed {seed})" for future, (name, seed, _) in names.items() if not future.done()]
-            progress.set_postfix_str(", ".join(running[:processes]))
-            for future in wait(names, return_when=FIRST_COMPLETED).done:
-                _, seed, method = names.pop(future)
-                (runs if method else prepared).append(future.result())
-                progress.update()
-                if method is None:
-                    for other in METHODS:
-                        if other is not GUIDANCE:
-                            submitted = pool.submit(training.run, work / str(seed), seed, other, effort)
-                            names[submitted] = (other.name, seed, other)
-    return prepared, runs
-
-
-_joined = ExitStack()
-"""What a process holds on to until it ends."""
-
-
-def _join() -> None:
-    """Make a process a job of one rank: once, since Megatron's groups are never given back."""
-    from bench.process import one_rank
-
-    warnings.filterwarnings("ignore")
-    _joined.enter_context(one_rank())
 
 
 if __name__ == "__main__":

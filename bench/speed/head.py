@@ -1,7 +1,7 @@
 """The distributed head against Megatron's own output layer and cross-entropy, and against a chunked scheme with fp32
 backward products: time and extra memory.
 
-    python -m bench.head
+    python -m bench.speed.head
 
 Same weights, hidden states, labels and per-token upstream gradients; equal log-probs and gradients asserted.
 Megatron's and the chunked scheme compute logits for every token; ours for the labelled ones. bf16, one thread.
@@ -14,91 +14,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.files import program
+from bench.heads import (
+    HIDDEN,
+    LABELLED,
+    ROUNDING,
+    TOKENS,
+    VOCABULARY,
+    Problem,
+    differences,
+    for_all_tokens,
+    into_main_grad,
+    make_problem,
+    megatrons,
+    ours,
+)
 from bench.process import cpu_seconds, one_rank, peak_bytes, reset_peak, resident_bytes
-from bench.rows import Row, paired, program
+from bench.rows import Row, paired
 
-TOKENS, HIDDEN, VOCABULARY, LABELLED, REPEATS = 2048, 512, 32000, 0.69, 7
+REPEATS = 7
 CHUNK_ROWS = 256
-CPU = torch.device("cpu")
-ROUNDING = 0.02
-"""bf16 products in another order: a few units in the last of 8 bits, relative to the largest."""
 MEMORY_TARGETS = {2048: 0.35, 8192: 0.15}
-
-
-@dataclass
-class Problem:
-    """One layer's inputs. Gradients end in `weight.main_grad`, as under Megatron's data parallelism."""
-
-    hidden: Any
-    weight: Any
-    predictors: Any
-    labels: Any
-    upstream: Any
-
-
-def make_problem(
-    tokens: int = TOKENS,
-    *,
-    width: int = HIDDEN,
-    vocabulary: int = VOCABULARY,
-    labelled: float = LABELLED,
-    device: torch.device = CPU,
-) -> Problem:
-    generator = torch.Generator(device).manual_seed(0)
-    here: dict[str, Any] = {"generator": generator, "device": device}
-    hidden = torch.randn(tokens, 1, width, **here).bfloat16().requires_grad_()
-    weight: Any = torch.nn.Parameter((0.05 * torch.randn(vocabulary, width, **here)).bfloat16())
-    weight.main_grad = torch.zeros(vocabulary, width, device=device)
-    weight.grad_added_to_main_grad = False
-    predictors = torch.randperm(tokens, **here)[: int(labelled * tokens)].sort().values
-    labels = torch.randint(0, vocabulary, (len(predictors),), **here)
-    return Problem(hidden, weight, predictors, labels, torch.randn(len(predictors), **here))
-
-
-def ours(problem: Problem) -> Tensor:
-    """Forward and backward through the distributed head. Returns the log-probs."""
-    from megatron.core import parallel_state
-
-    from tgdpo_megatron.model.head import labelled_logprobs
-
-    logps = labelled_logprobs(
-        [(problem.hidden, problem.weight)],
-        problem.predictors,
-        problem.labels,
-        vocab_size=problem.weight.size(0),
-        sequence_parallel=False,
-        group=parallel_state.get_tensor_model_parallel_group(),
-    )[0]
-    (logps * problem.upstream).sum().backward()
-    return logps.detach()
-
-
-def megatrons(problem: Problem) -> Tensor:
-    """Forward and backward through Megatron's column-parallel output layer and unfused cross-entropy."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
-
-    logits = linear_with_grad_accumulation_and_async_allreduce(
-        input=problem.hidden,
-        weight=problem.weight,
-        bias=None,
-        gradient_accumulation_fusion=False,
-        allreduce_dgrad=False,
-        sequence_parallel=False,
-    )
-    labels, upstream = _for_all_tokens(problem)
-    logps = -vocab_parallel_cross_entropy(logits, labels[:, None])[:, 0]
-    (logps * upstream).sum().backward()
-    _into_main_grad(problem.weight)
-    return logps.detach()[problem.predictors]
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -134,29 +77,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def chunked(problem: Problem) -> Tensor:
     """Forward and backward by chunks of rows with fp32 backward products."""
-    labels, upstream = _for_all_tokens(problem)
+    labels, upstream = for_all_tokens(problem)
     logps: Tensor = _ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
         problem.hidden.squeeze(1), problem.weight, labels
     )
     (logps * upstream).sum().backward()
-    _into_main_grad(problem.weight)
+    into_main_grad(problem.weight)
     return logps.detach()[problem.predictors]
-
-
-def _for_all_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Labels and upstream gradients of all tokens, 0 where there is no label. Both [tokens]."""
-    labels = problem.labels.new_zeros(problem.hidden.size(0))
-    labels[problem.predictors] = problem.labels
-    upstream = problem.upstream.new_zeros(problem.hidden.size(0))
-    upstream[problem.predictors] = problem.upstream
-    return labels, upstream
-
-
-@torch.no_grad()
-def _into_main_grad(weight: Any) -> None:
-    """What Megatron's data-parallel hook does."""
-    weight.main_grad.add_(weight.grad)
-    weight.grad = None
 
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {"ours": ours, "megatron": megatrons, "chunked": chunked}
@@ -200,7 +127,7 @@ def measure() -> list[Row]:
 
 def _memory_of(method: str, tokens: int) -> int:
     """measure_memory in a fresh process."""
-    command = [sys.executable, "-W", "ignore", "-m", "bench.head", "--memory", method, str(tokens)]
+    command = [sys.executable, "-W", "ignore", "-m", "bench.speed.head", "--memory", method, str(tokens)]
     # Blocks over 1 MiB go back to the system at once, so that the peak is of tensors that are alive.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
@@ -231,24 +158,6 @@ def _seconds() -> dict[str, list[float]]:
                 if repeat:  # the first warms up
                     seconds[name].append(spent)
     return seconds
-
-
-def differences(methods: Mapping[str, Callable[[Problem], Tensor]], make: Callable[[], Problem]) -> dict[str, float]:
-    """Largest differences of log-probs and gradients between `ours` and the others, relative to the largest value."""
-    found = {}
-    for name, method in methods.items():
-        problem = make()
-        logps = method(problem)
-        found[name] = {
-            "log-probs": logps,
-            "hidden gradient": problem.hidden.grad.float(),
-            "weight gradient": problem.weight.main_grad,
-        }
-    return {
-        f"{what}, {other}": float((found["ours"][what] - theirs).abs().max() / theirs.abs().max())
-        for other in found.keys() - {"ours"}
-        for what, theirs in found[other].items()
-    }
 
 
 if __name__ == "__main__":

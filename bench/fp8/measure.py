@@ -1,21 +1,8 @@
-"""What FP8 does to token log-probs, log-ratios, token weights and TGDPO's training, against bf16.
-
-    python -m bench.fp8 [--fast] [--json results/fp8.json] [--picture docs/images/fp8.svg] [--page docs/fp8.md]
-
-A small model learns to answer, a DPO guidance is trained from it, then TGDPO runs in bf16 and with the policy in FP8.
-Without a GPU, FP8 is emulated (bench/fp8_emulation.py). With one, and Transformer Engine, the policy is built with
-`train.fp8` instead; that way has not run yet. Exits with 1 if a row fails.
-"""
+"""Train, score and compare in every arithmetic: all numbers of the FP8 benchmark."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -26,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.credit_methods import LEARNING_RATE
-from bench.credit_training import take_steps
-from bench.credit_world import Effort, World, make_world
-from bench.fp8_emulation import emulate
-from bench.process import one_rank
+from bench.credit.methods import LEARNING_RATE
+from bench.credit.training import take_steps
+from bench.credit.world import Effort, World, make_world
+from bench.fp8.cases import BF16, CASES, FP32, REGROUPED, SCALE_ONE, TRAINED
+from bench.fp8.emulation import emulate
 from recipes.tiny import dpo_tiny, sft_tiny
 from tgdpo_megatron.checkpoint.manifest import describe, read_manifest
 from tgdpo_megatron.checkpoint.state import load_weights, save_checkpoint
@@ -44,55 +31,11 @@ from tgdpo_megatron.losses import Pairs, dpo, formula, inputs_of, token_weights
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, transformer_config
 from tools.demo.journal import SFT_LR
 
-FULL = Effort(seeds=(1,), validation=200, sft_steps=300, steps=100)
-FAST = Effort(seeds=(1,), train=200, validation=72, sft=400, sft_steps=20, steps=6)
 GUIDANCE_STEPS = 60
 LOSS = LossConfig(type="tgdpo")
 
-TRAINED = ("tensorwise", "delayed", "blockwise")
-"""The recipes a run can ask for."""
-SCALE_ONE = "delayed, scale 1"
-"""Delayed scaling before anything was seen: a policy's first micro-batch, and for ever a model that is only run without
-gradient."""
-BF16, FP32 = "bf16", "fp32"
-REGROUPED = "bf16, other micro-batches"
-
 Numbers = dict[str, Any]
 """JSON types."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="few steps: shows that everything runs, teaches nothing")
-    parser.add_argument("--json", type=Path, default=Path("runs/fp8.json"), help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="SVG to write, none by default")
-    parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced, none by default")
-    parsed = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    began = time.process_time()
-    from bench.fp8_report import markdown, picture, put_into_page, rows
-    from bench.rows import table
-    from bench.run import machine
-
-    summary = {"machine": machine(), "where": where()}
-    with tempfile.TemporaryDirectory() as work, one_rank():
-        summary |= measure(Path(work) / "world", FAST if parsed.fast else FULL)
-    found = rows(summary)
-    summary |= {
-        "cpu_seconds": round(time.process_time() - began),
-        "rows": [row.as_dict() for row in found],
-    }
-    contents = {parsed.json: json.dumps(summary, indent=1, ensure_ascii=False) + "\n"}
-    if parsed.picture:
-        contents[parsed.picture] = picture(summary) + "\n"
-    if parsed.page:
-        contents[parsed.page] = put_into_page(parsed.page.read_text(encoding="utf-8"), summary)
-    for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    print(f"{markdown(summary)}\n\n{table(found)}")
-    print(f"{summary['cpu_seconds']} CPU s; written: {', '.join(map(str, contents))}")
-    sys.exit(1 if any(row.verdict == "FAIL" for row in found) else 0)
 
 
 def where() -> str:
@@ -378,11 +321,6 @@ def _grow_outliers(model: Any, size: int) -> None:
         mlp.linear_fc2.weight[:, 0] /= size
 
 
-CASES = ("policy", "frozen", "all, same packs", "all, other packs")
-"""Which models are in FP8. `same packs`: frozen models live, riding with the policy. `frozen` and `other packs`: their
-scores come from a cache, which was made in other packs."""
-
-
 def _cases(scores: dict[str, dict[str, Scored]], marks: Pairs) -> Numbers:
     """What TGDPO makes of it, for each recipe and each choice of models in FP8; for bf16, against fp32."""
     models = ("policy", "reference", "guidance")
@@ -461,7 +399,3 @@ def _save(engine: Engine, folder: Path, start: Path) -> None:
         companions=start,
         manifest=replace(read_manifest(start), iteration=engine.config.train.train_iters, dtype="bfloat16"),
     )
-
-
-if __name__ == "__main__":
-    main()

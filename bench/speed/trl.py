@@ -1,6 +1,6 @@
 """TRL's DPOTrainer against our DPO step: the same model, the same token ids, 4 pairs to a step.
 
-    python -m bench.trl
+    python -m bench.speed.trl
 
 TRL is installed only for this, into a folder of its own (in runs/, or where TGDPO_TRL says), on top of our torch,
 transformers and datasets, so that both sides run the same. Process CPU seconds of a whole step at one thread, with
@@ -18,15 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.files import program
 from bench.ours import Ours, make_checkpoints
 from bench.pairs import NO_DATA, real_file, real_pairs, real_tokenizer
 from bench.process import cpu_seconds, one_rank
-from bench.rows import Row, paired, program, skipped
-from bench.trl_worker import PAIRS_PER_STEP
+from bench.rows import Row, paired, skipped
+from bench.speed.trl_worker import PAIRS_PER_STEP
 from tgdpo_megatron.config import LossConfig
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("trl==1.16.0", "accelerate==1.15.0")
 STEPS, LOSS_LIMIT = 4, 1e-4
 NAME = "DPO step, TRL {} / ours {}"
@@ -102,7 +103,7 @@ def _run(packages: Path, folder: Path, how: str) -> dict[str, list[float]]:
     environment["PYTHONPATH"] = str(packages)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # this process is a rank; TRL's is not
         environment.pop(name, None)
-    command = [sys.executable, "-W", "ignore", "-P", str(ROOT / "bench" / "trl_worker.py"), str(folder), how]
+    command = [sys.executable, "-W", "ignore", "-P", str(Path(__file__).with_name("trl_worker.py")), str(folder), how]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])

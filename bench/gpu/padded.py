@@ -1,7 +1,7 @@
 """The authors' computation of a TGDPO step on the same GPU, weights and pairs: three live HuggingFace models in bf16,
 micro-batches of 4 pairs padded to their longest sequence, full fp32 log-softmax, torch's fused AdamW.
 
-    python -m bench.gpu_padded
+    python -m bench.gpu.padded
 
 8 layers of Llama-3-8B with its vocabulary, so that both fit the card one after the other. HuggingFace's weights,
 gradients and Adam moments are all bf16, less memory and traffic than ours. Attention: torch's
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench import device
-from bench.gpu_model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs, tokens_of
+from bench.gpu import device
+from bench.gpu.model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs, tokens_of
 from bench.ours import LEARNING_RATE, LOSS, ROLES
 from bench.process import one_rank
 from bench.rows import Row, paired

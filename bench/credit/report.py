@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.credit_measures import mean_and_spread, steps_to_reach
-from bench.credit_methods import GUIDANCE, LEARNING_RATE, METHODS, SOURCES, TUNING_SEEDS
-from bench.credit_world import NOISE, Effort
+from bench.credit.measures import mean_and_spread, steps_to_reach
+from bench.credit.methods import GUIDANCE, LEARNING_RATE, METHODS, SOURCES, TUNING_SEEDS
+from bench.credit.world import NOISE, Effort
 from tgdpo_megatron.report.page import Page, Table, build_page
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 

@@ -1,6 +1,6 @@
 """What this GPU gives at best, now: the rate of a large matrix product, and of copying. Other rows divide by it.
 
-    python -m bench.gpu_rate
+    python -m bench.gpu.rate
 
 Random data, because products of zeros draw less power and run faster; sustained for about a second, because a card
 that has just begun runs above the clock it can keep.
@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from bench import device
+from bench.gpu import device
 from bench.rows import Row
 
 PEAK = 989e12

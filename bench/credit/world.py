@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.credit_measures import Marks
+from bench.credit.measures import Marks
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 from tgdpo_megatron.checkpoint.manifest import HF
 from tgdpo_megatron.config import DataConfig

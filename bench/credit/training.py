@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.credit_measures import detection, exact_match, moved, preference_accuracy
-from bench.credit_methods import GUIDANCE, LEARNING_RATE, SOURCES, Method
-from bench.credit_world import PARTS, Effort, World, find_marks, make_world, right_spans
+from bench.credit.measures import detection, exact_match, moved, preference_accuracy
+from bench.credit.methods import GUIDANCE, LEARNING_RATE, SOURCES, Method
+from bench.credit.world import PARTS, Effort, World, find_marks, make_world, right_spans
 from recipes.tiny import dpo_tiny, sft_tiny
 from tgdpo_megatron.checkpoint.manifest import describe, read_manifest
 from tgdpo_megatron.checkpoint.state import save_checkpoint
@@ -32,7 +32,7 @@ from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.train import forward_step
 from tools.demo.journal import SFT_LR
 
-PROMPTS = Path(__file__).with_name("credit_prompts.yaml")
+PROMPTS = Path(__file__).with_name("prompts.yaml")
 _AT_ONCE = 64
 
 Result = dict[str, Any]

@@ -1,6 +1,6 @@
 """Memory of training and of scoring by phase, as the GPU's allocator counts it, against the plan of planning/memory.py.
 
-    python -m bench.gpu_memory
+    python -m bench.gpu.memory
 
 Layers of Llama-3-8B with its vocabulary, bf16, packs of 8,192 tokens; the plan is told the tokens and labels of the
 largest pack. A row is the phase that is furthest off.
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from bench import device
-from bench.gpu_model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs
+from bench.gpu import device
+from bench.gpu.model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs
 from bench.process import one_rank
 from bench.rows import Row
 from tgdpo_megatron.data.batch import Batch
@@ -106,7 +106,7 @@ def _plan(ours: InPlace, program: memory.Program, batches: list[Batch]) -> memor
         device="cpu" if device.REHEARSAL else "cuda",
         transformer_engine=HAVE_TRANSFORMER_ENGINE,
         tokens=len(largest.tokens),
-        labelled=len(largest.rows),
+        labelled=len(largest.predictors),
         micro_batches=len(batches),
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.fp8 import BF16, CASES, REGROUPED, SCALE_ONE, TRAINED
+from bench.fp8.cases import BF16, CASES, REGROUPED, SCALE_ONE, TRAINED
 from bench.rows import Row
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 

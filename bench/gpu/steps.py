@@ -1,11 +1,11 @@
 """Whole optimizer steps of our engine on a GPU: share of the card's peak, cached against live scores, scoring against
 training. With Transformer Engine's layers and optimizer where it is installed, else with local layers and torch's.
 
-    python -m bench.gpu_steps
+    python -m bench.gpu.steps
 
 As many layers of Llama-3-8B as fit (16 at most) with its vocabulary, bf16, UltraFeedback-like pairs packed to 8,192
 tokens. Seconds are wall-clock, cutting the micro-batches included, until the device is done; cached and live steps in
-turn on the same pairs with one optimizer. MFU: operations that the pairs need (bench.gpu_model.model_flops: 6 a weight
+turn on the same pairs with one optimizer. MFU: operations that the pairs need (bench.gpu.model.model_flops: 6 a weight
 and token, 6 a head weight and labelled token, causal attention by sequence, nothing computed again) over the time and
 989 TFLOP/s.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from bench import device
-from bench.gpu_model import (
+from bench.gpu import device
+from bench.gpu.model import (
     LAYERS,
     PACKED,
     SIZES,
@@ -27,7 +27,7 @@ from bench.gpu_model import (
     model_flops,
     tokens_of,
 )
-from bench.gpu_rate import PEAK, matrix_rate
+from bench.gpu.rate import PEAK, matrix_rate
 from bench.process import one_rank
 from bench.rows import Row, paired
 

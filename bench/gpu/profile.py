@@ -1,6 +1,6 @@
 """Where the time of a cached, packed step goes on a GPU: its kernels, its idle time, and how often the host waits.
 
-    python -m bench.gpu_profile
+    python -m bench.gpu.profile
 
 Recorded by torch's profiler over two steps. Waits are calls that block the host until the GPU is done, and copies from
 the GPU to the host. Those of a micro-batch: what a step over twice the pairs has more, over the micro-batches it has
@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench import device
-from bench.gpu_model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs
+from bench.gpu import device
+from bench.gpu.model import LAYERS, PACKED, SIZES, InPlace, describe, make_pairs
 from bench.process import one_rank
 from bench.rows import Row
 

@@ -20,10 +20,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.files import run_file, write_results
+from bench.machine import ROOT
 from bench.rows import Row, table
-from bench.run import ROOT, run_file, write_results
 
-HIDES_TRANSFORMER_ENGINE = ROOT / "bench" / "without_transformer_engine"
+HIDES_TRANSFORMER_ENGINE = Path(__file__).with_name("without_transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,15 @@ class Part:
 
 
 PARTS = (  # what matters most first
-    Part("gpu_rate", 30),
-    Part("gpu_head", 45),
-    Part("gpu_steps", 120),
-    Part("gpu_padded", 110),
-    Part("gpu_fp8", 150),
-    Part("gpu_memory", 80),
-    Part("gpu_profile", 80),
-    Part("gpu_steps", 120, local=True),
-    Part("gpu_memory", 80, local=True),
+    Part("rate", 30),
+    Part("head", 45),
+    Part("steps", 120),
+    Part("padded", 110),
+    Part("fp8", 150),
+    Part("memory", 80),
+    Part("profile", 80),
+    Part("steps", 120, local=True),
+    Part("memory", 80, local=True),
 )
 
 
@@ -92,7 +93,7 @@ def _run(parts: list[Part], results: Path | None, *, rehearse: bool) -> list[Row
             environment["CUDA_VISIBLE_DEVICES"] = ""
         if part.local or rehearse:
             environment["PYTHONPATH"] = f"{HIDES_TRANSFORMER_ENGINE}:{os.environ.get('PYTHONPATH', '')}"
-        found = run_file(part.file, seconds=part.seconds, **environment)
+        found = run_file(f"bench.gpu.{part.file}", seconds=part.seconds, **environment)
         rows += [replace(row, name=f"{row.name}, local layers") if row.broke and part.local else row for row in found]
         took, since = time.monotonic() - began, time.monotonic() - started
         print(f"{part.name}: {took:.0f} s of {part.seconds}, {since:.0f} s in all", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """How many tokens are computed in vain, and how evenly ranks are loaded: counted, not timed.
 
-    python -m bench.counts
+    python -m bench.speed.counts
 
 Counted from the batches that the product's own data code makes for each optimizer step. *Executed* tokens are
 those of all micro-batches of all ranks, padding included; *real* ones those of the sequences alone. A rank's load
@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.files import program
 from bench.pairs import NO_DATA, real_file, real_pairs, real_tokenizer, ultrafeedback_like
-from bench.rows import Row, program, skipped
+from bench.rows import Row, skipped
 from tgdpo_megatron.config import Config, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import global_batch

@@ -1,6 +1,6 @@
 """What ranks wait for and what they send: Megatron's schedules and collectives, recorded while they run.
 
-    python -m bench.trace
+    python -m bench.speed.trace
 
 Real gloo ranks run real optimizer steps of a small model; nothing is timed.
 
@@ -40,8 +40,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.files import program
 from bench.pairs import VOCABULARY, ultrafeedback_like
-from bench.rows import Row, program
+from bench.rows import Row
 from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
@@ -92,7 +93,7 @@ def _run(ranks: int) -> Any:
     """What _record writes, from so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
-        command = [sys.executable, "-W", "ignore", "-m", "bench.trace", "--record", str(ranks), str(output)]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.speed.trace", "--record", str(ranks), str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         subprocess.run(command, env=environment, check=True)
         return json.loads(output.read_text())
@@ -196,7 +197,7 @@ def _record(world_size: int, output: Path) -> None:
     from tgdpo_megatron.platform.processes import job
 
     counted = Counted()
-    with job("bench.trace", processes=world_size, timeout_minutes=2) as ranks:
+    with job("bench.speed.trace", processes=world_size, timeout_minutes=2) as ranks:
         torch.set_num_threads(1)
         orders = {
             f"{chunks} {number}": _order(world_size, chunks, number) for chunks in CHUNKS for number in MICRO_BATCHES

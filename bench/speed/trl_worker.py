@@ -1,6 +1,6 @@
-"""Optimizer steps of TRL's DPOTrainer, run by bench.trl in TRL's own environment; imports nothing of ours.
+"""Optimizer steps of TRL's DPOTrainer, run by bench.speed.trl in TRL's own environment; imports nothing of ours.
 
-    python -P bench/trl_worker.py FOLDER live|precomputed
+    python -P bench/speed/trl_worker.py FOLDER live|precomputed
 
 FOLDER holds HuggingFace models in policy/ and reference/ and token ids in pairs.json. Prints, as JSON on the last
 line, process CPU seconds between the ends of successive steps, and each step's loss.

@@ -1,0 +1,1 @@
+"""The speed benchmark: ratios of time, memory and work within one run."""
