@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from tgdpo_megatron.config import Config, LossConfig, OptimizerConfig, ScoresCon
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores, response_starts
-from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
+from tgdpo_megatron.losses import CHOSEN, REJECTED
+from tgdpo_megatron.pair_losses import PreferenceLoss
 
 BODY = {
     "hidden_size": 384,
@@ -81,6 +81,7 @@ class Ours:
         self.engine = build_engine(
             self.config,
             describe(self.places["policy"]),
+            loss=PreferenceLoss(self.config),
             start=self.places["policy"],
             frozen=[] if cached else riders,
         )
@@ -102,44 +103,20 @@ class Ours:
     def step(self, pairs: Sequence[int]) -> float:
         """One optimizer step over some pairs. Returns the mean loss."""
         self.engine.zero_grad()
-        loss = self._schedule(pairs)
+        totals = self.engine.forward_backward(self.batches(pairs))
         self.engine.update()
-        return loss
+        return totals["loss"] / totals["pairs"]
 
     def loss(self, pairs: Sequence[int]) -> float:
         """The mean loss of some pairs, without a step."""
-        with torch.no_grad():
-            return self._schedule(pairs, forward_only=True)
-
-    def _schedule(self, pairs: Sequence[int], **settings: Any) -> float:
-        from tgdpo_megatron.report.metrics import add_up, names_for
-
-        sums = self.engine.over(self.micro_batch_step(), self.batches(pairs), **settings)()
-        totals = add_up(sums, names=names_for(self.config.loss), counts_here=True, device=self.device)
+        totals = self.engine.forward(self.batches(pairs))
         return totals["loss"] / totals["pairs"]
-
-    def micro_batch_step(self) -> Any:
-        """What a micro-batch goes through, as in recipes.train."""
-        from tgdpo_megatron.train import forward_step
-
-        return partial(forward_step, config=self.config, formula=formula(self.config.loss))
 
     def score(self, model: Any, pairs: Sequence[int]) -> list[torch.Tensor]:
         """Token log-probs of some pairs under one frozen model, as recipes.score computes them."""
-        from tgdpo_megatron.engine import pipeline_pass
-        from tgdpo_megatron.score import forward_step
+        from tgdpo_megatron.engine import token_logps
 
-        run = pipeline_pass(
-            model,
-            forward_step,
-            self.batches(pairs),
-            self.config,
-            stacked=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        with torch.no_grad():
-            return [logps[0] for logps in run()]
+        return [logps[0] for logps in token_logps(model, self.batches(pairs), self.config)]
 
     def frozen_model(self, role: str) -> Any:
         """A model without optimizer, as scoring holds it."""

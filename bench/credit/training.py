@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
-from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
-from tgdpo_megatron.report.metrics import add_up, averages, names_for
+from tgdpo_megatron.losses import CHOSEN, REJECTED
+from tgdpo_megatron.pair_losses import PreferenceLoss
+from tgdpo_megatron.report.metrics import averages
 from tgdpo_megatron.scores.contrastive import KINDS, contrastive_sequences, read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
-from tgdpo_megatron.train import forward_step
 from tools.demo.journal import SFT_LR
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
@@ -157,7 +156,7 @@ def _is_live(config: Config) -> bool:
 
 
 def _build(config: Config, start: Path, *, frozen: list[Path]) -> Engine:
-    return build_engine(config, describe(start), start=start, frozen=frozen)
+    return build_engine(config, describe(start), loss=PreferenceLoss(config), start=start, frozen=frozen)
 
 
 def take_steps(
@@ -174,10 +173,7 @@ def take_steps(
         find_scales: Before the first step, as recipes.train does for delayed FP8 scaling.
     """
     config, metrics = engine.config, []
-    device = next(engine.chunks[0].parameters()).device
-    step = partial(forward_step, config=config, formula=formula(config.loss))
-    sides = (CHOSEN,) if config.loss.type == "sft" else (CHOSEN, REJECTED)
-    names = names_for(config.loss)
+    sides, device = config.loss.method.sides, engine.device
     for iteration in range(config.train.train_iters):
         picked = global_batch(
             iteration,
@@ -188,9 +184,9 @@ def take_steps(
         )
         made = rank_batches(data, picked, config, sides=sides, rank=0, ranks=1, device=device, scores=scores)
         if find_scales and iteration == 0:
-            engine.find_scales(step, made)
+            engine.find_scales(made)
         engine.zero_grad()
-        totals = add_up(engine.over(step, made)(), names=names, counts_here=True, device=device)
+        totals = engine.forward_backward(made)
         engine.update()
         metrics.append(averages(totals))
         after_step(iteration + 1)

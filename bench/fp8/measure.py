@@ -27,8 +27,11 @@ from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.engine import Engine, build_engine
-from tgdpo_megatron.losses import Pairs, dpo, formula, inputs_of, token_weights
+from tgdpo_megatron.losses import Pairs
+from tgdpo_megatron.losses.dpo import dpo_loss
+from tgdpo_megatron.losses.tgdpo import token_weights
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, transformer_config
+from tgdpo_megatron.pair_losses import PreferenceLoss, formula, inputs_of
 from tools.demo.journal import SFT_LR
 
 GUIDANCE_STEPS = 60
@@ -143,7 +146,8 @@ def _train(given: Given, run: Run) -> Numbers:
     config.train.train_iters, config.optimizer.lr_warmup_iters = steps, min(5, steps - 1)
     config.scores.source = "live" if run.frozen == "live" else "cached"
     riding = list(given.frozen.values()) if run.frozen == "live" else []
-    engine = build_engine(config, describe(world.start), start=world.start, frozen=riding)
+    loss = PreferenceLoss(config)
+    engine = build_engine(config, describe(world.start), loss=loss, start=world.start, frozen=riding)
     if not HAVE_TRANSFORMER_ENGINE:
         for model in (engine.chunks[0], *engine.chunks[0].frozen):
             emulate(model, run.recipe)
@@ -360,7 +364,7 @@ def _made_of(logps: dict[str, np.ndarray], marks: Pairs) -> dict[str, np.ndarray
         "reward": inputs["rewards"],
         "weight": token_weights(inputs["rewards"], marks, alpha=loss.options["alpha"]),
         "response_ratio": marks.sums(policy - reference).flatten(),
-        "reward_margin": dpo(policy, marks, reference=reference, beta=loss.options["beta"])[1],
+        "reward_margin": dpo_loss(policy, marks, reference=reference, beta=loss.options["beta"])[1],
         "margin": margins,
         "loss": losses,
     }
@@ -384,7 +388,7 @@ def _train_and_save(world: World, config: Config, steps: int, start: Path, folde
     config.train.precision, config.train.train_iters, config.train.micro_batch_size = "bf16", steps, 32
     config.optimizer.lr_warmup_iters = min(config.optimizer.lr_warmup_iters, steps - 1)
     frozen = [start] if config.loss.carried else []
-    engine = build_engine(config, describe(start), start=start, frozen=frozen)
+    engine = build_engine(config, describe(start), loss=PreferenceLoss(config), start=start, frozen=frozen)
     take_steps(engine, world.data(part), None)
     _save(engine, folder, start)
 

@@ -18,7 +18,6 @@ from bench.process import one_rank
 from bench.rows import Row
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.losses import formula
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.planning import memory
 
@@ -52,9 +51,6 @@ def _row(words: str, found: dict[str, int], plan: memory.Plan) -> Row:
 
 
 def _training(live: bool, **train: Any) -> tuple[dict[str, int], memory.Plan]:
-    from tgdpo_megatron.report.metrics import add_up, names_for
-    from tgdpo_megatron.train import forward_step
-
     data, pairs = _few_pairs()
     before = device.allocated()
     ours = InPlace(data, describe(SIZES.few_layers), **train)
@@ -67,9 +63,7 @@ def _training(live: bool, **train: Any) -> tuple[dict[str, int], memory.Plan]:
     found = {"weights and optimizer": device.allocated() - before}
     ours.engine.zero_grad()
     batches = ours.batches(pairs)
-    step = partial(forward_step, config=ours.config, formula=formula(ours.config.loss))
-    schedule, sums = device.peak(ours.engine.over(step, batches))
-    add_up(sums, names=names_for(ours.config.loss), counts_here=True, device=ours.device)
+    schedule, _ = device.peak(partial(ours.engine.forward_backward, batches))
     update, _ = device.peak(ours.engine.update)
     found |= {"forward and backward": schedule - before, "optimizer step": update - before}
     return found, _plan(ours, "train", batches)

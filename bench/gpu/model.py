@@ -18,6 +18,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.pair_losses import PreferenceLoss
 from tgdpo_megatron.planning import memory
 
 
@@ -134,7 +135,9 @@ class InPlace(Ours):
         self.data, self.description, self.scores = data, description, None
         self.config = settings(**train)
         if trained:
-            self.engine = build_engine(self.config, description, start=None, frozen=[])
+            self.engine = build_engine(
+                self.config, description, loss=PreferenceLoss(self.config), start=None, frozen=[]
+            )
         untrained = transformer_config(description, self.config, trained=False)
         self.frozen: dict[str, Any] = {}
         for role in LOSS.carried if frozen else ():
@@ -148,7 +151,7 @@ class InPlace(Ours):
 
     def find_scales(self, pairs: Sequence[int]) -> None:
         """A pass whose gradients are dropped: how training begins where FP8 scales come from earlier steps."""
-        self.engine.find_scales(self.micro_batch_step(), self.batches(pairs))
+        self.engine.find_scales(self.batches(pairs))
 
     def ride(self, live: bool) -> None:
         """From now on the frozen models run beside the policy, or else their cached scores are read."""
@@ -156,7 +159,7 @@ class InPlace(Ours):
         for place, chunk in enumerate(self.engine.chunks):
             chunk.carry([model[place] for model in models])
         self.config = self.config.model_copy(update={"scores": ScoresConfig(source="live" if live else "cached")})
-        self.engine = replace(self.engine, config=self.config)
+        self.engine = replace(self.engine, config=self.config, loss=PreferenceLoss(self.config))
 
 
 def tokens_of(data: PreparedPairs, pairs: Sequence[int]) -> int:

@@ -25,8 +25,8 @@ from bench.ours import LEARNING_RATE, LOSS, ROLES
 from bench.process import one_rank
 from bench.rows import Row, paired
 from bench.theirs import Theirs
-from tgdpo_megatron.checkpoint.names import llama_tensors
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.model.families import family_of
 
 STEPS = 3
 """The first warms up."""
@@ -162,7 +162,7 @@ def _copy_weights(models: dict[str, Any], ours: InPlace) -> None:
 
     for role, chunks in {"policy": ours.engine.chunks, **ours.frozen}.items():
         weights = models[role].state_dict()
-        whole = {tensor.key: tensor for tensor in llama_tensors(ours.description)}
+        whole = {tensor.key: tensor for tensor in family_of(ours.description).tensors(ours.description)}
         for shard in sharded_tensors(sharded_model_state(chunks)):
             tensor = whole[shard.key]
             # A gate and its up projection are two shards of one tensor.

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,8 +47,12 @@ from tgdpo_megatron.config import Config, LossConfig, ParallelConfig, ScoresConf
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores, response_starts
-from tgdpo_megatron.losses import CHOSEN, REJECTED, formula
+from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.pair_losses import PreferenceLoss
+
+if TYPE_CHECKING:
+    from tgdpo_megatron.engine import Engine
 
 MODEL = ModelDescription(
     num_layers=8,
@@ -213,32 +217,39 @@ def _order(stages: int, chunks: int | None, number: int) -> list[list[Event]]:
     parallel = ParallelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
     events: list[Event] = []
 
-    def traced(step: Callable[..., Any], engine: Any, batches: list[Batch], iterator: Any, model: Any) -> Any:
+    def traced(engine: Engine, batches: list[Batch], iterator: Any, model: Any) -> Any:
         chunk = next(place for place, wrapped in enumerate(engine.policy) if wrapped is model)
         batch = next(iterator)
         micro_batch = next(place for place, one in enumerate(batches) if one is batch)
         events.append(("F", chunk, micro_batch))
-        result, loss = step(iter([batch]), model)
+        result, loss = engine.forward_step(iter([batch]), model)
         result.register_hook(lambda _: events.append(("B", chunk, micro_batch)))
         return result, loss
 
-    with _engine(parallel, pairs=number) as (engine, step, batches, _):
+    with _engine(parallel, pairs=number) as (engine, batches, _):
         engine.zero_grad()
-        engine.over(partial(traced, step, engine, batches), batches)()
+        _run(engine, partial(traced, engine, batches), batches)
     gathered: list[Any] = [None] * stages
     dist.all_gather_object(gathered, events)
     return gathered
 
 
+def _run(engine: Engine, forward_step: Callable[..., Any], batches: list[Batch]) -> None:
+    """The schedule alone, without the sum over ranks of what is reported."""
+    from tgdpo_megatron.engine import run_pipeline
+
+    run_pipeline(engine.policy, forward_step, batches, engine.config, stacked=1, forward_only=False)
+
+
 def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[str, Any]:
     """Bytes that all ranks sent in the second optimizer step, and what they must send."""
     data_parallel_size = world_size // parallel.model_parallel_size
-    with _engine(parallel, pairs=8, data_parallel_size=data_parallel_size) as (engine, step, batches, weights):
+    with _engine(parallel, pairs=8, data_parallel_size=data_parallel_size) as (engine, batches, weights):
         for counts in (False, True):
             engine.zero_grad()
             counted.bytes, counted.on = 0.0, counts
             counted.calls.clear()
-            engine.over(step, batches)()
+            _run(engine, engine.forward_step, batches)
             engine.update()
             counted.on = False
     everywhere: list[Any] = [None] * world_size
@@ -262,13 +273,12 @@ def _expected(parallel: ParallelConfig, data_parallel_size: int, tokens: int, la
 @contextlib.contextmanager
 def _engine(
     parallel: ParallelConfig, *, pairs: int, data_parallel_size: int = 1
-) -> Iterator[tuple[Any, Callable[..., Any], list[Batch], int]]:
-    """The engine at a layout, a step function for it, this rank's micro-batches, and its number of weights."""
+) -> Iterator[tuple[Engine, list[Batch], int]]:
+    """The engine at a layout, this rank's micro-batches, and its number of weights."""
     from megatron.core import parallel_state
 
     from tgdpo_megatron.engine import build_engine
     from tgdpo_megatron.platform.processes import initialize_model_parallel
-    from tgdpo_megatron.train import forward_step
 
     data = ultrafeedback_like(pairs, longest=64)
     config = Config(
@@ -278,7 +288,7 @@ def _engine(
         train=TrainConfig(precision="fp32", global_batch_size=pairs, micro_batch_size=1),
     )
     initialize_model_parallel(parallel, seed=1)
-    engine = build_engine(config, MODEL, start=None, frozen=[])
+    engine = build_engine(config, MODEL, loss=PreferenceLoss(config), start=None, frozen=[])
     batches = rank_batches(
         data,
         np.arange(len(data)),
@@ -291,7 +301,7 @@ def _engine(
     )
     weights = sum(weight.numel() for chunk in engine.chunks for weight in chunk.parameters())
     try:
-        yield engine, partial(forward_step, config=config, formula=formula(config.loss)), batches, weights
+        yield engine, batches, weights
     finally:
         parallel_state.destroy_model_parallel()
 
