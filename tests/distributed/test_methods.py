@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 
 from tests.support.program import run_ranks
+from tgdpo_megatron.scores.contrastive import DEFAULT
 
 Metrics = list[dict[str, float]]
+
+DIRECT = DEFAULT.with_name("direct.yaml")
+FILLED = {"micro_batch_tokens": 64, "fixed_micro_batches": True}
+"""More tokens than any pair here has, fewer than any response under a contrastive prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,6 @@ def trained(
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
     from tgdpo_megatron.config import DataConfig
     from tgdpo_megatron.data.prepare import prepare_pairs
-    from tgdpo_megatron.scores.contrastive import DEFAULT
     from tgdpo_megatron.scores.store import load_scores
 
     folder = tmp_path_factory.mktemp("methods")
@@ -46,7 +50,7 @@ def trained(
     rewards.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     store, cached = {"path": str(folder / "scores")}, {"source": "cached", "path": str(folder / "scores")}
-    short = {"contrastive_prompts": str(DEFAULT.with_name("direct.yaml"))}  # refine.yaml's does not fit 256 positions
+    short = {"contrastive_prompts": str(DIRECT)}  # refine.yaml's does not fit 256 positions
     common = {
         "model": {"checkpoint": str(checkpoint)},
         "data": {"train": str(folder / "pairs"), "max_length": 256},
@@ -69,7 +73,7 @@ def trained(
         for name, run in runs.items()
     ]
     scoring = [
-        common | {"loss": {"type": "dpo_reg"}, "scores": store | short},
+        common | {"loss": {"type": "dpo_reg"}, "scores": store | short, "train": FILLED},
         guided | {"loss": {"type": "sepo"}, "scores": store},
     ]
     metrics = run_ranks("tests.support.jobs", "score_and_train", 1, recipe="dpo_tiny", scoring=scoring, jobs=jobs)
@@ -93,6 +97,16 @@ def test_dpo_reg_from_contrastive_scores_begins_at_its_formula(trained: Any) -> 
         losses.append(math.log(2) + 0.25 * 0.5 * regulariser)
     assert metrics["dpo_reg"][0]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
     assert abs(np.mean(losses) - math.log(2)) > 1e-4, "the regulariser counts"
+
+
+def test_scoring_takes_prompts_that_are_longer_than_trainings_fixed_micro_batches(trained: Any, tokenizer: Any) -> None:
+    """Training refuses a pair that does not fit; a prompt that asks for better or worse is nobody's pair."""
+    _, scores = trained
+    asked = DIRECT.read_text().split("better: |-")[1].split("worse: |-")[0]
+    assert len(tokenizer(asked)["input_ids"]) > FILLED["micro_batch_tokens"]
+    for name in ("better", "worse"):
+        lengths = [[len(side) for side in pair] for pair in scores[name]]
+        assert lengths == [[len(side) for side in pair] for pair in scores["reference"]]
 
 
 @pytest.mark.parametrize("name", ["tgdpo, file, cached", "tgdpo, file, live"])

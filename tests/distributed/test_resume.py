@@ -86,6 +86,11 @@ def test_run_continued_at_another_layout_has_the_same_loss(runs: dict[str, Any])
     assert found == pytest.approx([line["loss"] for line in runs["whole"]], abs=tolerance)
 
 
+def test_tokens_of_a_step_are_counted_once_at_any_layout(runs: dict[str, Any]) -> None:
+    """Two data-parallel ranks add their halves up; of two tensor-parallel ranks one counts for both."""
+    assert [line["num_tokens"] for line in runs["reshaped"]] == [line["num_tokens"] for line in runs["whole"]]
+
+
 def test_evaluation_counts_every_pair_once_on_uneven_ranks(runs: dict[str, Any]) -> None:
     # Five pairs on two data-parallel ranks against one; a mean of rank means would differ by 1e-2 and more in fp32.
     tolerance = 1e-4 if runs["precision"] == "fp32" else 5e-2

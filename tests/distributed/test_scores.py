@@ -25,6 +25,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+SCALED_ROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 32.0,  # Llama-3.2's; Llama-3.1 has 8
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.1,  # attention that looks at places: with the usual 0.02 it averages over them
+}
+
+
 @pytest.fixture(scope="module", params=[64, 128], ids=["same width", "wider guidance"])
 def models(
     request: Any, tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., Path]
@@ -34,8 +48,8 @@ def models(
 
     folder = tmp_path_factory.mktemp("models")
     made = {
-        "reference": make_hf_model(folder / "reference", seed=0),
-        "guidance": make_hf_model(folder / "guidance", seed=1, hidden_size=request.param),
+        "reference": make_hf_model(folder / "reference", seed=0, **SCALED_ROPE),
+        "guidance": make_hf_model(folder / "guidance", seed=1, hidden_size=request.param, **SCALED_ROPE),
     }
     for name, place in made.items():
         hf_to_megatron(place, folder / f"{name}-megatron")

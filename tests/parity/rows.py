@@ -156,6 +156,8 @@ LAYOUTS = [
     Row(pp=2, dp=2, distributed_optimizer=True, overlap=True),
     Row(pp=2, dp=2, distributed_optimizer=True, overlap=True, tied=True, in_tests=True),
     Row(pp=2, vp=2, dp=2, distributed_optimizer=True, overlap=True, micro_batch_size=1, in_tests=True),
+    # Two micro-batches, then four: Megatron learns from the first step when a chunk's gradients are complete.
+    Row("SFT", pp=2, vp=2, dp=2, distributed_optimizer=True, overlap=True, tokens=42, in_tests=True),
     Row(tokens=80, in_tests=True),
     Row(tokens=80, fixed=True, in_tests=True),
     Row(tokens=1000),

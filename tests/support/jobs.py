@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from recipes.settings import RECIPES
 from tgdpo_megatron.config import load
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.platform.processes import Ranks
 
 
@@ -25,6 +28,64 @@ def train_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[
         lines = (Path(changes["train"]["output"]) / "metrics.jsonl").read_text().splitlines()
         metrics.append([json.loads(line) for line in lines])
     return metrics
+
+
+def train_each(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[str]:
+    """Run training jobs one after another, refused ones too; return the sentence each was refused with, or "".
+
+    Beside its settings a job may have `altered`, a checkpoint in which one bit is flipped first, and `no_room_for`, the
+    name of a file that finds the disk full.
+    """
+    from megatron.core import parallel_state
+
+    from tgdpo_megatron.train import train
+
+    said = []
+    for job in jobs:
+        settings = dict(job)
+        if altered := settings.pop("altered", None):
+            flip_a_bit(Path(altered))
+        try:
+            with _full_disk(settings.pop("no_room_for", None)):
+                train(load(RECIPES[recipe](), settings, where="test"), ranks)
+            said.append("")
+        except (UserError, OSError) as refusal:
+            said.append(str(refusal))
+        parallel_state.destroy_model_parallel()
+    return said
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    """Change the last bit of one weight, wherever it is stored. The file stays readable, the weight finite."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from tgdpo_megatron.checkpoint.manifest import describe
+
+    name, weights = "decoder.final_layernorm.weight", checkpoint / "weights"
+    stored = {name: torch.empty(describe(checkpoint).hidden_size)}
+    dcp.load(stored, storage_reader=dcp.FileSystemReader(weights), no_dist=True)
+    before = stored[name].numpy().tobytes()
+    after = bytes([before[0] ^ 1]) + before[1:]
+    for file in weights.glob("*.distcp"):
+        file.write_bytes(file.read_bytes().replace(before, after))
+
+
+@contextlib.contextmanager
+def _full_disk(name: str | None) -> Iterator[None]:
+    """No file of that name can be written."""
+    write = Path.write_text
+
+    def refuse(self: Path, *arguments: Any, **settings: Any) -> int:
+        if self.name == name:
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments, **settings)
+
+    Path.write_text = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Path.write_text = write  # type: ignore[method-assign]
 
 
 def distribution(

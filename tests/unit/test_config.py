@@ -207,6 +207,31 @@ def test_the_methods_defaults_are_written_out() -> None:
     assert (loss.beta_r, loss.reward_squash, loss.gamma) == (1.0, True, None)
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "dpo_norm": {"beta": 2.0, "label_smoothing": 0.0},
+    "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "hinge": {"beta": 0.1},
+    "ipo": {"beta": 0.1},
+    "ipo_sum": {"beta": 0.1},
+    "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.55, "label_smoothing": 0.0},
+    "tgdpo": {"beta": 0.1, "alpha": 0.5, "beta_r": 0.1, "token_rewards": "guidance", "reward_squash": False},
+    "tdpo1": {"beta": 0.1},
+    "tdpo2": {"beta": 0.1, "alpha": 0.5},
+    "sepo": {"gamma": 2.1, "selected_share": 0.3, "token_rewards": "guidance"},
+    "dpo_reg": {"beta": 0.1, "alpha": 0.25, "beta_r": 1.0, "token_rewards": "contrastive", "reward_squash": True},
+    "simpo_reg": {"beta": 2.5, "gamma_beta_ratio": 0.55, "alpha": 0.25, "beta_r": 1.0, "reward_squash": True},
+}
+"""What each method computes with where nothing is set, written by hand: changing one changes people's results."""
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_methods_defaults_are_the_published_ones(name: str) -> None:
+    loss = settings(f"loss.type={name}").loss
+    assert {option: getattr(loss, option) for option in DEFAULTS[name]} == DEFAULTS[name]
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_completing_twice_changes_nothing(name: str) -> None:
     config = complete(Config(loss=LossConfig(type=name)), where="here")

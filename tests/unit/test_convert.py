@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from tgdpo_megatron.checkpoint.fingerprint import tensor_sum
+from tgdpo_megatron.checkpoint.fingerprint import _BLOCK, combine, tensor_sum
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription, read_description
 
 LAST = "model.layers.1.mlp.down_proj.weight"
 
@@ -159,6 +161,35 @@ def test_the_sum_of_shards_is_the_sum_of_the_whole(cut: int) -> None:
         for place, shard in enumerate(shards)
     ]
     assert sum(parts) % 2**64 == tensor_sum(whole, shape=whole.shape, offset=[0, 0])
+
+
+def test_the_sum_of_a_tensor_that_is_hashed_block_by_block_is_that_of_its_blocks() -> None:
+    """Three blocks at once, against each alone at its own place."""
+    rows = _BLOCK // 1024
+    whole = torch.randn(3 * rows, 1024, generator=torch.Generator().manual_seed(0))
+    parts = [
+        tensor_sum(whole[first : first + rows], shape=whole.shape, offset=[first, 0]) for first in (0, rows, 2 * rows)
+    ]
+    assert sum(parts) % 2**64 == tensor_sum(whole, shape=whole.shape, offset=[0, 0])
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ModelDescription)])
+def test_the_same_tensors_computed_with_otherwise_have_another_fingerprint(field: str, hf_model: Path) -> None:
+    """But for the number of positions, which changes nothing that is computed."""
+    description = read_description(hf_model)
+    value = getattr(description, field)
+    other = replace(description, **{field: not value if isinstance(value, bool) else (value or 8) * 2})
+    same = combine({"a": 1, "b": 2}, other) == combine({"a": 1, "b": 2}, description)
+    assert same == (field == "max_position_embeddings")
+
+
+def test_the_same_tensors_with_another_rope_are_another_model(hf_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
+    found, before = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron"), read_manifest(checkpoint)
+    assert found.weights != before.weights and found.weights_bf16 != before.weights_bf16
 
 
 # ---------------------------------------------------------------- refusals leave nothing

@@ -476,6 +476,19 @@ def test_a_chosen_nll_term_adds_its_weight_times_the_sft_loss(random_tokens: Tok
     torch.testing.assert_close(both, plain + 0.7 * sft, **EXACT)
 
 
+def test_a_chosen_nll_term_pulls_with_its_weight_over_the_length_on_chosen_tokens_alone(random_tokens: Tokens) -> None:
+    """Its gradient is −weight / |y_w| on each chosen token, beside DPO's own."""
+    grads = []
+    for config in (DPO, LossConfig(type="dpo", beta=0.1, sft_loss_weight=0.7)):
+        policy = random_tokens.policy.detach().requires_grad_()
+        grads.append(torch.autograd.grad(random_tokens.loss(config, policy=policy)[0].sum(), policy)[0])
+    expected = torch.zeros_like(grads[0])
+    for pair in range(7):
+        chosen = of(random_tokens, pair, CHOSEN)
+        expected[chosen] = -0.7 / int(chosen.sum())
+    torch.testing.assert_close(grads[1] - grads[0], expected, **EXACT)
+
+
 def test_tgdpo_is_dpo_reg_with_the_tgdpo_margin_in_its_weight(random_tokens: Tokens) -> None:
     """Their gradients are one formula: −w β (±1 + α r̂), with w = σ(−z) of each method's own margin."""
     grads = []

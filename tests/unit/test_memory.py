@@ -61,6 +61,16 @@ def test_transformer_engine_keeps_per_token_and_layer_what_is_published(
     assert activations / 1000 / description.num_layers == pytest.approx(kilobytes * 1000, rel=0.01)
 
 
+@pytest.mark.parametrize(("world_size", "gigabytes"), [(1, 32.12), (8, 4.015)])
+def test_torchs_adam_on_a_gpu_takes_four_bytes_a_parameter_of_its_share_for_a_moment(
+    world_size: int, gigabytes: float
+) -> None:
+    """The roots of all second moments at once, in fp32: 4 × 8.03e9 over the data-parallel ranks."""
+    config = settings(*PLAIN, "train.global_batch_size=8")
+    parts = plan(config, LLAMA_8B, world_size=world_size, device="cuda").phase("optimizer step").parts
+    assert parts["working memory"] / 1e9 == pytest.approx(gigabytes, rel=1e-3)
+
+
 def test_fp8_layers_hold_two_bytes_per_weight_of_their_products_more() -> None:
     """Of Llama-3-8B's 8.030e9 weights, 1.051e9 are embedding and output, 0.3e6 norms."""
     found = plan(settings(*PLAIN, "train.fp8=hybrid"), LLAMA_8B, world_size=8, transformer_engine=True)

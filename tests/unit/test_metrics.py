@@ -25,10 +25,12 @@ def metrics_of(config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tens
     return averages({name: float(value) for name, value in sums.items()})
 
 
-def sums_of(config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tensor, guidance: Tensor) -> dict[str, Any]:
+def sums_of(
+    config: LossConfig, pairs: Pairs, policy: Tensor, reference: Tensor, guidance: Tensor, *, padding: int = 0
+) -> dict[str, Any]:
     scores = {"reference": reference, "guidance": guidance, "divergence": (policy - reference).square()}
     losses, margins = pair_losses(config, policy, pairs, **scores)
-    return micro_batch_sums(config, pairs, policy, inputs_of(config, pairs, **scores), losses, margins)
+    return micro_batch_sums(config, pairs, policy, inputs_of(config, pairs, **scores), losses, margins, padding=padding)
 
 
 @pytest.fixture
@@ -85,6 +87,51 @@ def test_correlation_of_token_rewards_with_implicit_rewards_is_pearsons(part_a: 
     _, policy, reference, guidance = part_a
     found = metrics_of(TGDPO, *part_a)["token_rewards/correlation"]
     assert found == pytest.approx(float(torch.corrcoef(torch.stack([guidance - reference, policy - reference]))[0, 1]))
+
+
+def test_tokens_that_fill_a_micro_batch_change_no_mean(part_a: Any) -> None:
+    filled = averages({name: float(value) for name, value in sums_of(TGDPO, *part_a, padding=50).items()})
+    assert filled == metrics_of(TGDPO, *part_a)
+
+
+def test_the_divergence_is_a_mean_over_tokens(part_a: Any) -> None:
+    """Of nineteen tokens, not of two pairs. metrics_of makes it the squared log-ratio to the reference."""
+    pairs, policy, reference, guidance = part_a
+    found = metrics_of(LossConfig(type="tdpo1"), pairs, policy, reference, guidance)
+    by_hand = [(ours - theirs) ** 2 for ours, theirs in zip(policy.tolist(), reference.tolist(), strict=True)]
+    assert len(by_hand) == 19
+    assert found["divergence/mean"] == pytest.approx(sum(by_hand) / 19, rel=1e-12)
+
+
+@pytest.mark.parametrize("nll", [0.0, 0.3])
+@pytest.mark.parametrize(("name", "beta", "per_token"), [("dpo_reg", 0.1, False), ("simpo_reg", 2.0, True)])
+def test_tregs_regulariser_is_its_own_term_alone(
+    name: Any, beta: float, per_token: bool, nll: float, part_a: Any
+) -> None:
+    """α σ(−z) Σ_y Σ_t −β r̂ ℓ of each pair, sums for DPO and means for SimPO; a term of NLL is not part of it."""
+    margin_asked = {"gamma_beta_ratio": 0.4} if per_token else {}
+    options = {"beta": beta, "alpha": 0.25, "token_rewards": "guidance", "beta_r": 1.0, "sft_loss_weight": nll}
+    found = metrics_of(LossConfig(type=name, **margin_asked, **options), *part_a)
+    pairs, policy, reference, guidance = part_a
+    expected = []
+    for pair in (0, 1):
+        z, regulariser = -0.4 * beta if per_token else 0.0, 0.0
+        for side, sign in ((0, 1), (1, -1)):
+            own = (pairs.pair == pair) & (pairs.side == side)
+            length = int(own.sum()) if per_token else 1
+            learned = policy[own] if per_token else policy[own] - reference[own]
+            z += sign * beta * float(learned.sum()) / length
+            regulariser -= beta * float(((guidance[own] - reference[own]) * policy[own]).sum()) / length
+        expected.append(0.25 * regulariser / (1 + math.exp(z)))
+    assert found["treg/regulariser"] == pytest.approx(sum(expected) / 2, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("token_rewards/limit_frac", 0.5), ("tgdpo/weight_neg_frac", 0.05)], ids=str
+)
+def test_a_share_of_tokens_is_warned_of_where_it_is_above_its_limit(name: str, most: float) -> None:
+    assert list(warnings(TGDPO, {name: most + 0.01})) == [name]
+    assert warnings(TGDPO, {name: most}) == {}
 
 
 @pytest.mark.parametrize(

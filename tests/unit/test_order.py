@@ -67,6 +67,14 @@ def test_micro_batches_of_pairs_hold_no_more_pairs_than_asked(ranks: int) -> Non
     assert max(len(batch) for share in shares for batch in share) == 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_skewed_lengths_fill_no_micro_batch_beyond_its_pairs(ranks: int) -> None:
+    """One pair as long as all others: by tokens alone the short ones would all go together."""
+    lengths = np.array([1100, *[100] * 11])
+    shares = micro_batches(lengths, TrainConfig(micro_batch_size=2), ranks=ranks)
+    assert [[len(batch) for batch in share] for share in shares] == [[2] * (6 // ranks)] * ranks
+
+
 @pytest.mark.parametrize("budget", [400, 420, 450, 520, 1000, 10000])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_batches_of_tokens_stay_within_their_budget(ranks: int, budget: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tgdpo_megatron import preflight
+from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.config import (
     Config,
     DataConfig,
@@ -22,8 +24,12 @@ from tgdpo_megatron.config import (
     TrainConfig,
     check_layout,
 )
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import ScoresManifest
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.run_folder import check_writable
+from tgdpo_megatron.scores.contrastive import DEFAULT, read_prompts
+from tgdpo_megatron.scores.store import Key, write_scores_manifest, write_shard
 
 
 def edited(checkpoint: Path, target: Path, file: str, **changes: object) -> Path:
@@ -130,6 +136,101 @@ def test_a_layout_is_checked_against_the_checkpoint(checkpoint: Path) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=4)
     with pytest.raises(UserError, match="does not divide the model's 2 key-value heads"):
         preflight.check_models(Config(model=ModelConfig(checkpoint=checkpoint), parallel=parallel))
+
+
+# ---------------------------------------------------------------- scores from files
+
+
+def write_store(folder: Path, data: PreparedPairs, names: Sequence[str], **made_with: str) -> None:
+    """Scores of −1 nat for every token, which say what they were made with."""
+    folder.mkdir(parents=True)
+    keys = [
+        Key(data.hashes[pair].tobytes(), side, name) for pair in range(len(data)) for side in (0, 1) for name in names
+    ]
+    lengths = {pair_hash.tobytes(): pair for pair, pair_hash in enumerate(data.hashes)}
+    write_shard(folder, {key: np.full(data.response_length(lengths[key.pair], key.side), -1.0) for key in keys})
+    manifest = ScoresManifest(tokenizer="", template="", max_length=0, precision="bf16", **made_with)
+    write_scores_manifest(folder, manifest)
+
+
+@pytest.fixture
+def pairs(prepared_by_hand: Callable[..., Any]) -> PreparedPairs:
+    return prepared_by_hand([([1, 2], [4, 5], [6]), ([11], [13, 14, 15], [16, 17])])
+
+
+def test_scores_of_another_guidance_model_are_refused(checkpoint: Path, pairs: PreparedPairs, tmp_path: Path) -> None:
+    """The one they were made with is taken; so the weights alone decide."""
+    write_store(
+        tmp_path / "scores" / "train",
+        pairs,
+        ["reference", "guidance"],
+        reference=read_manifest(checkpoint).weights,
+        guidance="a" * 64,
+    )
+
+    def load_with(weights: str) -> Any:
+        guidance = edited(checkpoint, tmp_path / weights[0], "manifest.json", weights=weights)
+        config = Config(
+            model=ModelConfig(checkpoint=checkpoint, guidance=guidance),
+            loss=LossConfig(type="tgdpo"),
+            scores=ScoresConfig(source="cached", path=tmp_path / "scores"),
+        )
+        return preflight.load_scores_of(config, preflight.check_models(config), pairs, None)
+
+    scores, _ = load_with("a" * 64)
+    assert scores is not None and set(scores.values) == {"reference", "guidance"}
+    with pytest.raises(UserError, match=r"made with other weights of the guidance \(aaaaaaaaaaaa, this run has bbbb"):
+        load_with("b" * 64)
+
+
+def test_scores_of_other_contrastive_prompts_are_refused(
+    checkpoint: Path, pairs: PreparedPairs, tmp_path: Path
+) -> None:
+    write_store(
+        tmp_path / "scores" / "train",
+        pairs,
+        ["reference", "better", "worse"],
+        reference=read_manifest(checkpoint).weights,
+        prompts=read_prompts(DEFAULT).hash,
+    )
+
+    def load_with(prompts: Path) -> Any:
+        config = Config(
+            model=ModelConfig(checkpoint=checkpoint),
+            loss=LossConfig(type="dpo_reg"),
+            scores=ScoresConfig(source="cached", path=tmp_path / "scores", contrastive_prompts=prompts),
+        )
+        return preflight.load_scores_of(config, preflight.check_models(config), pairs, None)
+
+    scores, _ = load_with(DEFAULT)
+    assert scores is not None and set(scores.values) == {"reference", "better", "worse"}
+    with pytest.raises(UserError, match="made with other contrastive prompts"):
+        load_with(DEFAULT.with_name("direct.yaml"))
+
+
+def test_validation_pairs_take_their_rewards_from_their_own_file(
+    checkpoint: Path, prepared_by_hand: Callable[..., Any], pairs: PreparedPairs, tmp_path: Path
+) -> None:
+    """Both files have the rows and lengths of both data sets, so that either could be read for either."""
+    validation = prepared_by_hand([([21], [22, 23], [24]), ([31, 32], [33, 34, 35], [36, 37])])
+    files = {"reward_file": 0.25, "validation_reward_file": -3.0}
+    for name, number in files.items():
+        lines = [
+            {"row": row, "chosen": [number] * chosen, "rejected": [number] * rejected}
+            for row, chosen, rejected in ((1, 2, 1), (2, 3, 2))
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = Config(
+        model=ModelConfig(checkpoint=checkpoint),
+        loss=LossConfig(type="tgdpo", token_rewards="file"),
+        scores=ScoresConfig(**{name: tmp_path / name for name in files}),
+    )
+    found = preflight.load_scores_of(config, preflight.check_models(config), pairs, validation)
+    assert [set(scores.values["reward"].tolist()) for scores in found if scores is not None] == [{0.25}, {-3.0}]
+
+    config.scores.validation_reward_file = None
+    with pytest.raises(UserError, match="^scores.validation_reward_file is not set; give "):
+        preflight.load_scores_of(config, preflight.check_models(config), pairs, validation)
 
 
 # ---------------------------------------------------------------- pairs

@@ -80,6 +80,15 @@ def test_every_sequence_has_exactly_one_bos_at_its_start(
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_template_that_writes_two_bos_gives_one(
+    adds_bos: bool, tokenizer: Any, prepare: Callable[..., PreparedPairs]
+) -> None:
+    twice = templated(tokenizer, "{{ bos_token }}" + TEMPLATES["with BOS"], adds_bos=adds_bos)
+    ids = prepare([row()], using=twice).sequence(0, 0).tolist()
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_no_bos_is_invented(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
     data = prepare([row()], using=templated(tokenizer, TEMPLATES["without BOS"]))
     assert tokenizer.bos_token_id not in data.sequence(0, 0)
@@ -96,12 +105,16 @@ def test_a_response_is_its_text_and_the_end_of_turn(
     assert tokenizer.decode(response) == "Hello there!<|end|>"
 
 
+CLOSES_NO_TURN = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
 def test_a_template_that_closes_no_turn_gets_the_end_of_sequence(
     tokenizer: Any, prepare: Callable[..., PreparedPairs]
 ) -> None:
-    plain = "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    header = "{% if add_generation_prompt %}assistant: {% endif %}"
-    data = prepare([row(chosen="Hello there!")], using=templated(tokenizer, plain + header))
+    data = prepare([row(chosen="Hello there!")], using=templated(tokenizer, CLOSES_NO_TURN))
     response = data.sequence(0, 0)[data.prompt_lengths[0] :].tolist()
     assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(response[:-1]).strip() == "Hello there!"
@@ -111,6 +124,16 @@ def test_a_response_that_mentions_the_end_of_turn_keeps_all_its_tokens(tokenizer
     prompt_text, _ = encode_prompt(tokenizer, asked("Say it."))
     ids = encode_response(tokenizer, asked("Say it."), prompt_text, "a<|end|>b")
     assert tokenizer.decode(ids) == "a<|end|>b<|end|>"
+
+
+@pytest.mark.parametrize("mentioned", ["<|end|>", "<|user|>"])
+def test_a_special_token_inside_a_response_does_not_end_it_where_the_template_closes_no_turn(
+    mentioned: str, tokenizer: Any
+) -> None:
+    open_ended = templated(tokenizer, CLOSES_NO_TURN)
+    prompt_text, _ = encode_prompt(open_ended, asked("Say it."))
+    ids = encode_response(open_ended, asked("Say it."), prompt_text, f"a{mentioned}b")
+    assert tokenizer.decode(ids[:-1]) == f"a{mentioned}b\n" and ids[-1] == tokenizer.eos_token_id
 
 
 def test_prompt_and_response_are_tokenised_apart() -> None:
@@ -349,6 +372,16 @@ def test_the_hash_tells_where_the_prompt_ends() -> None:
     assert pair_hash(2, sequences) != pair_hash(3, sequences)
 
 
+def test_the_hash_tells_where_the_chosen_response_ends() -> None:
+    """Equal ids one after another, another border between the two sequences."""
+    import numpy as np
+
+    from tgdpo_megatron.data.prepare import pair_hash
+
+    ids = np.array([1, 2, 3, 4, 1, 2, 5], np.int32)
+    assert pair_hash(2, [ids[:4], ids[4:]]) != pair_hash(2, [ids[:3], ids[3:]])
+
+
 def test_a_hash_changes_with_template_and_cut(tokenizer: Any, prepare: Callable[..., PreparedPairs]) -> None:
     long = row(prompt="Say hello to all of them. " * 9)
     hashes = [
@@ -370,6 +403,14 @@ def test_identity_of_a_tokenizer_is_what_it_does(tokenizer: Any, tmp_path: Path)
     assert template_hash(loaded) == template_hash(tokenizer)
     assert template_hash(templated(tokenizer, TEMPLATES["with BOS"])) != template_hash(tokenizer)
     assert tokenizer_hash(train_tokenizer(["other texts"], vocab_size=300)) != tokenizer_hash(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_tokenizer_that_begins_or_ends_sequences_otherwise_is_another(name: str, tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    setattr(other, name, "<|pad|>")
+    assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str(), "the vocabulary is the same"
+    assert tokenizer_hash(other) != tokenizer_hash(tokenizer)
 
 
 @pytest.mark.parametrize("differs", ["tokenizer", "template", "max_length", "format"])

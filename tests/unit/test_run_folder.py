@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
-from tgdpo_megatron.config import Config, load
+from tgdpo_megatron.config import Config, OptimizerConfig, load
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_folder import check_continues, check_output, record
+from tgdpo_megatron.run_folder import check_continues, check_output, newest_checkpoint, record
 
 IDENTITY = CheckpointManifest(
     weights="w", dtype="float32", tokenizer="t", template="c", reference="r", guidance="g", pairs_hash="p", iteration=2
@@ -45,19 +46,38 @@ def test_a_run_continues_with_its_own_settings(stopped: tuple[Path, Config]) -> 
     assert check_output(folder.parent.parent, resumed) == folder
 
 
-@pytest.mark.parametrize(
-    ("group", "name", "value"),
-    [
-        ("loss", "type", "dpo"),
-        ("loss", "alpha", 1.0),
-        ("train", "seed", 1),
-        ("train", "global_batch_size", 64),
-        ("train", "precision", "fp32"),
-        ("data", "shuffle", False),
-        ("optimizer", "lr", 1e-5),
-        ("optimizer", "clip_grad", 0.5),
-    ],
-)
+FIXED = [
+    ("loss", "type", "dpo"),
+    ("loss", "alpha", 1.0),
+    ("loss", "beta", 0.2),
+    ("loss", "beta_r", 0.2),
+    ("loss", "reward_clip", 0.2),
+    ("loss", "sft_loss_weight", 0.2),
+    ("loss", "token_rewards", "file"),
+    ("train", "seed", 1),
+    ("train", "global_batch_size", 64),
+    ("train", "precision", "fp32"),
+    ("train", "fp8", "hybrid"),
+    ("train", "fp8_recipe", "delayed"),
+    ("data", "shuffle", False),
+    ("data", "max_length", 512),
+    ("optimizer", "lr", 1e-5),
+    ("optimizer", "min_lr", 1e-8),
+    ("optimizer", "lr_warmup_iters", 1),
+    ("optimizer", "clip_grad", 0.5),
+    ("optimizer", "weight_decay", 0.1),
+    ("optimizer", "adam_beta1", 0.8),
+    ("optimizer", "adam_beta2", 0.95),
+    ("optimizer", "adam_eps", 1e-6),
+]
+
+
+def test_every_setting_of_the_optimizer_but_those_of_its_layout_is_among_the_fixed_ones() -> None:
+    layout = {"use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"}
+    assert {name for group, name, _ in FIXED if group == "optimizer"} == set(OptimizerConfig.model_fields) - layout
+
+
+@pytest.mark.parametrize(("group", "name", "value"), FIXED)
 def test_a_run_is_not_continued_with_another_setting(
     stopped: tuple[Path, Config], group: str, name: str, value: Any
 ) -> None:
@@ -90,3 +110,18 @@ def test_a_run_is_not_continued_with_other_data_or_frozen_weights(
 def test_layout_and_length_of_a_run_may_change(stopped: tuple[Path, Config], group: str, name: str, value: Any) -> None:
     folder, config = stopped
     check_continues(folder, changed(config, group, name, value), IDENTITY)
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_the_newest(stopped: tuple[Path, Config]) -> None:
+    """Killed after its last file was written and before it got its name."""
+    folder, _ = stopped
+    shutil.copytree(folder, folder.with_name("iter-0000003.tmp"))
+    assert newest_checkpoint(folder.parent.parent) == folder
+
+
+@pytest.mark.parametrize("train_iters", [1, 2])
+def test_a_run_that_has_all_its_steps_is_said_to_be_finished(stopped: tuple[Path, Config], train_iters: int) -> None:
+    folder, config = stopped
+    config.train.resume, config.train.train_iters = True, train_iters
+    with pytest.raises(UserError, match=r"this run is finished \(iter-0000002\); raise train.train_iters to go on"):
+        check_output(folder.parent.parent, config)

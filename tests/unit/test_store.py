@@ -178,12 +178,12 @@ def test_scores_of_another_version_are_refused_as_such(data: PreparedPairs, tmp_
         load_scores(folder, data, NAMES)
 
 
-def test_scores_of_the_wrong_length_are_refused_by_name(data: PreparedPairs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [2, 4])
+def test_scores_of_the_wrong_length_are_refused_by_name(number: int, data: PreparedPairs, tmp_path: Path) -> None:
     folder = write_store(tmp_path / "scores", data, ((0, 2),))
-    bad = scores_of(data, (1,))
     key = Key(data.hashes[1].tobytes(), 0, "reference")
-    write_shard(folder, bad | {key: bad[key][:-1]})
-    with pytest.raises(UserError, match="2 reference scores for the 3 tokens of a response of row 2 of by-hand.jsonl"):
+    write_shard(folder, scores_of(data, (1,)) | {key: np.full(number, -1.0, np.float32)})
+    with pytest.raises(UserError, match=f"{number} reference scores for the 3 tokens of a response of row 2 of by-ha"):
         load_scores(folder, data, NAMES)
 
 

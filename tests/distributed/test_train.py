@@ -1,0 +1,175 @@
+"""What a training run makes of its settings: the steps it takes, what it logs, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import PAIRS
+from tests.support.jobs import flip_a_bit
+from tests.support.program import run_ranks
+from tgdpo_megatron.checkpoint.convert import megatron_to_hf
+from tgdpo_megatron.train import EVALUATED_AT_ONCE
+
+LR, MIN_LR, DECAY, SEED = 1e-3, 2e-4, 10.0, 7
+RATES = [
+    LR / 2,
+    LR,
+    MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * 1 / 3)) / 2,
+    MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * 2 / 3)) / 2,
+]
+"""Of four steps, by hand: two of linear warm-up, then cosine, which would reach the lowest rate at the fifth."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the jobs left behind."""
+
+    folder: Path
+    refusals: dict[str, str]
+
+    def metrics(self, name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def checkpoints(self, name: str) -> list[str]:
+        return sorted(path.name for path in (self.folder / name / "checkpoints").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: Path,
+    pairs_file: Path,
+    write_pairs: Callable[..., Path],
+) -> Runs:
+    folder = tmp_path_factory.mktemp("train")
+    # One pair of the next block: the six pairs as often as it takes to be more than are evaluated at once.
+    many = write_pairs(folder / "many.jsonl", PAIRS * (EVALUATED_AT_ONCE // len(PAIRS) + 1))
+    shutil.copytree(checkpoint, folder / "altered")
+    flip_a_bit(folder / "altered")
+
+    def job(output: str, start: Path = checkpoint, validation: Path | None = None, **groups: Any) -> dict[str, Any]:
+        own = {group: groups.pop(group, {}) for group in ("train", "optimizer")}
+        size = {"global_batch_size": 6, "micro_batch_tokens": 4096}
+        return {
+            "model": {"checkpoint": str(start)},
+            "data": {"train": str(pairs_file), "validation": str(validation) if validation else None},
+            "optimizer": {"lr_warmup_iters": 0} | own["optimizer"],
+            "train": {"output": str(folder / output), "train_iters": 1} | size | own["train"],
+            **groups,
+        }
+
+    # Without memory, Adam moves every weight that has a gradient by the learning rate.
+    schedule = {"lr": LR, "min_lr": MIN_LR, "lr_warmup_iters": 2, "weight_decay": DECAY}
+    no_memory = {"adam_beta1": 0.0, "adam_beta2": 0.0}
+    one_pair = {"train_iters": 4, "save_interval": 1, "global_batch_size": 1, "seed": SEED}
+    overflowing = {"lr": 1e15}  # weights of 1e15 are finite, products of three of them are not
+    still = {"optimizer": {"lr": 1e-20}, "validation": many}  # no weight moves
+    jobs = {
+        "stepped": job("stepped", train=one_pair, optimizer=schedule | no_memory),
+        "bf16 after fp32": job("bf16", folder / "stepped/checkpoints/iter-0000004", train={"precision": "bf16"}),
+        "still": job("still", train={"train_iters": 5, "log_interval": 2}, **still),
+        "explodes": job("explodes", optimizer=overflowing),
+        "explodes, validated": job("validated", optimizer=overflowing, validation=pairs_file),
+        "altered start": job("altered start", folder / "altered"),
+        "altered run": job("still", train={"train_iters": 6, "log_interval": 2, "resume": True}, **still)
+        | {"altered": str(folder / "still/checkpoints/iter-0000005")},
+        "disk full": job("full") | {"no_room_for": "manifest.json"},
+    }
+    said = run_ranks("tests.support.jobs", "train_each", 1, recipe="dpo_tiny", jobs=list(jobs.values()))
+    return Runs(folder, dict(zip(jobs, said, strict=True)))
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.fixture(scope="module")
+def weights(runs: Runs, hf_model: Path) -> list[dict[str, Tensor]]:
+    """Before the first step, and after each."""
+    for step in range(1, 5):
+        megatron_to_hf(runs.folder / f"stepped/checkpoints/iter-{step:07d}", runs.folder / f"exported/{step}")
+    folders = [hf_model, *(runs.folder / f"exported/{step}" for step in range(1, 5))]
+    return [load_file(folder / "model.safetensors") for folder in folders]
+
+
+def test_the_rate_of_each_step_is_its_warm_up_or_its_cosine(runs: Runs) -> None:
+    assert [line["learning_rate"] for line in runs.metrics("stepped")] == pytest.approx(RATES, rel=1e-6)
+
+
+def test_a_step_moves_weights_by_its_own_rate(weights: list[dict[str, Tensor]]) -> None:
+    """Norms, which take no weight decay: by the rate itself, up to AdamW's epsilon beside a gradient."""
+    moved = [
+        float((after["model.norm.weight"] - before["model.norm.weight"]).abs().median())
+        for before, after in zip(weights, weights[1:], strict=False)
+    ]
+    assert moved == pytest.approx(RATES, rel=1e-3)
+
+
+def test_a_step_shrinks_matrices_by_its_rate_times_the_decay(weights: list[dict[str, Tensor]], tokenizer: Any) -> None:
+    """Seen in the embedding of a token that occurs nowhere: it has no gradient, so nothing else moves it."""
+    unused = tokenizer.convert_tokens_to_ids("<|system|>")
+    rows = [after["model.embed_tokens.weight"][unused] for after in weights]
+    shrunk = [float((after / before).mean()) for before, after in zip(rows, rows[1:], strict=False)]
+    assert shrunk == pytest.approx([1 - rate * DECAY for rate in RATES], rel=1e-5)
+
+
+def test_the_seed_decides_which_pair_a_step_takes(runs: Runs, tokenizer: Any) -> None:
+    """One pair a step: each is known by the tokens of its responses."""
+    order = np.random.default_rng([SEED, 0]).permutation(len(PAIRS))[:4]
+    tokens = [
+        sum(len(tokenizer(row[side], add_special_tokens=False)["input_ids"]) + 1 for side in ("chosen", "rejected"))
+        for row in PAIRS
+    ]
+    assert [line["num_tokens"] for line in runs.metrics("stepped")] == [tokens[pair] for pair in order]
+
+
+# ---------------------------------------------------------------- what is logged
+
+
+def test_metrics_are_logged_every_so_many_steps_and_after_the_last(runs: Runs) -> None:
+    assert [line["iteration"] for line in runs.metrics("still")] == [2, 4, 5]
+
+
+def test_an_evaluation_counts_all_its_pairs_however_many(runs: Runs) -> None:
+    """The pairs of a step, many times: the same mean under weights that do not move."""
+    last = runs.metrics("still")[-1]
+    assert last["eval/logps/chosen"] == pytest.approx(last["logps/chosen"], rel=1e-5)
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_a_bf16_run_starts_from_the_checkpoint_of_an_fp32_run(runs: Runs) -> None:
+    assert runs.refusals["bf16 after fp32"] == ""
+    assert runs.checkpoints("bf16") == ["iter-0000001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "what"),
+    [("explodes", "explodes", "loss"), ("explodes, validated", "validated", "validation loss")],
+)
+def test_weights_under_which_a_loss_is_not_finite_are_not_kept(name: str, output: str, what: str, runs: Runs) -> None:
+    assert runs.refusals[name].startswith(f"the {what} after step 1 (rows ")
+    assert runs.refusals[name].endswith("is not finite; no checkpoint was saved.")
+    assert runs.checkpoints(output) == []
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_written_is_none(runs: Runs) -> None:
+    assert "No space left on device" in runs.refusals["disk full"]
+    assert runs.checkpoints("full") == ["iter-0000001.tmp"]
+
+
+@pytest.mark.parametrize("name", ["altered start", "altered run"])
+def test_one_flipped_bit_of_a_checkpoint_is_refused(name: str, runs: Runs) -> None:
+    """Where a run starts from it, and where a run goes on from it."""
+    assert "the weights are not those the manifest names; the checkpoint was altered." in runs.refusals[name]
