@@ -19,7 +19,8 @@ from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from tgdpo_megatron.checkpoint.fingerprint import _BLOCK, combine, tensor_sum
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.model.description import ModelDescription, read_description
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import read_description
 
 LAST = "model.layers.1.mlp.down_proj.weight"
 
