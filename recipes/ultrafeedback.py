@@ -1,15 +1,6 @@
 """One epoch of UltraFeedback on 8 × 80 GB: what the settings of TGDPO and T-REG share, and a layout for each model.
 
-Both papers follow SimPO's setup: UltraFeedback's prompts, five answers of the start model itself to each, the best and
-the worst by a reward model as the pair. Values, and where they are from:
-
-- 128 pairs per step, cosine, warm-up 0.1, length 2048, bf16, seed 42: SimPO's configurations; TGDPO's YAML agrees.
-- AdamW with HuggingFace's defaults (0.9, 0.999, 1e-8, no decay, norm 1.0), which the authors leave as they are.
-- train_iters 467: one epoch. SimPO's Llama-3 pairs are 59.9 thousand, which is 467 full batches; with other pairs, set
-  it to their number over 128. lr_warmup_iters 47: a tenth, rounded up.
-- save_interval 60: TGDPO's YAML; SimPO saves at the end only.
-- Prompts: both cap them at 1800 tokens (in TGDPO's code that setting is never read). Here a sequence that is too long
-  loses the start of its prompt.
+Both papers follow SimPO's setup. Where every value is from: docs/methods.md, "Where the papers' values come from".
 
 The layouts are ours, by the arithmetic of `python -m tools.plan` (local layers, fullest rank, longest pairs), not
 measured on a GPU. Recomputing core attention alone frees next to nothing, so nothing is recomputed; where memory is

@@ -1,0 +1,54 @@
+"""The commands of the README run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where they were run: an empty folder that sees the repository's documents and programs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Your own data and model") :]
+    blocks = re.findall(r"^```\n(.*?)^```", section[: section.index("\n## ")], flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2 and blocks[1].count("python -m ") == 5
+    folder = tmp_path_factory.mktemp("quick_start")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-e"], cwd=folder, env=environment, input="".join(blocks), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+def test_the_five_commands_give_a_huggingface_model(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    aligned, start = (
+        AutoModelForCausalLM.from_pretrained(folder / "runs" / name, local_files_only=True)
+        for name in ("aligned-hf", "start-hf")
+    )
+    assert AutoTokenizer.from_pretrained(folder / "runs" / "aligned-hf", local_files_only=True).chat_template
+    moved = [not before.equal(after) for before, after in zip(start.parameters(), aligned.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_held_out_accuracy_is_about_what_the_readme_says(folder: Path) -> None:
+    """74 of 100 pairs here; another processor rounds otherwise, and a few pairs are close."""
+    last = json.loads((folder / "runs" / "tgdpo" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/rewards/accuracies"] == pytest.approx(0.74, abs=0.05)
