@@ -28,7 +28,7 @@ RATES = [
     MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * 1 / 3)) / 2,
     MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * 2 / 3)) / 2,
 ]
-"""Of four steps, by hand: two of linear warm-up, then cosine, which would reach the lowest rate at the fifth."""
+"""Of four steps, by hand: two of linear warm-up, then a cosine that would reach MIN_LR at the fifth."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +53,40 @@ def runs(
     write_pairs: Callable[..., Path],
 ) -> Runs:
     folder = tmp_path_factory.mktemp("train")
-    # One pair of the next block: the six pairs as often as it takes to be more than are evaluated at once.
     many = write_pairs(folder / "many.jsonl", PAIRS * (EVALUATED_AT_ONCE // len(PAIRS) + 1))
     shutil.copytree(checkpoint, folder / "altered")
     flip_a_bit(folder / "altered")
 
-    def job(output: str, start: Path = checkpoint, validation: Path | None = None, **groups: Any) -> dict[str, Any]:
-        own = {group: groups.pop(group, {}) for group in ("train", "optimizer")}
-        size = {"global_batch_size": 6, "micro_batch_tokens": 4096}
+    def job(
+        output: str,
+        *,
+        start: Path = checkpoint,
+        validation: Path | None = None,
+        optimizer: dict[str, float] | None = None,
+        **train: Any,
+    ) -> dict[str, Any]:
+        """One step on all pairs, unless said otherwise."""
+        usual = {"train_iters": 1, "global_batch_size": 6, "micro_batch_tokens": 4096}
         return {
             "model": {"checkpoint": str(start)},
             "data": {"train": str(pairs_file), "validation": str(validation) if validation else None},
-            "optimizer": {"lr_warmup_iters": 0} | own["optimizer"],
-            "train": {"output": str(folder / output), "train_iters": 1} | size | own["train"],
-            **groups,
+            "optimizer": {"lr_warmup_iters": 0} | (optimizer or {}),
+            "train": usual | train | {"output": str(folder / output)},
         }
 
-    # Without memory, Adam moves every weight that has a gradient by the learning rate.
+    # With both decay rates 0, Adam moves every weight that has a gradient by the learning rate.
     schedule = {"lr": LR, "min_lr": MIN_LR, "lr_warmup_iters": 2, "weight_decay": DECAY}
-    no_memory = {"adam_beta1": 0.0, "adam_beta2": 0.0}
-    one_pair = {"train_iters": 4, "save_interval": 1, "global_batch_size": 1, "seed": SEED}
+    schedule |= {"adam_beta1": 0.0, "adam_beta2": 0.0}
     overflowing = {"lr": 1e15}  # weights of 1e15 are finite, products of three of them are not
-    still = {"optimizer": {"lr": 1e-20}, "validation": many}  # no weight moves
+    still = {"optimizer": {"lr": 1e-20}, "validation": many, "log_interval": 2}  # no weight moves
     jobs = {
-        "stepped": job("stepped", train=one_pair, optimizer=schedule | no_memory),
-        "bf16 after fp32": job("bf16", folder / "stepped/checkpoints/iter-0000004", train={"precision": "bf16"}),
-        "still": job("still", train={"train_iters": 5, "log_interval": 2}, **still),
+        "stepped": job("stepped", optimizer=schedule, train_iters=4, save_interval=1, global_batch_size=1, seed=SEED),
+        "bf16 after fp32": job("bf16", start=folder / "stepped/checkpoints/iter-0000004", precision="bf16"),
+        "still": job("still", train_iters=5, **still),
         "explodes": job("explodes", optimizer=overflowing),
         "explodes, validated": job("validated", optimizer=overflowing, validation=pairs_file),
-        "altered start": job("altered start", folder / "altered"),
-        "altered run": job("still", train={"train_iters": 6, "log_interval": 2, "resume": True}, **still)
+        "altered start": job("altered start", start=folder / "altered"),
+        "altered run": job("still", train_iters=6, resume=True, **still)
         | {"altered": str(folder / "still/checkpoints/iter-0000005")},
         "disk full": job("full") | {"no_room_for": "manifest.json"},
     }
@@ -141,7 +145,7 @@ def test_metrics_are_logged_every_so_many_steps_and_after_the_last(runs: Runs) -
 
 
 def test_an_evaluation_counts_all_its_pairs_however_many(runs: Runs) -> None:
-    """The pairs of a step, many times: the same mean under weights that do not move."""
+    """The six pairs of a step, repeated: their mean is the step's, because no weight moves."""
     last = runs.metrics("still")[-1]
     assert last["eval/logps/chosen"] == pytest.approx(last["logps/chosen"], rel=1e-5)
 

@@ -109,9 +109,9 @@ def test_tregs_regulariser_is_its_own_term_alone(
     name: Any, beta: float, per_token: bool, nll: float, part_a: Any
 ) -> None:
     """α σ(−z) Σ_y Σ_t −β r̂ ℓ of each pair, sums for DPO and means for SimPO; a term of NLL is not part of it."""
-    margin_asked = {"gamma_beta_ratio": 0.4} if per_token else {}
+    target = {"gamma_beta_ratio": 0.4} if per_token else {}
     options = {"beta": beta, "alpha": 0.25, "token_rewards": "guidance", "beta_r": 1.0, "sft_loss_weight": nll}
-    found = metrics_of(LossConfig(type=name, **margin_asked, **options), *part_a)
+    found = metrics_of(LossConfig(type=name, **target, **options), *part_a)
     pairs, policy, reference, guidance = part_a
     expected = []
     for pair in (0, 1):

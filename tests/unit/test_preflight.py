@@ -144,11 +144,13 @@ def test_a_layout_is_checked_against_the_checkpoint(checkpoint: Path) -> None:
 def write_store(folder: Path, data: PreparedPairs, names: Sequence[str], **made_with: str) -> None:
     """Scores of −1 nat for every token, which say what they were made with."""
     folder.mkdir(parents=True)
-    keys = [
-        Key(data.hashes[pair].tobytes(), side, name) for pair in range(len(data)) for side in (0, 1) for name in names
-    ]
-    lengths = {pair_hash.tobytes(): pair for pair, pair_hash in enumerate(data.hashes)}
-    write_shard(folder, {key: np.full(data.response_length(lengths[key.pair], key.side), -1.0) for key in keys})
+    scores = {
+        Key(data.hashes[pair].tobytes(), side, name): np.full(data.response_length(pair, side), -1.0)
+        for pair in range(len(data))
+        for side in (0, 1)
+        for name in names
+    }
+    write_shard(folder, scores)
     manifest = ScoresManifest(tokenizer="", template="", max_length=0, precision="bf16", **made_with)
     write_scores_manifest(folder, manifest)
 
@@ -208,29 +210,38 @@ def test_scores_of_other_contrastive_prompts_are_refused(
         load_with(DEFAULT.with_name("direct.yaml"))
 
 
-def test_validation_pairs_take_their_rewards_from_their_own_file(
-    checkpoint: Path, prepared_by_hand: Callable[..., Any], pairs: PreparedPairs, tmp_path: Path
-) -> None:
-    """Both files have the rows and lengths of both data sets, so that either could be read for either."""
-    validation = prepared_by_hand([([21], [22, 23], [24]), ([31, 32], [33, 34, 35], [36, 37])])
-    files = {"reward_file": 0.25, "validation_reward_file": -3.0}
-    for name, number in files.items():
-        lines = [
-            {"row": row, "chosen": [number] * chosen, "rejected": [number] * rejected}
-            for row, chosen, rejected in ((1, 2, 1), (2, 3, 2))
-        ]
-        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = Config(
-        model=ModelConfig(checkpoint=checkpoint),
-        loss=LossConfig(type="tgdpo", token_rewards="file"),
-        scores=ScoresConfig(**{name: tmp_path / name for name in files}),
-    )
-    found = preflight.load_scores_of(config, preflight.check_models(config), pairs, validation)
-    assert [set(scores.values["reward"].tolist()) for scores in found if scores is not None] == [{0.25}, {-3.0}]
+@pytest.fixture
+def load_rewards(checkpoint: Path, pairs: PreparedPairs, tmp_path: Path) -> Callable[..., Any]:
+    """A function that writes reward files, each of one number, and loads them for training and validation pairs.
 
-    config.scores.validation_reward_file = None
+    Both sets are the same pairs, so that either file could be read for either.
+    """
+
+    def run(**files: float) -> Any:
+        for name, number in files.items():
+            lines = [
+                {"row": row, "chosen": [number] * chosen, "rejected": [number] * rejected}
+                for row, chosen, rejected in ((1, 2, 1), (2, 3, 2))
+            ]
+            (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = Config(
+            model=ModelConfig(checkpoint=checkpoint),
+            loss=LossConfig(type="tgdpo", token_rewards="file"),
+            scores=ScoresConfig(**{name: tmp_path / name for name in files}),
+        )
+        return preflight.load_scores_of(config, preflight.check_models(config), pairs, pairs)
+
+    return run
+
+
+def test_validation_pairs_take_their_rewards_from_their_own_file(load_rewards: Callable[..., Any]) -> None:
+    found = load_rewards(reward_file=0.25, validation_reward_file=-3.0)
+    assert [set(scores.values["reward"].tolist()) for scores in found] == [{0.25}, {-3.0}]
+
+
+def test_validation_pairs_without_a_file_of_rewards_are_refused(load_rewards: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="^scores.validation_reward_file is not set; give "):
-        preflight.load_scores_of(config, preflight.check_models(config), pairs, validation)
+        load_rewards(reward_file=0.25)
 
 
 # ---------------------------------------------------------------- pairs
