@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from tgdpo_megatron.quiet import debugging, quiet
 
-PROGRAM_ERROR, USER_ERROR, RANK_DIED, INTERRUPTED = 1, 2, 3, 130
+PROGRAM_ERROR, USER_ERROR, RANK_DIED, RANK_SILENT, INTERRUPTED = 1, 2, 3, 4, 130
 """Exit codes."""
 SHOW_STACKS = signal.SIGUSR2
 """A process that gets this signal writes to stderr where each of its threads is, and goes on."""
@@ -40,7 +40,11 @@ class NonFiniteError(UserError):
 
 
 class LostRankError(Exception):
-    """Another rank failed, or gives no sign of life any more. This rank did nothing wrong, but cannot go on."""
+    """Another rank failed. This rank did nothing wrong, but cannot go on."""
+
+
+class SilentRankError(LostRankError):
+    """Another rank gives no sign of life any more, and nobody else may know it yet."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -138,7 +142,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted."
     if isinstance(error, LostRankError):
-        return RANK_DIED, str(error)
+        return RANK_SILENT if isinstance(error, SilentRankError) else RANK_DIED, str(error)
     if lost_a_rank(error):
         return RANK_DIED, "another rank ended; this one stops too."
     if sentence := refusal(error):

@@ -25,9 +25,11 @@ from tgdpo_megatron.config import ParallelConfig
 from tgdpo_megatron.errors import (
     PROGRAM_ERROR,
     RANK_DIED,
+    RANK_SILENT,
     SHOW_STACKS,
     USER_ERROR,
     LostRankError,
+    SilentRankError,
     UserError,
     ran_out_of_memory,
     refusal,
@@ -127,6 +129,9 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
     said = [failure for failure in failures.values() if failure.exitcode == USER_ERROR]
     if said:
         return USER_ERROR, _message(said[0]) or "a rank refused its input; see the lines above."
+    for rank, failure in failures.items():
+        if failure.exitcode == RANK_SILENT:  # the silent one may end later, by SIGKILL
+            return PROGRAM_ERROR, f"rank {rank} stopped, because {_message(failure)} All ranks were stopped."
     consequences = (
         -signal.SIGABRT,  # NCCL aborts a rank that lost a peer; but other things abort as well
         RANK_DIED,  # gloo raised an error in a rank that lost a peer
@@ -146,8 +151,6 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with exit code {failure.exitcode}"
     )
-    if failure.exitcode == RANK_DIED and (message := _message(failure)):
-        how = f"stopped: {message.rstrip('.')}"
     return PROGRAM_ERROR, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
 
 
@@ -226,7 +229,9 @@ def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
     Raises:
         UserError: On the other ranks, if the first rank met one, or was refused something by the operating system. The
             first rank itself raises what it met, whatever that is.
-        LostRankError: On the other ranks, if the first rank failed otherwise, or gives no sign of life any more.
+        LostRankError: On the other ranks, if the first rank failed otherwise.
+        SilentRankError: On the other ranks, if the first rank has given no sign of life for as long as a collective may
+            take.
     """
     if ranks.world_size == 1:
         return work()
@@ -276,7 +281,7 @@ def _wait_for_first(store: Any, call: str) -> None:
     """Wait until the first rank's work is done.
 
     Raises:
-        UserError, LostRankError: As on_first_rank.
+        UserError, LostRankError, SilentRankError: As on_first_rank.
     """
     signs, heard, pause = 0, time.monotonic(), 0.01
     while not store.check([call]):
@@ -285,7 +290,9 @@ def _wait_for_first(store: Any, call: str) -> None:
         if (now := store.add(f"{call}: signs of life", 0)) != signs:
             signs, heard = now, time.monotonic()
         if (silent := time.monotonic() - heard) > store.timeout.total_seconds():
-            raise LostRankError(f"rank 0, which this rank waits for, has given no sign of life for {silent:.0f} s.")
+            raise SilentRankError(
+                f"rank 0, for whose work this rank waits, has given no sign of life for {silent:.0f} s."
+            )
     word = json.loads(store.get(call))
     if "done" in word:
         return
