@@ -153,10 +153,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 def _show_traceback(error: BaseException) -> None:
     """Write an exception's traceback to stderr, with what led to it. In a rank, every line names the rank."""
-    while_handling: BaseException | None = error
-    while while_handling is not None:
-        while_handling.__suppress_context__ = while_handling.__suppress_context__ and not debugging()
-        while_handling = while_handling.__cause__ or while_handling.__context__
+    part: BaseException | None = error
+    while debugging() and part is not None:
+        part.__suppress_context__ = False  # what `raise … from None` left out
+        part = part.__cause__ or part.__context__
     text = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
         text = "".join(f"[rank {os.environ['RANK']}] {line}\n" for line in text.splitlines())

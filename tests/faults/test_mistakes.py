@@ -142,8 +142,8 @@ def test_tokenising_may_take_longer_than_any_collective(checkpoint: Path, pairs_
 
 
 def test_a_first_rank_that_hangs_is_not_waited_for_longer_than_a_collective(tmp_path: Path) -> None:
-    """It stands still for 15 seconds, where a collective has 6."""
-    function, arguments = ["tests.support.first_rank", "hang_on_the_first_rank"], {"seconds": 15}
+    """It stands still for 10 seconds, where a collective has 6."""
+    function, arguments = ["tests.support.first_rank", "hang_on_the_first_rank"], {"seconds": 10}
     said = say("tests.support.program", json.dumps([*function, 2, 6 / 60, arguments, str(tmp_path / "out")]))
     assert said.code == 1, said.err
     assert len(said.errors) == 1 and said.errors[0].startswith(

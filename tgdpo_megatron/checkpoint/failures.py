@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tgdpo_megatron.errors import UserError, in_short, lost_a_rank, ran_out_of_memory
+from tgdpo_megatron.errors import LostRankError, UserError, in_short, lost_a_rank, ran_out_of_memory
 
 
 def cause(error: BaseException) -> BaseException:
@@ -24,6 +24,8 @@ def plain_causes() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        if not error.failures:  # Megatron tells the others no more than that there was one
+            raise LostRankError("another rank could not write its part of a checkpoint; this one stops too.") from error
         raise cause(error) from error
 
 

@@ -26,6 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer.json there; save the tokenizer beside the model.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # some settings are first looked at here
     except Exception as error:  # only the libraries' code is in here, and what they raise about a damaged file varies
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({in_short(error)}).") from error
     if not tokenizer.chat_template:
