@@ -1,9 +1,8 @@
 # Every target sets up what it needs: a virtual environment of its own, from the lock.
 PYTHON ?= python3.11
 VENV := .venv
-RUN := $(VENV)/bin/python -W ignore
+RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-export PYTHONWARNINGS := ignore
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
@@ -60,13 +59,13 @@ gpu-env:
 	$(GPU_PYTHON) -m tools.gpu_environment $(GPU_VENV) $(WHEELS:%=--wheels %) $(if $(filter 0,$(TE)),--no-transformer-engine)
 
 gpu-bench:
-	$(GPU_VENV)/bin/python -W ignore -m bench.gpu --json $(RESULTS)/gpu.json
+	$(GPU_VENV)/bin/python -m bench.gpu --json $(RESULTS)/gpu.json
 
 gpu-tests:
-	$(GPU_VENV)/bin/python -W ignore -m pytest -v -m gpu --junitxml=$(RESULTS)/gpu-tests.xml tests/gpu
+	$(GPU_VENV)/bin/python -m pytest -v -m gpu --junitxml=$(RESULTS)/gpu-tests.xml tests/gpu
 
 gpu-fp8:
-	$(GPU_VENV)/bin/python -W ignore -m bench.fp8 --json $(RESULTS)/fp8-gpu.json
+	$(GPU_VENV)/bin/python -m bench.fp8 --json $(RESULTS)/fp8-gpu.json
 
 gpu-wheels: $(STAMP)  ## what `make gpu` needs on a machine without network: HAVE=pip-list.txt leaves out, SPLIT=MiB cuts
 	$(RUN) -m tools.gpu_wheels wheels $(HAVE:%=--have %) $(SPLIT:%=--split %) $(if $(filter 0,$(TE)),--no-transformer-engine)

@@ -1,19 +1,30 @@
-"""What a user can get wrong is one exception type: a sentence, and exit code 2."""
+"""How a program ends when something goes wrong.
+
+A wrong input, or a refusal of the operating system, is one sentence and exit code 2. Any other exception is a mistake
+of this program: its traceback is shown, with the rank it happened on, and the exit code is 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
-import warnings
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-USER_ERROR, RANK_DIED, INTERRUPTED = 2, 3, 130
+from tgdpo_megatron.quiet import debugging, quiet
+
+PROGRAM_ERROR, USER_ERROR, RANK_DIED, RANK_SILENT, INTERRUPTED = 1, 2, 3, 4, 130
 """Exit codes."""
+SHOW_STACKS = signal.SIGUSR2
+"""A process that gets this signal writes to stderr where each of its threads is, and goes on."""
+_STDERR = 2
 
 
 class UserError(Exception):
@@ -26,6 +37,14 @@ class UserError(Exception):
 
 class NonFiniteError(UserError):
     """Training met a number that is not finite; nothing after the last good checkpoint was kept."""
+
+
+class LostRankError(Exception):
+    """Another rank failed. This rank did nothing wrong, but cannot go on."""
+
+
+class SilentRankError(LostRankError):
+    """Another rank gives no sign of life any more, and nobody else may know it yet."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -48,49 +67,100 @@ _NO_MEMORY = (
 )
 
 
+def refusal(error: BaseException) -> str | None:
+    """The sentence for a wrong input or a refusal of the operating system; None for any other exception."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "(os error " in str(error)):
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        why = (isinstance(error, OSError) and error.strerror) or in_short(error)
+        return f"{where}the operating system refused with '{why}'; TGDPO_DEBUG=1 shows at which line of the program."
+    if ran_out_of_memory(error):
+        return f"memory ran out ({in_short(error)}); TGDPO_DEBUG=1 shows at which line of the program."
+    return None
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error is only the consequence of another rank's end: gloo's, NCCL's and torch's store's words."""
+    if isinstance(error, LostRankError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_A_RANK)
+
+
+_LOST_A_RANK = (
+    *("Connection closed by peer", "Connection reset", "Broken pipe", "Connection was likely closed"),
+    *("remote process exited", "NCCL communicator was aborted"),
+)
+
+
+def in_short(error: BaseException) -> str:
+    """The first sentence of what an error says, in one short line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160].strip()
+
+
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn a user's mistake inside the block into one sentence on stderr and exit code 2, without a traceback.
+    """Turn a refusal inside the block into one sentence on stderr and exit code 2, without a traceback.
 
-    A lost peer ends this rank as well, quietly: the launcher names the rank that died. Libraries' warnings are
-    not shown, unless Python was started with -W.
+    A rank that lost another one ends with a sentence as well; the launcher names the rank that failed. Any other
+    exception keeps its traceback, each line of which names the rank if there are ranks, and the exit code is 1.
+    Libraries are silenced. TGDPO_DEBUG=1 shows every traceback, and what libraries say. Stacks are shown on the signal
+    SHOW_STACKS, and where the process crashes.
     """
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    quiet()
+    faulthandler.enable(_STDERR)
+    faulthandler.register(SHOW_STACKS, _STDERR)
     try:
         yield
         return
-    except UserError as error:
-        message, code = str(error), USER_ERROR
-    except KeyboardInterrupt:
-        message, code = "interrupted.", INTERRUPTED
-    except RuntimeError as error:
-        if not _lost_a_peer(error):
-            raise
-        message, code = "another rank ended; this one stops too.", RANK_DIED
-    watched = "TGDPO_LAUNCHED" in os.environ
-    if int(os.environ.get("RANK", 0)) > 0:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as caught:  # torch's CheckpointException is no Exception
+        error = caught
+    code, message = _verdict(error)
+    in_a_rank, launched = "RANK" in os.environ, "TGDPO_LAUNCHED" in os.environ
+    if code == PROGRAM_ERROR and not in_a_rank:
+        raise error
+    if code == PROGRAM_ERROR or debugging():
+        _show_traceback(error)
+    if code != PROGRAM_ERROR and int(os.environ.get("RANK", 0)) > 0:
         # The first rank speaks for all and tidies up; then its launcher ends this one.
-        time.sleep(1 if watched else 3)
-    if watched:
+        time.sleep(1 if launched else 3)
+    if launched:
         _leave_message(message)
     else:
         print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if "RANK" in os.environ:
+    if in_a_rank:
         os._exit(code)  # sys.exit would wait for collectives with ranks that are gone
     sys.exit(code)
 
 
-_LOST_A_PEER = (
-    *("Connection closed by peer", "Connection reset", "Broken pipe"),  # gloo, and torch's store
-    *("remote process exited", "NCCL communicator was aborted"),  # NCCL
-)
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted."
+    if isinstance(error, LostRankError):
+        return RANK_SILENT if isinstance(error, SilentRankError) else RANK_DIED, str(error)
+    if lost_a_rank(error):
+        return RANK_DIED, "another rank ended; this one stops too."
+    if sentence := refusal(error):
+        return USER_ERROR, sentence
+    rank = f"rank {os.environ.get('RANK', 0)}"
+    return PROGRAM_ERROR, f"{rank} met a mistake of this program, {type(error).__name__}: {in_short(error)}"
 
 
-def _lost_a_peer(error: RuntimeError) -> bool:
-    return any(sign in str(error) for sign in _LOST_A_PEER)
+def _show_traceback(error: BaseException) -> None:
+    """Write an exception's traceback to stderr, with what led to it. In a rank, every line names the rank."""
+    part: BaseException | None = error
+    while debugging() and part is not None:
+        part.__suppress_context__ = False  # what `raise … from None` left out
+        part = part.__cause__ or part.__context__
+    text = "".join(traceback.format_exception(error))
+    if "RANK" in os.environ:
+        text = "".join(f"[rank {os.environ['RANK']}] {line}\n" for line in text.splitlines())
+    sys.stderr.write(text)  # at once, lest the lines of several ranks mix
 
 
 def _leave_message(message: str) -> None:

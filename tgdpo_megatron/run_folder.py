@@ -3,6 +3,7 @@
 FOLDER/config.yaml                resolved settings
 FOLDER/data/                      tokenised pairs
 FOLDER/metrics.jsonl, tensorboard/
+FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
 """
 
@@ -11,6 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +22,8 @@ import yaml
 
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
 from tgdpo_megatron.config import Config, LossConfig
-from tgdpo_megatron.errors import UserError, ran_out_of_memory
+from tgdpo_megatron.errors import UserError, refusal
+from tgdpo_megatron.quiet import debugging
 
 _FIXED_IN_A_RUN = {
     "loss": tuple(LossConfig.model_fields),
@@ -62,7 +67,7 @@ def check_output(output: Path, config: Config) -> Path | None:
     Raises:
         UserError: It holds another run, a finished one, or cannot be written.
     """
-    used = output.is_dir() and any(entry.name != "data" for entry in output.iterdir())
+    used = output.is_dir() and any(entry.name not in ("data", "logs") for entry in output.iterdir())
     newest = newest_checkpoint(output)
     if used and not config.train.resume:
         raise UserError(
@@ -119,12 +124,16 @@ def what_is_kept(output: Path) -> str:
 
 @contextlib.contextmanager
 def removed_if_refused(folder: Path, *, is_first: bool) -> Iterator[None]:
-    """If the block refuses its input, or runs out of memory, leave no folder behind that was not there before."""
+    """If the block refuses its input, leave no folder behind that was not there before.
+
+    So it is where the operating system refuses something, or memory runs out. A mistake of this program leaves the
+    folder: what is in it may show the cause.
+    """
     was_there = folder.exists()
     try:
         yield
     except Exception as error:
-        if (isinstance(error, UserError) or ran_out_of_memory(error)) and is_first and not was_there:
+        if refusal(error) and is_first and not was_there:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -142,3 +151,25 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}).") from None
+
+
+def keep_output(folder: Path, rank: int) -> None:
+    """With TGDPO_DEBUG=1: write what this rank says from now on to FOLDER/logs/rank-N.log as well.
+
+    All of it, also what C libraries and crashes write: another process copies both streams, and reads on to their end
+    when this one is killed.
+    """
+    if not debugging():
+        return
+    path = folder / "logs" / f"rank-{rank}.log"
+    path.parent.mkdir(exist_ok=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        # In a session of its own: what ends the ranks must not end it before it has copied their last words.
+        copier = subprocess.Popen(
+            ["tee", "--append", path], stdin=subprocess.PIPE, stdout=stream.fileno(), start_new_session=True
+        )
+        assert copier.stdin is not None
+        os.dup2(copier.stdin.fileno(), stream.fileno())
+        copier.stdin.close()
+    print(f"rank {rank} is process {os.getpid()} on {socket.gethostname()}; its log is {path}", flush=True)

@@ -111,6 +111,7 @@ def score(config: Config, ranks: Ranks) -> None:
         raise UserError(f"{folder}: is a training run, not a folder of scores; choose another scores.path.")
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
+        run_folder.keep_output(folder, ranks.rank)
         data, validation = preflight.load_data(config, models.description, ranks, folder / "data")
         parts = []
         for name, pairs in {"train": data, "validation": validation}.items():

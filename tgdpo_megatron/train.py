@@ -157,6 +157,7 @@ def _prepare(config: Config, ranks: Ranks) -> _Run:
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
+        run_folder.keep_output(output, ranks.rank)
         pairs, validation = preflight.load_data(config, models.description, ranks, output / "data")
         if config.train.global_batch_size > len(pairs):
             raise UserError(

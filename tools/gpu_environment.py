@@ -112,7 +112,7 @@ def _make(folder: Path) -> Path:
 
 def _look(python: Path) -> dict[str, Any]:
     """What the environment holds. Keys as in _LOOK."""
-    done = subprocess.run([python, "-W", "ignore", "-c", _LOOK], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-c", _LOOK], capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(

@@ -56,9 +56,7 @@ def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> 
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 352,

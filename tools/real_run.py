@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import USER_ERROR, CommandLine, UserError, one_sentence_errors
 
 LAYOUT = [
     "--nproc-per-node=4",
@@ -67,9 +67,11 @@ def real_run(pairs: Path, output: Path, *, steps: int) -> dict[str, float]:
 def _run(module: str, *arguments: str) -> None:
     command = ["python", "-m", module, *arguments]
     print("\n$ " + " ".join(command), flush=True)
-    done = subprocess.run([sys.executable, "-W", "ignore", *command[1:]], check=False)
+    done = subprocess.run([sys.executable, *command[1:]], check=False)
+    if done.returncode == USER_ERROR:
+        raise UserError(f"{module} refused its input; see above.")
     if done.returncode:
-        raise UserError(f"{module} ended with exit code {done.returncode}; see above.")
+        sys.exit(f"error: {module} ended with exit code {done.returncode}; see above.")
 
 
 def _losses(run: Path) -> list[float]:

@@ -188,7 +188,7 @@ def test_an_unknown_layout_is_refused_with_its_columns_and_the_known_ones(
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"question": "a", "good": "b", "bad": "c"}\n')
     said = train(f"data.train={odd}")
-    assert_refused(said, f"{odd}: not a known layout", "question (string), good (string), bad (string)", "nemo_rl: ")
+    assert_refused(said, f"{odd}: not a known format", "question (string), good (string), bad (string)", "nemo_rl: ")
     assert not (tmp_path / "run").exists()
 
 
@@ -267,6 +267,15 @@ def test_a_checkpoint_with_damaged_metadata_is_refused(
     said = train(f"model.checkpoint={tmp_path / 'megatron'}")
     assert_refused(said, f"{tmp_path / 'megatron' / 'weights' / '.metadata'}: the checkpoint's index is damaged")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_checkpoint_that_lost_a_part_is_refused(checkpoint: Path, train: Callable[..., Said], tmp_path: Path) -> None:
+    """Megatron stumbles over this one with an error of its own."""
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    (tmp_path / "megatron" / "weights" / "common.pt").unlink()
+    said = train(f"model.checkpoint={tmp_path / 'megatron'}")
+    assert_refused(said, f"{tmp_path / 'megatron' / 'weights' / 'common.pt'}: this part of the checkpoint cannot be")
+    assert not (tmp_path / "run").exists()
 
 
 NO_NETWORK = """

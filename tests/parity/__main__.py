@@ -11,9 +11,11 @@ from pathlib import Path
 
 import tests.parity
 from tests.parity.matrix import run_matrix, table
+from tgdpo_megatron.quiet import quiet
 
 
 def main() -> None:
+    quiet()
     parser = argparse.ArgumentParser(
         description=tests.parity.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -26,7 +26,7 @@ def run_matrix(folder: Path, only: str = "") -> list[Result]:
     for world_size in sorted({row.world_size for row in rows}):
         output = folder / f"results-{world_size}.json"
         command = [sys.executable, "-m", "tests.parity.ranks", str(folder), str(world_size), str(output)]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--only", only], env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"the ranks of world size {world_size} failed with exit code {done.returncode}")

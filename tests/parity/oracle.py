@@ -27,9 +27,7 @@ Scores = dict[str, dict[tuple[int, int], Tensor]]
 def make_model(seed: int, tied: bool) -> Any:
     """A small Llama with Llama-3.1's RoPE scaling, grouped queries and a vocabulary that pads unevenly."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=64,

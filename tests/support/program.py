@@ -27,6 +27,7 @@ def run_ranks(
     *,
     program: str = PROGRAM,
     environment: Mapping[str, str] | None = None,
+    timeout_minutes: float = 2,
     **arguments: Any,
 ) -> Any:
     """Call module.function(ranks, **arguments) on every rank; return the first rank's result (JSON types).
@@ -34,14 +35,14 @@ def run_ranks(
     Args:
         program: A module that calls `main` below, where something is to be done before the ranks are joined.
         environment: Variables that differ from this process's.
+        timeout_minutes: A collective that takes longer ends the job.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        request = json.dumps([module, function, world_size, arguments, str(output)])
-        quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        request = json.dumps([module, function, world_size, timeout_minutes, arguments, str(output)])
         done = subprocess.run(
             [sys.executable, "-m", program, request],
-            env={**os.environ, **quiet, **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             capture_output=True,
             text=True,
             check=False,
@@ -51,13 +52,16 @@ def run_ranks(
 
 
 def main(program: str = PROGRAM) -> None:
-    module, function, world_size, arguments, output = json.loads(sys.argv[1])
-    from tgdpo_megatron.platform.processes import job
+    module, function, world_size, timeout_minutes, arguments, output = json.loads(sys.argv[1])
+    from tgdpo_megatron.errors import one_sentence_errors
 
-    with job(program, processes=world_size, timeout_minutes=2) as ranks:
-        result = getattr(importlib.import_module(module), function)(ranks, **arguments)
-        if ranks.is_first:
-            Path(output).write_text(json.dumps(result))
+    with one_sentence_errors():
+        from tgdpo_megatron.platform.processes import job
+
+        with job(program, processes=world_size, timeout_minutes=timeout_minutes) as ranks:
+            result = getattr(importlib.import_module(module), function)(ranks, **arguments)
+            if ranks.is_first:
+                Path(output).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

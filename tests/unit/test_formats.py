@@ -386,3 +386,10 @@ def test_real_sharegpt_pairs_read_with_their_system_and_earlier_turns(shared_dat
         expected = [turn(roles[message["from"]], message["value"]) for message in row["conversations"]]
         assert list(pair.messages) == expected
         assert (pair.chosen, pair.rejected) == (row["chosen"]["value"], row["rejected"]["value"])
+
+
+def test_a_stray_role_beside_from_and_value_is_passed_over(read: Callable[..., TextPairs]) -> None:
+    question = said("human", "Colour of the sky?") | {"role": "anything"}
+    row = {"conversations": [question], "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Green.")}
+    (pair,) = read([row]).pairs
+    assert list(pair.messages) == [QUESTION]

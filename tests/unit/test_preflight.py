@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +248,8 @@ def test_validation_pairs_without_a_file_of_rewards_are_refused(load_rewards: Ca
 
 
 @pytest.fixture
-def load(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def load(checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
     """A function that loads data as the only rank of a job."""
-    import torch.distributed as dist
-
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.platform.processes import Ranks
 
@@ -259,9 +257,7 @@ def load(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         config = Config(model=ModelConfig(checkpoint=checkpoint), data=DataConfig(max_length=256, **data))
         return preflight.load_data(config, describe(checkpoint), Ranks(0, 1, 0, "cpu"), tmp_path / "data")
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield run
-    dist.destroy_process_group()
+    return run
 
 
 def test_how_each_source_was_read_is_said_once(

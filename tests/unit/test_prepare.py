@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tgdpo_megatron.config import DataConfig, FormatName
@@ -160,6 +161,11 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     prompt_text, _ = encode_prompt(rewriting, asked("Hello"))
     with pytest.raises(UserError, match="does not render the prompt the same way"):
         encode_response(rewriting, asked("Hello"), prompt_text, "Hi")
+
+
+def test_a_template_that_fails_like_a_program_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="^the chat template fails \\(TypeError: "):
+        encode_prompt(templated(tokenizer, "{{ 1 + 'a' }}"), asked("Hello"))
 
 
 def test_a_template_without_a_header_for_the_answer_is_refused(
@@ -517,6 +523,24 @@ def test_a_token_id_that_was_changed_in_a_prepared_file_is_noticed(
             prepare_pairs(DataConfig(max_length=512), tmp_path / "prepared", tokenizer, tmp_path / "unused")
         arrays[name][place] += 1
         save_file(arrays, file)
+
+
+@pytest.mark.parametrize("name", ["tokens", "starts", "prompt_lengths", "hashes", "rows"])
+def test_prepared_arrays_that_do_not_go_together_are_refused(
+    name: str, prepare: Callable[..., PreparedPairs], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    prepare([row(), row(chosen="Another answer.")])
+    (file,) = tmp_path.rglob("pairs.safetensors")
+    arrays = load_file(file)
+    for altered in (arrays | {name: arrays[name][:-1].copy()}, arrays | {name: arrays[name].astype(np.float32)}):
+        save_file(altered, file)
+        with pytest.raises(UserError, match="the prepared pairs were altered"):
+            load_prepared(file.parent)
+    save_file({key: array for key, array in arrays.items() if key != name}, file)
+    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+        load_prepared(file.parent)
 
 
 def test_a_truncated_prepared_file_is_refused(prepare: Callable[..., PreparedPairs], tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from tqdm import tqdm
 
+from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import combine, tensor_sum
 from tgdpo_megatron.checkpoint.manifest import (
     HF,
@@ -29,7 +28,6 @@ from tgdpo_megatron.checkpoint.manifest import (
     CheckpointManifest,
     copy_companions,
     describe,
-    innermost,
     read_manifest,
     read_metadata,
     write_manifest,
@@ -176,13 +174,9 @@ def _save_weights(
         tensor.key: torch.empty(tensor.shape, dtype=dtypes[tensor.key], device="meta") for tensor in tensors
     }
     folder.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch remarks that there is no process group; none is needed
-        try:
-            dcp.save(placeholders, storage_writer=dcp.FileSystemWriter(folder), planner=_OnDemand(read), no_dist=True)
-        except CheckpointException as error:  # torch collects what went wrong, one entry per rank
-            raise next(iter(error.failures.values()))[0] from None
-    torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
+    with writable(f"{folder}: the checkpoint"):
+        dcp.save(placeholders, storage_writer=dcp.FileSystemWriter(folder), planner=_OnDemand(read), no_dist=True)
+        torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     progress.close()
     return sums
@@ -196,12 +190,8 @@ def _hf_tensors(
         found = stored[tensor.key]
         # A checkpoint of a run holds the padded vocabulary: more rows than the model has.
         whole = {tensor.key: torch.empty(found.size, dtype=found.properties.dtype)}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(whole, storage_reader=reader, no_dist=True)
-        except (Exception, CheckpointException) as error:
-            raise UserError(f"{source}: {tensor.key} cannot be read ({innermost(error)}).") from None
+        with readable(f"{source}: {tensor.key}"):
+            dcp.load(whole, storage_reader=reader, no_dist=True)
         value = whole[tensor.key][: tensor.shape[0]]
         if not torch.isfinite(value).all():
             raise UserError(f"{source}: {tensor.key} holds numbers that are not finite; it is not exported.")

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, in_short
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
 
@@ -116,8 +115,8 @@ def read_metadata(folder: Path) -> Any:
             return _IndexUnpickler(file).load()
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{path}: the checkpoint's index is damaged ({innermost(error)}).") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(f"{path}: the checkpoint's index is damaged ({in_short(error)}).") from error
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -151,13 +150,6 @@ def _enum_member(owner: Any, name: str) -> Any:
 
 def _is_dtype(name: str) -> bool:
     return isinstance(getattr(torch, name, None), torch.dtype)
-
-
-def innermost(error: BaseException) -> str:
-    """What went wrong beneath a library's error, in one short line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -13,20 +13,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tgdpo_megatron.checkpoint.convert import CONTENT_METADATA
+from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
 from tgdpo_megatron.checkpoint.manifest import (
     HF,
     WEIGHTS,
     CheckpointManifest,
     copy_companions,
-    innermost,
     read_manifest,
     write_manifest,
 )
-from tgdpo_megatron.errors import NonFiniteError, UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
 from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
@@ -95,7 +94,8 @@ def save_checkpoint(
     # Megatron keeps its writers' results in a server process, which would outlive a rank that is killed. The
     # writers of a blocking save report to this process, where a plain queue does.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
+    with writable(f"{folder}: the checkpoint"):
+        dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
     if dist.get_rank() == 0:
         copy_companions(companions / HF, work / HF)
         write_manifest(work, manifest)
@@ -129,10 +129,13 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
 
 
 def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    common = folder / WEIGHTS / "common.pt"
     try:
+        torch.load(common, map_location="cpu", weights_only=True)  # small; Megatron's own reading of it is less careful
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(f"{common}: this part of the checkpoint cannot be read ({in_short(error)}).") from error
+    with readable(f"{folder}: the checkpoint"):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-        raise UserError(f"{folder}: the checkpoint cannot be read ({innermost(error)}).") from None
     return loaded
 
 

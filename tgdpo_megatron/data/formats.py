@@ -166,7 +166,7 @@ def _turns(column: str, values: Sequence[Any]) -> list[Turn]:
 
 
 def _turn(column: str, value: Row) -> Turn:
-    role_key, text_key = ("role", "content") if "role" in value else ("from", "value")
+    role_key, text_key = ("role", "content") if {"role", "content"} <= value.keys() else ("from", "value")
     role, content = value[role_key], value[text_key]
     if role in TOOL_ROLES or value.get("tool_calls"):
         raise _Unusable("a turn calls a tool or answers for one")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
@@ -28,7 +29,7 @@ from tgdpo_megatron.data.tokenizer import (
     template_hash,
     tokenizer_hash,
 )
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, in_short
 
 VERSION = 3
 """Of a folder of prepared pairs."""
@@ -171,13 +172,28 @@ def load_prepared(folder: Path) -> PreparedPairs:
             raise UserError(
                 f"{folder}: the pairs were prepared by another version of this program; prepare them again."
             )
-        summary = Summary(**content)
-        arrays = load_file(folder / "pairs.safetensors")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}: not a folder of prepared pairs ({str(error).splitlines()[0]}).") from None
-    return PreparedPairs(summary=summary, **arrays)
+        prepared = PreparedPairs(summary=Summary(**content), **load_file(folder / "pairs.safetensors"))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a folder of prepared pairs ({in_short(error)}).") from error
+    _check_shapes(prepared, folder)
+    return prepared
+
+
+def _check_shapes(prepared: PreparedPairs, folder: Path) -> None:
+    pairs, last = len(prepared), int(prepared.starts[-1]) if prepared.starts.size else -1
+    shapes = {
+        "tokens": (last,),
+        "starts": (2 * pairs + 1,),
+        "prompt_lengths": (pairs,),
+        "hashes": (pairs, 32),
+        "rows": (pairs,),
+    }
+    for name, shape in shapes.items():
+        array = getattr(prepared, name)
+        if array.shape != shape or array.dtype.kind not in "iu":
+            raise UserError(
+                f"{folder}: the prepared pairs were altered ({name} has another shape); prepare them again."
+            )
 
 
 def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: DataConfig) -> None:
@@ -295,8 +311,9 @@ def pair_hash(prompt_length: int, sequences: Sequence[np.ndarray]) -> bytes:
 def _save(prepared: PreparedPairs, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(prepared, name) for name in ("tokens", "starts", "prompt_lengths", "hashes", "rows")}
-    save_file(arrays, folder / "pairs.safetensors.tmp")
-    os.replace(folder / "pairs.safetensors.tmp", folder / "pairs.safetensors")
+    part = folder / "pairs.safetensors.tmp"
+    part.write_bytes(save(arrays))  # the library's own writing would report a full disk in its own words
+    os.replace(part, folder / "pairs.safetensors")
     (folder / "summary.json").write_text(json.dumps(asdict(prepared.summary), indent=2))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
 
 NumberedRows = list[tuple[int, Any]]
 """Rows and their 1-based numbers: the line of a .jsonl file, else the number of the row."""
@@ -88,15 +88,14 @@ def _through_datasets(path: Path, load: Callable[[Any, str], Any]) -> NumberedRo
     """Rows of what `load` returns when given the library and a folder for its cache."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     import datasets
-    from datasets.utils.logging import CRITICAL, set_verbosity
 
-    datasets.disable_progress_bars()
-    set_verbosity(CRITICAL)
     with tempfile.TemporaryDirectory() as cache:
         try:
             rows = load(datasets, cache).to_list()
-        except Exception as error:
-            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
+        except Exception as error:  # only the libraries' code is in here: what they cannot read is the file's fault
+            if ran_out_of_memory(error):
+                raise
+            raise UserError(f"{path}: cannot be read ({in_short(error)}).") from error
     return list(enumerate(rows, start=1))
 
 

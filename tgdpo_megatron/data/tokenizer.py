@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, in_short
 
 DATE = "26 Jul 2024"
 """For templates that write today's date (Llama-3.2): a fixed one, so that the same pairs give the same ids."""
@@ -26,8 +26,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer.json there; save the tokenizer beside the model.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from None
+        tokenizer("a")  # some settings are first looked at here
+    except Exception as error:  # only the libraries' code is in here, and what they raise about a damaged file varies
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({in_short(error)}).") from error
     if not tokenizer.chat_template:
         raise UserError(f"{folder}: the tokenizer has no chat template; add one to tokenizer_config.json.")
     return tokenizer
@@ -131,5 +132,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: An
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=DATE, **options)
     except TemplateError as error:
-        raise TemplateRefusal(f"the chat template refuses the conversation ({error})") from None
+        raise TemplateRefusal(f"the chat template refuses the conversation ({error})") from error
+    except Exception as error:  # a template is a program: it can fail like one
+        raise UserError(f"the chat template fails ({type(error).__name__}: {in_short(error)}); mend it.") from error
     return text

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
-from tgdpo_megatron.errors import RANK_DIED, USER_ERROR, UserError
+from tgdpo_megatron.errors import (
+    PROGRAM_ERROR,
+    RANK_DIED,
+    RANK_SILENT,
+    SHOW_STACKS,
+    USER_ERROR,
+    LostRankError,
+    SilentRankError,
+    UserError,
+    ran_out_of_memory,
+    refusal,
+)
 from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
+from tgdpo_megatron.quiet import debugging, quiet
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the job."""
+    """This process's place in the job.
+
+    Attributes:
+        store: Where ranks leave each other word without a collective. None for a rank that is alone.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: Any
+    store: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -38,7 +59,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def job(module: str, *, processes: int, timeout_minutes: int) -> Iterator[Ranks]:
+def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
 
     Under torchrun this process is a rank already. Otherwise the first process starts `processes`
@@ -48,6 +69,7 @@ def job(module: str, *, processes: int, timeout_minutes: int) -> Iterator[Ranks]
         module: The program, as in `python -m MODULE`.
         timeout_minutes: A collective that takes longer ends the job.
     """
+    quiet()
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
             raise UserError("srun started several tasks, but none is told its rank; start torchrun in each instead.")
@@ -64,11 +86,8 @@ def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore")
     os.environ["TGDPO_LAUNCHED"] = "1"  # ranks leave their sentence to this process
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -80,39 +99,39 @@ def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    with _quiet_elastic():
-        try:
-            elastic_launch(settings, sys.executable)("-m", module, *arguments)
-        except ChildFailedError as error:
-            code, sentence = _explain(error.failures)
-        except (SignalException, KeyboardInterrupt) as signalled:
-            number = getattr(signalled, "sigval", signal.SIGINT)
-            name = signal.Signals(number).name
-            code, sentence = 128 + number, f"stopped by {name}; all ranks were stopped, the newest checkpoint is kept."
-        else:
-            return 0
+    signal.signal(SHOW_STACKS, _ask_ranks_for_stacks)
+    try:
+        elastic_launch(settings, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        code, sentence = _explain(error.failures)
+    except (SignalException, KeyboardInterrupt) as signalled:
+        number = getattr(signalled, "sigval", signal.SIGINT)
+        name = signal.Signals(number).name
+        code, sentence = 128 + number, f"stopped by {name}; all ranks were stopped, the newest checkpoint is kept."
+    else:
+        return 0
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
-@contextlib.contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """torch's launcher logs a page about every failure; we say it in a sentence."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+def _ask_ranks_for_stacks(*_: Any) -> None:
+    """Hand the signal on, to one rank after another: what they write would mix."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ended in between
+            if (rank := process.environ().get("RANK")) is not None:
+                print(f"rank {rank} is process {process.pid}, which is at:", file=sys.stderr, flush=True)
+                process.send_signal(SHOW_STACKS)
+                time.sleep(0.3)
 
 
 def _explain(failures: dict[int, Any]) -> tuple[int, str]:
     """Exit code and sentence for a failed job. The cause comes before its consequences."""
     said = [failure for failure in failures.values() if failure.exitcode == USER_ERROR]
     if said:
-        return USER_ERROR, _message(said[0])
+        return USER_ERROR, _message(said[0]) or "a rank refused its input; see the lines above."
+    for rank, failure in failures.items():
+        if failure.exitcode == RANK_SILENT:  # the silent one may end later, by SIGKILL
+            return PROGRAM_ERROR, f"rank {rank} stopped, because {_message(failure)} All ranks were stopped."
     consequences = (
         -signal.SIGABRT,  # NCCL aborts a rank that lost a peer; but other things abort as well
         RANK_DIED,  # gloo raised an error in a rank that lost a peer
@@ -124,29 +143,34 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
         return (consequences.index(code) + 1 if code in consequences else 0, code >= 0, rank)
 
     rank, failure = min(failures.items(), key=how_late)
+    if failure.exitcode == PROGRAM_ERROR and (message := _message(failure)):
+        return PROGRAM_ERROR, (
+            f"{message}; its traceback is above, in the lines that begin with [rank {rank}]. All ranks were stopped. "
+            "The run folder is kept, and the newest whole checkpoint in it."
+        )
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with exit code {failure.exitcode}"
     )
-    return 1, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
+    return PROGRAM_ERROR, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
 
 
-def _message(failure: Any) -> str:
-    data = failure.error_file_data
-    try:
-        text: str = data["message"]["message"]
-    except (KeyError, TypeError):
-        text = "a rank refused its input; see the lines above."
-    return text
+def _message(failure: Any) -> str | None:
+    """What a rank left for its launcher to say, if it came to that."""
+    message = failure.error_file_data["message"]
+    return message["message"] if isinstance(message, dict) else None
 
 
-def _join(timeout_minutes: int) -> Ranks:
+def _join(timeout_minutes: float) -> Ranks:
     """Check the packages beneath us, make Megatron run here, join the process group."""
     checks.check_packages()
     cpu.install()
     torch_adam.install()
     torch_clip.install()
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.autograd.set_detect_anomaly(os.environ.get("TGDPO_DETECT_ANOMALY", "") not in ("", "0"))
+    if debugging():
+        form = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=logging.INFO, format=form)
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = _device(local)
     on_gpu = device.type == "cuda"
@@ -154,14 +178,17 @@ def _join(timeout_minutes: int) -> Ranks:
         torch.cuda.set_device(device)
         # torch prefers cuDNN's attention on an H200; it builds a plan for every new length, and ours all differ.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    timeout = timedelta(minutes=timeout_minutes)
+    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+    store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.HashStore() if world == 1 else None,
+        store=dist.PrefixStore("default_pg", store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
     )
-    return Ranks(rank, world, local, device)
+    return Ranks(rank, world, local, device, None if world == 1 else dist.PrefixStore("tgdpo", store))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -196,18 +223,80 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
 def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Do something once, on the first rank, and give every rank its result. Collective.
 
+    The work may take longer than any collective: until it is done, the other ranks look for a word of the first rank
+    in the store, and for its signs of life.
+
     Raises:
-        UserError: On every rank, if the first rank met one; nobody is left waiting.
+        UserError: On the other ranks, if the first rank met one, or was refused something by the operating system. The
+            first rank itself raises what it met, whatever that is.
+        LostRankError: On the other ranks, if the first rank failed otherwise.
+        SilentRankError: On the other ranks, if the first rank has given no sign of life for as long as a collective may
+            take.
     """
-    outcome: list[Any] = [None, None]
+    if ranks.world_size == 1:
+        return work()
+    call = f"work of the first rank, {next(_calls)}"
+    outcome: list[Any] = [None]
     if ranks.is_first:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-        except Exception as error:  # a full disk, say: the others must not wait for what will not come
-            outcome[1] = f"{type(error).__name__}: {error}"
+        outcome[0] = _do_first(ranks.store, call, work)
+    else:
+        _wait_for_first(ranks.store, call)
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
     return outcome[0]
+
+
+_calls = itertools.count()
+"""Counts the same on every rank, since the calls are collective."""
+_SECONDS_BETWEEN_SIGNS = 1.0
+_LONGEST_PAUSE = 0.5
+"""Seconds between two looks into the store."""
+_SECONDS_FOR_LAST_WORDS = 10.0
+"""In which a first rank that failed says why and ends; then its launcher ends the others, if there is one."""
+
+
+def _do_first(store: Any, call: str, work: Callable[[], Any]) -> Any:
+    """Do the work, show that this rank is alive meanwhile, and leave word how it ended."""
+    ended = threading.Event()
+
+    def show_life() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_SIGNS):
+            store.add(f"{call}: signs of life", 1)
+
+    thread = threading.Thread(target=show_life, daemon=True)
+    thread.start()
+    try:
+        result = work()
+    except BaseException as error:
+        # Where memory ran out, this rank alone says so, once the planner has found what would help.
+        store.set(call, json.dumps({"refusal": None if ran_out_of_memory(error) else refusal(error)}))
+        raise
+    finally:
+        ended.set()
+        thread.join()
+    store.set(call, json.dumps({"done": True}))
+    return result
+
+
+def _wait_for_first(store: Any, call: str) -> None:
+    """Wait until the first rank's work is done.
+
+    Raises:
+        UserError, LostRankError, SilentRankError: As on_first_rank.
+    """
+    signs, heard, pause = 0, time.monotonic(), 0.01
+    while not store.check([call]):
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+        if (now := store.add(f"{call}: signs of life", 0)) != signs:
+            signs, heard = now, time.monotonic()
+        if (silent := time.monotonic() - heard) > store.timeout.total_seconds():
+            raise SilentRankError(
+                f"rank 0, for whose work this rank waits, has given no sign of life for {silent:.0f} s."
+            )
+    word = json.loads(store.get(call))
+    if "done" in word:
+        return
+    if word["refusal"] is not None:
+        raise UserError(word["refusal"])
+    time.sleep(_SECONDS_FOR_LAST_WORDS)
+    raise LostRankError("rank 0 failed, and its own lines say why; this rank stops too.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import USER_ERROR, UserError
 
 SFT_LR = 4e-3
 BETA = 1.0
@@ -85,7 +84,8 @@ class Journal:
         """Run one of the programs and keep what it says in the folder's `logs`.
 
         Raises:
-            UserError: The program failed.
+            UserError: The program refused its input.
+            SystemExit: It failed otherwise.
         """
         command = ["python", "-m", module, *map(str, arguments)]
         self.commands.append(shlex.join(command))
@@ -94,11 +94,13 @@ class Journal:
         with log.open("w") as file:
             # A person sees the progress bars; a pipe gets none.
             errors = None if sys.stderr.isatty() else file
-            environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-            code = subprocess.call([sys.executable, *command[1:]], stdout=file, stderr=errors, env=environment)
+            code = subprocess.call([sys.executable, *command[1:]], stdout=file, stderr=errors)
         if code:
-            print("".join(log.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
-            raise UserError(f"{module} ended with exit code {code}; all it said is in {log}.")
+            print("".join(log.read_text().splitlines(keepends=True)[-40:]), file=sys.stderr)
+            sentence = f"{module} ended with exit code {code}; all it said is in {log}."
+            if code == USER_ERROR:
+                raise UserError(sentence)
+            sys.exit(f"error: {sentence}")
 
 
 @dataclass(frozen=True)

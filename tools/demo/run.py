@@ -124,11 +124,9 @@ def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
     """Load an exported model with transformers, compare its two responses' log-probs, let it answer greedily."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer
 
-    disable_progress_bar()
     tokenizer = load_tokenizer(hf_folder)
     model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32, local_files_only=True).eval()
     margins, answers = [], []

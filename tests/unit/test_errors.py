@@ -1,0 +1,120 @@
+"""How programs end: whose fault an exception is, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tgdpo_megatron.errors import UserError, in_short, lost_a_rank, refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+from tgdpo_megatron.errors import LostRankError, SilentRankError, UserError, one_sentence_errors
+
+def inner():
+    {statement}
+
+with one_sentence_errors():
+    try:
+        inner()
+    except KeyError:
+        raise UserError("a mistake of the user.") from None
+"""
+
+
+def run(statement: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of which one line is given."""
+    ours = ("RANK", "TGDPO_DEBUG", "TGDPO_LAUNCHED")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    program = PROGRAM.format(statement=statement)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=kept | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [
+        ("raise UserError('no such file.')", "no such file."),
+        ("open('/nowhere/file')", "/nowhere/file: the operating system refused with 'No such file or directory'; "),
+        ("raise MemoryError", "memory ran out (MemoryError); "),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_exit_code_2(statement: str, sentence: str) -> None:
+    done = run(statement)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("mistake", ["assert False, 'ours'", "{}.missing", "[][0]", "raise RuntimeError('ours')"])
+def test_a_mistake_of_the_program_keeps_its_traceback_and_exits_with_1(mistake: str) -> None:
+    done = run(mistake)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last):" in done.stderr and "in inner" in done.stderr
+    assert "error: " not in done.stderr.lower().splitlines()[0]
+
+
+def test_every_line_of_a_ranks_traceback_names_the_rank() -> None:
+    done = run("assert False, 'ours'", RANK="3")
+    assert done.returncode == 1
+    *traceback, last = done.stderr.splitlines()
+    assert len(traceback) > 4 and all(line.startswith("[rank 3] ") for line in traceback), done.stderr
+    assert last == "error: rank 3 met a mistake of this program, AssertionError: ours"
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "sentence"),
+    [
+        ("raise RuntimeError('Connection closed by peer [127.0.0.1]')", 3, "another rank ended; this one stops too."),
+        ("raise LostRankError('rank 0 failed.')", 3, "rank 0 failed."),
+        ("raise SilentRankError('rank 0 is silent.')", 4, "rank 0 is silent."),
+    ],
+)
+def test_a_rank_that_lost_another_says_so_without_a_traceback(statement: str, code: int, sentence: str) -> None:
+    done = run(statement, RANK="0")
+    assert done.returncode == code
+    assert done.stderr == f"error: {sentence}\n"
+
+
+def test_debugging_shows_the_traceback_of_a_refusal_and_what_was_left_out_of_it() -> None:
+    done = run("{}['hidden cause']", TGDPO_DEBUG="1")
+    assert done.returncode == 2
+    assert "KeyError: 'hidden cause'" in done.stderr
+    assert "tgdpo_megatron.errors.UserError: a mistake of the user.\nerror: a mistake of the user.\n" in done.stderr
+    assert run("{}['hidden cause']").stderr == "error: a mistake of the user.\n"
+
+
+def test_a_program_may_end_as_it_likes() -> None:
+    assert run("raise SystemExit(7)").returncode == 7
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("The size of tensor a (2) must match"), ValueError("[Errno 28]")]
+)
+def test_what_is_neither_input_nor_system_is_no_refusal(error: Exception) -> None:
+    assert refusal(error) is None
+
+
+def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path: Path) -> None:
+    """A folder cannot be written like a file: that comes from the operating system as well."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with pytest.raises(Exception, match=r"\(os error ") as caught:
+        save_file({"a": np.zeros(1)}, tmp_path)
+    assert str(refusal(caught.value)).startswith("the operating system refused with '")
+
+
+def test_an_error_without_words_is_called_by_its_type() -> None:
+    assert in_short(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert in_short(ValueError("First. Second.\nThird.")) == "First"
+
+
+def test_only_the_words_for_a_lost_rank_mean_one() -> None:
+    assert lost_a_rank(RuntimeError("Connection was likely closed. Did the remote server shutdown or crash?"))
+    assert not lost_a_rank(RuntimeError("Timed out waiting 600000ms for recv operation to complete"))
+    assert not lost_a_rank(UserError("Connection closed by peer"))

@@ -1,0 +1,89 @@
+"""What torch and Megatron raise about checkpoint files, made plain: whose fault it is, and the cause beneath."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tgdpo_megatron.errors import LostRankError, UserError, in_short, lost_a_rank, ran_out_of_memory
+
+
+def cause(error: BaseException) -> BaseException:
+    """The exception beneath torch's CheckpointException, which collects one entry for each rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return cause(next(iter(error.failures.values()))[0])
+    return error
+
+
+@contextlib.contextmanager
+def plain_causes() -> Iterator[None]:
+    """Raise what is beneath a CheckpointException, which is no Exception, instead of it."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:  # Megatron tells the others no more than that there was one
+            raise LostRankError("another rank could not write its part of a checkpoint; this one stops too.") from error
+        raise cause(error) from error
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Say in a sentence that a file read inside the block is damaged.
+
+    Our own mistakes, the end of memory and the end of another rank stay what they are.
+
+    Args:
+        what: The file, and what of it is read.
+
+    Raises:
+        UserError: The file is missing, truncated or altered.
+    """
+    with plain_causes():
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            beneath = cause(error)
+            if not _is_of_the_file(beneath) or ran_out_of_memory(beneath) or lost_a_rank(beneath):
+                raise
+            raise UserError(f"{what} cannot be read ({in_short(beneath)}).") from error
+
+
+@contextlib.contextmanager
+def writable(what: str) -> Iterator[None]:
+    """Say in a sentence that the operating system refuses what is written inside the block.
+
+    Args:
+        what: What is written, and where.
+
+    Raises:
+        UserError: No space left, or the like.
+    """
+    with plain_causes():
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            beneath = cause(error)
+            if not _is_of_the_system(beneath):
+                raise
+            why = f"{what} cannot be written ({in_short(beneath)})"
+            raise UserError(f"{why}; look at the space left there, and at the permissions.") from error
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Whether the operating system said this. Megatron's and torch's writers keep its words at best."""
+    signs = ("[Errno ", "inline_container.cc", "PytorchStreamWriter")
+    return isinstance(error, OSError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs) and not ran_out_of_memory(error)
+    )
+
+
+def _is_of_the_file(error: BaseException) -> bool:
+    """Whether a reader said this of the bytes it was given. Found by damaging every file of checkpoints at random."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException  # loaded already, if it was raised
+
+    if isinstance(error, RuntimeError):
+        return "PytorchStreamReader" in str(error)
+    return isinstance(error, OSError | EOFError | ValueError | pickle.UnpicklingError | CheckpointingException)
