@@ -175,11 +175,11 @@ def test_fp8_is_refused_for_a_model_whose_sizes_it_does_not_divide(describe: Any
     sizes = {"hidden_size": 192, "ffn_hidden_size": 368, "num_attention_heads": 4, "num_query_groups": 2}
     model = replace(describe, **sizes, kv_channels=48)
     check_fp8_sizes(model, Config(parallel=one, train=fp8))
-    with pytest.raises(UserError, match="multiples of 16, the model has 40 hidden channels; leave train.fp8 out"):
+    with pytest.raises(UserError, match="multiples of 16, but the model has 40 hidden channels; leave train.fp8 out"):
         check_fp8_sizes(replace(model, hidden_size=40), Config(parallel=one, train=fp8))
-    with pytest.raises(UserError, match="multiples of 16, the model has 184 feed-forward channels on each of 2"):
+    with pytest.raises(UserError, match="multiples of 16, but the model has 184 feed-forward channels on each of 2"):
         check_fp8_sizes(model, Config(parallel=two, train=fp8))
-    with pytest.raises(UserError, match="multiples of 128, the model has 192 hidden channels"):
+    with pytest.raises(UserError, match="multiples of 128, but the model has 192 hidden channels"):
         check_fp8_sizes(model, Config(parallel=gathered, train=fp8))
 
 
