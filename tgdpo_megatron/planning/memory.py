@@ -27,7 +27,7 @@ Device = Literal["cpu", "cuda"]
 
 GIB = 1 << 30
 ROOM = 0.88
-"""Share of a GPU's memory that a plan may take, by estimate. CUDA, libraries and gaps in the allocator take the rest."""
+"""Share of a GPU's memory that a plan may take, by estimate. CUDA, libraries and allocator gaps take the rest."""
 
 
 @dataclass(frozen=True)
