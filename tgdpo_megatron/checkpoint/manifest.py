@@ -132,10 +132,8 @@ class _IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
             found = super().find_class(module, name)
-            if isinstance(found, type) and (found.__module__, found.__name__) == (
-                module,
-                name,
-            ):  # defined there
+            # A class that is defined in that module, not imported there.
+            if isinstance(found, type) and (found.__module__, found.__name__) == (module, name):
                 return found
         raise UserError(
             f"the checkpoint's index names {module}.{name}, which no index holds; the checkpoint is not loaded."
