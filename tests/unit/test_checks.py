@@ -100,7 +100,7 @@ def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_i
     done = start_with(tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: Transformer Engine {version} is not one that megatron-core 0.16.1 takes (<2.12.0,>=2.9.0a0); install "
+        f"error: megatron-core 0.16.1 does not accept Transformer Engine {version}, only <2.12.0,>=2.9.0a0; install "
         "one of those, or uninstall it to run on Megatron's local layers.\n"
     )
 
@@ -135,11 +135,11 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
     [
         ("tensorwise", None, None, False, "there is no GPU"),
         ("tensorwise", HOPPER, "13.0", False, "Transformer Engine's, which is not installed"),
-        ("tensorwise", AMPERE, "13.0", True, "capability is 8.0, FP8 needs 8.9"),
+        ("tensorwise", AMPERE, "13.0", True, "capability is 8.0, but FP8 needs 8.9"),
         ("tensorwise", ADA, "12.4", True, None),
         ("delayed", HOPPER, "12.4", True, None),
-        ("blockwise", ADA, "13.0", True, "capability is 8.9, train.fp8_recipe=blockwise needs 9.0"),
-        ("blockwise", HOPPER, "12.8", True, "built for CUDA 12.8, train.fp8_recipe=blockwise needs 12.9"),
+        ("blockwise", ADA, "13.0", True, "capability is 8.9, but train.fp8_recipe=blockwise needs 9.0"),
+        ("blockwise", HOPPER, "12.8", True, "built for CUDA 12.8, but train.fp8_recipe=blockwise needs 12.9"),
         ("blockwise", HOPPER, "12.9", True, None),
         ("blockwise", (10, 0), "13.0", True, None),
     ],
