@@ -119,8 +119,8 @@ def test_a_transformer_engine_that_is_there_in_half_is_refused_with_why(tmp_path
     done = start_with(tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); mend "
-        "it, or uninstall it and its core and torch parts to run on Megatron's local layers.\n"
+        "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); "
+        "repair it, or uninstall it with its core and torch parts to run on Megatron's local layers.\n"
     )
 
 
