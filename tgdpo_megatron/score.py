@@ -60,7 +60,7 @@ _WRITES_PENDING = 2
 
 @dataclass(frozen=True)
 class _Part:
-    """Pairs, the folder of their scores, and which responses the folder has no scores of: name -> [2N] bool."""
+    """Pairs, the folder of their scores, and which responses have no scores there: name -> [2N] bool."""
 
     data: PreparedPairs
     folder: Path
@@ -91,7 +91,7 @@ class _Work:
 
 
 def score(config: Config, ranks: Ranks) -> None:
-    """Write the scores of data.train and data.validation that the loss needs to scores.path. Called on every rank.
+    """Write the scores that the loss needs, of data.train and data.validation, to scores.path. Called on every rank.
 
     Raises:
         UserError: An input cannot be used, the folder holds other scores, a log-prob is not finite, or the disk is
@@ -239,7 +239,7 @@ def _prompted_blocks(
 
 
 def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[PreferenceGPT]]:
-    """Load frozen models. Models of the same shape are stacked, to run together. Returns this rank's chunks."""
+    """Load frozen models. Those of one shape are stacked and run together. Returns this rank's chunks of each stack."""
     descriptions = [describe(folder) for folder in checkpoints.values()]
     loaded = []
     for folder, description in zip(checkpoints.values(), descriptions, strict=True):
