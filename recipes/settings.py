@@ -1,4 +1,4 @@
-"""One configuration from four places: defaults < recipe < YAML file < `key=value`."""
+"""One configuration from four sources, each of which overrides the ones before: defaults, recipe, YAML, `key=value`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         The complete configuration, and how many ranks to start on this machine.
 
     Raises:
-        UserError: An unknown recipe, an unreadable file, a setting that is refused.
+        UserError: An unknown recipe, a file that cannot be read, or a setting that is refused.
     """
     parser = CommandLine(
         prog=f"python -m {program}",
@@ -53,11 +53,13 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--recipe", help=f"one of {', '.join(RECIPES)}; default: the one that --conf names, else {DEFAULT}"
+        "--recipe", help=f"one of {', '.join(RECIPES)}; default: the recipe that the --conf file names, else {DEFAULT}"
     )
-    parser.add_argument("--conf", type=Path, help="YAML file: its recipe, and what this experiment changes")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks to start on this machine")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings, e.g. loss.beta=0.05")
+    parser.add_argument("--conf", type=Path, help="YAML file that names a recipe and the settings that differ from it")
+    parser.add_argument(
+        "--nproc-per-node", type=int, default=1, help="number of ranks to start on this machine (default: %(default)s)"
+    )
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings to change, such as loss.beta=0.05")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
@@ -72,7 +74,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
 
 
 def _all_settings() -> str:
-    """Every key with its default and meaning, for --help."""
+    """All settings with their defaults and meanings, for --help."""
     lines = ["settings:"]
     for group, field in Config.model_fields.items():
         for name, setting in field.annotation.model_fields.items():  # type: ignore[union-attr]
@@ -84,15 +86,15 @@ def _all_settings() -> str:
 
 
 def _recipe(named: Any, given: str | None, conf: Path | None) -> Config:
-    """The recipe that the experiment file names, or --recipe.
+    """The configuration of the recipe that the experiment file or --recipe names.
 
     Args:
-        named: What the file says, if there is one and it says something.
-        given: --recipe.
+        named: The recipe that the file names; None without a file or a recipe in it.
+        given: The recipe that --recipe names; None without it.
 
     Raises:
-        UserError: The file names none and neither does the command line, both do and differ, or there is no recipe of
-            that name.
+        UserError: The file names no recipe and the command line neither, they name different recipes, or there is no
+            such recipe.
     """
     if named is not None and given is not None and named != given:
         raise UserError(f"{conf}: its recipe is {named}, but --recipe {given} was given; leave --recipe out.")
@@ -118,7 +120,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected groups of settings.")
+        raise UserError(f"{path}: expected groups of settings, such as 'loss:' with 'beta: 0.05' below it.")
     return content
 
 

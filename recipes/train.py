@@ -1,4 +1,7 @@
-"""Run train: `python -m recipes.train (--recipe NAME | --conf FILE) [--nproc-per-node N] [key=value ...]`."""
+"""Train a policy on preference pairs.
+
+python -m recipes.train (--recipe NAME | --conf FILE) [--nproc-per-node N] [key=value ...]
+"""
 
 import os
 
@@ -12,8 +15,8 @@ def main() -> None:
         config, processes = read_command_line("recipes.train", __doc__)
         if "RANK" not in os.environ:
             check_batch_layout(config, world_size=processes)
-        # torch and Megatron take seconds to load: only for settings that are good, and Megatron only in ranks, once the
-        # packages beneath it were checked.
+        # torch and Megatron take seconds to load. They are loaded only once the settings are known to be good, and
+        # Megatron only in the ranks, once the packages that it uses have been checked.
         from tgdpo_megatron.platform.processes import job
 
         minutes = config.train.distributed_timeout_minutes

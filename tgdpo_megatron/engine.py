@@ -1,4 +1,4 @@
-"""What a step needs and does: this rank's part of the policy, the frozen models that ride with it, the optimizer."""
+"""One rank's part of a training step: the policy, the frozen models that run beside it, and the optimizer."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.report.metrics import Sums, add_up, names_for
 
 LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Sums]]
-"""(what the model returns on the last stage, its micro-batch) -> sum of the losses over pairs, the number of pairs,
-sums to report. Megatron divides once, by the number of pairs of all ranks."""
+"""(output of the model on the last stage, its micro-batch) -> sum of the losses over pairs, number of pairs, sums to
+report. Megatron divides once, by the number of pairs of all ranks."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One rank's policy and what moves it.
+    """One rank's part of the policy, with the optimizer that updates it.
 
     Attributes:
-        chunks: The policy's pipeline chunks, without wrapping. Frozen models ride inside.
-        policy: The same chunks under Megatron's data parallelism.
-        loss: Turns what the last stage returns into a loss.
+        chunks: The policy's pipeline chunks, not wrapped. They hold the frozen models.
+        policy: The same chunks wrapped in Megatron's data parallelism.
+        loss: Turns the output of the last stage into a loss.
     """
 
     config: Config
@@ -48,19 +48,19 @@ class Engine:
     loss: LossFunction
 
     def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Run this rank's micro-batches forward and backward; the gradients are then in the policy. Collective.
+        """Run this rank's micro-batches forward and backward, which adds gradients to the policy. Collective.
 
         Returns:
-            What the loss reports, summed over all micro-batches of all ranks.
+            The sums that the loss reports, over all micro-batches of all ranks.
         """
         return self._run(batches, forward_only=False)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Run this rank's micro-batches forward alone. Collective.
+        """Run this rank's micro-batches forward only. Collective.
 
         Returns:
-            As forward_backward.
+            The same sums as forward_backward.
         """
         return self._run(batches, forward_only=True)
 
@@ -82,39 +82,39 @@ class Engine:
         )
 
     def forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """What one stage does with a micro-batch: its output, and how the last stage turns that into a loss."""
+        """Run one stage on a micro-batch. Returns its output, and the function that makes the last stage's a loss."""
         batch = next(batches)
         return model(batch), lambda output: self.loss(output, batch)
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's part of the model is."""
+        """The device that holds this rank's part of the model."""
         return next(self.chunks[0].parameters()).device
 
     def find_scales(self, batches: Sequence[Batch]) -> None:
-        """One training pass whose gradients are dropped: delayed FP8 scaling takes its scales from earlier passes."""
+        """Run a training pass without keeping its gradients. Delayed FP8 takes its scales from earlier passes."""
         self.forward_backward(batches)
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Set all gradients to zero."""
         for model in self.policy:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def gather_weights(self) -> None:
-        """Wait until every rank has the updated weights; needed before they are read other than by a forward."""
+        """Wait until every rank has the updated weights. Needed before anything but a forward pass reads them."""
         if self.config.optimizer.overlap_param_gather:
             for model in self.policy:
                 model.start_param_sync(force_sync=True)
 
     def update(self) -> tuple[float, float]:
-        """Clip and step, unless the gradient is not finite.
+        """Clip the gradient and update the weights, unless the gradient is not finite.
 
         Returns:
-            The gradient's norm over all ranks, before clipping, and the learning rate of this step.
+            The norm of the gradient over all ranks, before clipping, and the learning rate of this step.
         """
-        self.scheduler.step(increment=1)  # before the update: no step is spent at learning rate 0
+        self.scheduler.step(increment=1)  # before the update, so that no step has learning rate 0
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -130,10 +130,10 @@ def build_engine(
     """Build and load everything on this rank. Collective.
 
     Args:
-        loss: Turns what the last stage returns into a loss.
-        start: Checkpoint of the policy's weights; None where they will be loaded with the training state.
-        frozen: Checkpoints that ride with the policy: none (cached scores), the reference, or the reference
-            and the guidance.
+        loss: Turns the output of the last stage into a loss.
+        start: Checkpoint of the policy's weights. None where they will be loaded with the training state.
+        frozen: Checkpoints of the frozen models that run beside the policy: none with cached scores, otherwise the
+            reference, or the reference and the guidance.
     """
     megatron = transformer_config(description, config)
     chunks = build_model(description, megatron)
@@ -178,12 +178,13 @@ def run_pipeline(
 
     Args:
         models: This rank's chunks, wrapped or not.
-        forward_step: What a stage does with one micro-batch, as Megatron's schedules call it.
-        stacked: Models whose hidden states travel together.
-        collect_non_loss_data: As Megatron: hand the output itself, not a loss, to what forward_step returned.
+        forward_step: Runs a stage on one micro-batch. Megatron's schedule calls it.
+        stacked: Number of models whose hidden states are sent together.
+        collect_non_loss_data: Whether the function that forward_step returns is given the output without computing a
+            loss, as in Megatron.
 
     Returns:
-        What the loss function reported for each micro-batch on the last stage; nothing elsewhere.
+        On the last stage, what the function returned by forward_step reported for each micro-batch. Empty elsewhere.
     """
     schedule = get_forward_backward_func()
     reported: list[Any] = schedule(
@@ -191,8 +192,8 @@ def run_pipeline(
         data_iterator=[iter(batches) for _ in models],
         model=list(models),
         num_microbatches=len(batches),
-        # The shape between stages, [seq_length, micro_batch_size, hidden]; where micro-batches differ in length,
-        # Megatron's stages tell each other the true shape.
+        # The shape between stages is [seq_length, micro_batch_size, hidden]. Where micro-batches differ in length,
+        # Megatron's stages send each other the true shape.
         seq_length=config.train.micro_batch_tokens or 1,
         micro_batch_size=stacked,
         forward_only=forward_only,
@@ -206,11 +207,11 @@ def token_logps(models: Sequence[Any], batches: Sequence[Batch], config: Config,
     """Token log-probs of some micro-batches, nats, without gradient. Collective.
 
     Args:
-        models: This rank's chunks of a model, wrapped or not; other models may ride inside.
-        stacked: The model and those that ride with it.
+        models: This rank's chunks of a model, wrapped or not. They may hold other models.
+        stacked: Number of models, those that the chunks hold included.
 
     Returns:
-        Of each micro-batch [stacked, R] fp32 on the last pipeline stage; nothing elsewhere.
+        On the last pipeline stage [stacked, R] fp32 for each micro-batch. Empty elsewhere.
     """
 
     def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -240,7 +241,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
 
 
 def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine, counted in optimizer steps."""
+    """Linear warm-up, then cosine decay, counted in optimizer steps."""
     settings, iterations = config.optimizer, config.train.train_iters
     return OptimizerParamScheduler(
         optimizer,
@@ -248,7 +249,7 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=iterations + 1,  # the last step still moves
+        lr_decay_steps=iterations + 1,  # so that the learning rate of the last step is above min_lr
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -1,4 +1,4 @@
-"""Apply the loss that the settings name: join what it reads, fill in its options, call its formula, sum over pairs."""
+"""Apply the loss that the settings name: collect what its formula reads, call the formula, and sum over pairs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class PreferenceLoss:
     config: Config
 
     def __call__(self, logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Sums]:
-        """Sum over pairs, number of pairs, sums to report: Megatron divides once, by the pairs of all ranks.
+        """The loss summed over pairs, the number of pairs, and sums to report.
+
+        Megatron divides the loss once, by the number of pairs of all ranks.
 
         Args:
-            logps: Token log-probs, nats: the policy's, then those of carried models, then the divergence if the
-                formula reads it. [k, R] fp32; the policy's and the divergence carry gradient.
+            logps: Token log-probs, nats: those of the policy, those of the frozen models that run beside it, and then
+                the divergence if the formula reads it. [k, R] fp32. The policy's and the divergence carry gradient.
         """
         loss = self.config.loss
         policy, *live = logps
@@ -44,27 +46,27 @@ class PreferenceLoss:
 
 
 def formula(loss: LossConfig) -> Formula:
-    """The configured formula, its options filled in.
+    """The configured formula with its options filled in.
 
     Returns:
-        A function of the policy's token log-probs, the pairs and what `loss.method.reads` names, to losses and
-        margins per pair.
+        A function of the policy's token log-probs, the pairs, and the inputs that `loss.method.reads` names. It returns
+        the loss and the margin of each pair.
     """
     method: Formula = partial(LOSSES[loss.type].formula, **loss.options)
     return method if not loss.sft_loss_weight else partial(_with_sft, method, loss.sft_loss_weight)
 
 
 def _with_sft(method: Formula, weight: float, policy: Tensor, pairs: Pairs, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """A loss, and the chosen response's negative mean log-prob beside it."""
+    """A loss with a multiple of the chosen response's negative mean log-prob added to it."""
     losses, margins = method(policy, pairs, **inputs)
     return losses + weight * sft_loss(policy, pairs)[0], margins
 
 
 def inputs_of(loss: LossConfig, pairs: Pairs, **scores: Tensor) -> dict[str, Tensor]:
-    """What the formula reads beside policy and pairs, from per-token scores: log-probs, r̂, the divergence.
+    """What the formula reads beside policy and pairs, made from per-token scores: log-probs, r̂, the divergence.
 
     Raises:
-        ValueError: A score is missing.
+        ValueError: A score that the loss needs is missing.
     """
     read = [name for name in loss.method.reads if name != "rewards"]
     for name in (*read, *loss.scores):
@@ -77,20 +79,20 @@ def inputs_of(loss: LossConfig, pairs: Pairs, **scores: Tensor) -> dict[str, Ten
 
 
 def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and margin of each pair under the configured method.
+    """Loss and margin of each pair under the configured loss.
 
     Args:
-        loss: Method and parameters.
+        loss: Which loss, and its options.
         policy: Token log-probs, nats. [R] float; carries gradient.
         pairs: Pair and side of each of the R tokens.
-        scores: What the method and its token rewards need: `reference`, `guidance`, `better`, `worse` log-probs,
-            nats; `reward`; each [R], constant. `divergence` from the reference, nats, [R]; carries gradient.
+        scores: What the loss and its token rewards need: log-probs `reference`, `guidance`, `better`, `worse`, nats,
+            and `reward`. Each [R], constant. Also `divergence` from the reference, nats, [R], which carries gradient.
 
     Returns:
         Losses and margins. Both [P], in the dtype of `policy`, unreduced.
 
     Raises:
-        ValueError: The method needs scores that were not given, or shapes differ.
+        ValueError: A score that the loss needs is missing, or shapes differ.
     """
     for name, values in scores.items():
         if values.shape != policy.shape:

@@ -1,8 +1,9 @@
-"""Score pairs with frozen models: token log-probs written once, read by every run over the same data.
+"""Score pairs with frozen models: token log-probs are written once and read by every run over the same data.
 
-A forward-only pipeline at any layout. What a loss needs is computed, no more: the reference and the guidance model
-together in one reading of the data; for contrastive prompts, the reference on every response under both.
-A folder that holds scores already is added to: a build that was stopped goes on, new pairs join old ones.
+The models run forward only, in a pipeline at any layout. Only the scores that the loss needs are computed. Reference
+and guidance run together in one pass over the data. For contrastive prompts, the reference runs on every response under
+both prompts. Scores that the folder holds already are kept: scoring that was stopped continues where it stopped, and
+new pairs are added.
 """
 
 from __future__ import annotations
@@ -51,22 +52,22 @@ from tgdpo_megatron.scores.store import (
 from tgdpo_megatron.scores.texts import read_texts
 
 _PROMPTED_AT_ONCE = 1024
-"""Pairs whose contrastive prompts are tokenised, and sent to all ranks, at once."""
+"""Number of pairs whose contrastive prompts are tokenised and sent to all ranks at once."""
 _SHORTER = f"prompts that do not quote the response are shorter ({contrastive.DEFAULT.with_name('direct.yaml')})"
 _WRITES_PENDING = 2
-"""Shards that may wait for the disk."""
+"""Number of shards that may wait to be written."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Pairs, the folder of their scores, and which responses have none there: name -> [2N] bool."""
+    """Pairs, the folder of their scores, and which responses have no scores there: name -> [2N] bool."""
 
     data: PreparedPairs
     folder: Path
     missing: dict[str, np.ndarray]
 
     def lacking(self, names: Iterable[str]) -> np.ndarray:
-        """Pairs that lack any of some scores; of equal pairs, one. [n] int64."""
+        """Pairs that lack any of these scores, with only one of several equal pairs. [n] int64."""
         lacking = np.zeros(2 * len(self.data), bool)
         for name in names:
             lacking |= self.missing[name]
@@ -76,11 +77,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Work:
-    """Sequences to score, and what their scores are.
+    """Sequences to score, and the keys of their scores.
 
     Attributes:
-        data, samples, sides: Which sequences.
-        keys: Sample and side -> for each model in order, what its log-probs are; None where they are there already.
+        data, samples, sides: Which sequences to score: these sides of these pairs of `data`.
+        keys: (pair, side) -> for each model in order, the key of its log-probs; None where the folder has them already.
     """
 
     data: PreparedPairs
@@ -90,14 +91,15 @@ class _Work:
 
 
 def score(config: Config, ranks: Ranks) -> None:
-    """Write the scores that the loss needs of data.train (and data.validation) to scores.path, on every rank.
+    """Write the scores that the loss needs, of data.train and data.validation, to scores.path. Called on every rank.
 
     Raises:
-        UserError: An input that cannot be used, a folder of other scores, a log-prob that is not finite, a full disk.
+        UserError: An input cannot be used, the folder holds other scores, a log-prob is not finite, or the disk is
+            full.
     """
     config = config.model_copy(deep=True)
-    config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and nothing is kept for backward
-    config.train.fp8 = config.train.fp8_recipe = None  # for the policy alone, see docs/fp8.md
+    config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and no backward needs memory
+    config.train.fp8 = config.train.fp8_recipe = None  # only the policy computes in FP8, see docs/fp8.md
     data_parallel_size = check_layout(config, world_size=ranks.world_size)
     preflight.check_cacheable(config)
     wanted = list(config.loss.log_prob_scores)
@@ -142,7 +144,7 @@ def score(config: Config, ranks: Ranks) -> None:
 
 
 def _checkpoints(config: Config, wanted: list[str]) -> dict[str, Path]:
-    """The frozen models that give the scores wanted."""
+    """The frozen models that give these scores."""
     found = {}
     if "reference" in config.loss.frozen_models:
         found["reference"] = preflight.required(config.reference_checkpoint, "model.checkpoint", "the reference")
@@ -158,10 +160,10 @@ def _lack(parts: Iterable[_Part], names: Iterable[str], wanted: list[str]) -> bo
 def _open_store(
     config: Config, models: preflight.Models, pairs: PreparedPairs, folder: Path, wanted: list[str]
 ) -> dict[str, np.ndarray]:
-    """Begin a store, or go on with one that was made in the same way. Returns the responses it lacks.
+    """Begin a folder of scores, or continue one that was made in the same way. Returns which responses it lacks.
 
     Raises:
-        UserError: It holds other scores, or damaged ones.
+        UserError: The folder holds other scores, or damaged ones.
     """
     expected = preflight.scores_manifest(config, models, pairs)
     remove_parts(folder)
@@ -175,7 +177,7 @@ def _open_store(
 
 
 def _plain_work(part: _Part, names: list[str]) -> _Work:
-    """The pairs as they are trained on, those that lack scores of some models."""
+    """The pairs that lack scores of these models, with the prompts they are trained with."""
 
     def keys(pair: int, side: int) -> list[Key | None]:
         lacking = [part.missing[name][2 * pair + side] for name in names]
@@ -186,7 +188,7 @@ def _plain_work(part: _Part, names: list[str]) -> _Work:
 
 
 def _contrastive_work(ranks: Ranks, blocks: Iterator[tuple[PreparedPairs, list[Key]]]) -> Iterator[_Work]:
-    """What the first rank makes, on every rank. Collective: the other ranks never ask `blocks`."""
+    """The work that the first rank takes from `blocks`, on every rank. The others never use `blocks`. Collective."""
     while (block := on_first_rank(ranks, partial(next, blocks, None))) is not None:
         yield _prompted_work(*block)
 
@@ -198,10 +200,10 @@ def _prompted_work(data: PreparedPairs, keys: list[Key]) -> _Work:
 def _prompted_blocks(
     part: _Part, reference: Path, prompts: contrastive.ContrastivePrompts, longest: int
 ) -> Iterator[tuple[PreparedPairs, list[Key]]]:
-    """Responses under both prompts, and what scores they give. Those that would be too long get 0 at once.
+    """Sequences of responses under both prompts, and the keys of their scores. Too long ones are given the score 0.
 
     Raises:
-        UserError: The pairs' text is not there any more, is not what was tokenised, or is all too long.
+        UserError: The text of the pairs is gone, is not the text that was tokenised, or no response fits the model.
     """
     lacking = part.lacking(contrastive.KINDS)
     if not len(lacking):
@@ -219,7 +221,7 @@ def _prompted_blocks(
             part.data, pairs, [texts[pair] for pair in pairs], tokenizer, prompts, longest
         )
         if first == 0 and not keys and part.missing[contrastive.KINDS[0]].all():
-            # Training would go on without a word, and without any reward.
+            # Without this error, training would run with no token reward at all.
             write_scores_manifest(part.folder, replace(read_scores_manifest(part.folder), prompts=None))
             raise UserError(
                 f"{part.data.summary.source}: under the contrastive prompts no response fits the model's {longest} "
@@ -238,7 +240,7 @@ def _prompted_blocks(
 
 
 def _load_stacks(checkpoints: dict[str, Path], config: Config) -> list[list[PreferenceGPT]]:
-    """Load frozen models; those of one shape are stacked and run as one. This rank's chunks of each stack."""
+    """Load frozen models. Those of one shape are stacked and run together. Returns this rank's chunks of each stack."""
     descriptions = [describe(folder) for folder in checkpoints.values()]
     loaded = []
     for folder, description in zip(checkpoints.values(), descriptions, strict=True):
@@ -265,7 +267,7 @@ def _score(
     sequences: int,
     words: str,
 ) -> None:
-    """Score this data-parallel rank's share, writing what is done while the next is computed. Collective.
+    """Score this data-parallel rank's share, and write finished scores while the next are computed. Collective.
 
     Raises:
         UserError: On every rank, if any log-prob is not finite, or a shard cannot be written.
@@ -300,13 +302,13 @@ def _rounds(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _log_probs(stacks: list[list[PreferenceGPT]], batches: list[Batch], config: Config) -> list[Tensor]:
-    """Log-probs of each micro-batch, [models, R]; none but on the last stage. Collective."""
+    """Log-probs of each micro-batch, [models, R], on the last stage; empty elsewhere. Collective."""
     found = [token_logps(chunks, batches, config, stacked=1 + len(chunks[0].frozen)) for chunks in stacks]
     return [torch.cat(logps) for logps in zip(*found, strict=True)]
 
 
 def _finished(pending: deque[Future[str | None]], *, most: int) -> str | None:
-    """Take away what is written, waiting until at most `most` are not. Returns what went wrong, if anything."""
+    """Wait until at most `most` writes are pending, and drop the finished ones. Returns what went wrong, if any."""
     said = None
     while pending and (len(pending) > most or pending[0].done()):
         said = said or pending.popleft().result()
@@ -314,7 +316,7 @@ def _finished(pending: deque[Future[str | None]], *, most: int) -> str | None:
 
 
 def _end_together(said: str | None) -> None:
-    """Raise on every rank what any of them has to say. Collective."""
+    """Raise an error on every rank if any rank has one. Collective."""
     all_said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(all_said, said)
     if first := next(filter(None, all_said), None):
@@ -322,7 +324,7 @@ def _end_together(said: str | None) -> None:
 
 
 def _write(folder: Path, work: _Work, batches: list[Batch], outputs: list[Tensor]) -> str | None:
-    """Write the scores of some micro-batches. Returns a sentence if that is impossible.
+    """Write the scores of some micro-batches. Returns a sentence if they are not finite or cannot be written.
 
     Args:
         outputs: Log-probs of each micro-batch. Each [models, R].

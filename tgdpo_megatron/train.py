@@ -1,8 +1,8 @@
 """Train a policy on preference pairs: one program, from top to bottom.
 
-Check every input → build this rank's part of the models → for each step: the Megatron schedule runs all micro-batches,
-:class:`PreferenceLoss` turns token log-probs into a sum over pairs, Megatron divides the gradients once by the global
-number of pairs, AdamW moves the weights.
+First every input is checked, and this rank's part of the models is built. Then, in each step, Megatron's schedule runs
+all micro-batches, :class:`PreferenceLoss` turns token log-probs into a sum over pairs, Megatron divides the gradients
+once by the number of pairs of all ranks, and AdamW updates the weights.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, 
 from tgdpo_megatron.report.metrics import Logger, averages
 
 EVALUATED_AT_ONCE = 1024
-"""Validation pairs whose batches are in memory together, over all ranks."""
+"""Number of validation pairs whose batches are in memory together, over all ranks."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Training or validation pairs, and their cached scores where the run reads such."""
+    """Training or validation pairs, with their scores from files where the run reads any."""
 
     pairs: PreparedPairs
     scores: TokenScores | None
@@ -48,12 +48,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run whose inputs were all found good, with this rank's part of its models.
+    """A run whose inputs have passed all checks, with this rank's part of its models.
 
     Attributes:
-        start: The checkpoint that the run goes on from; None for a new run.
-        first: Optimizer steps done before.
-        identity: What its checkpoints say of themselves, but for weights and iteration.
+        start: The checkpoint from which the run continues; None for a new run.
+        first: Number of optimizer steps done before.
+        identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
     """
 
     output: Path
@@ -66,11 +66,11 @@ class _Run:
 
 
 def train(config: Config, ranks: Ranks) -> None:
-    """Run one training job, on every rank.
+    """Run one training job. Called on every rank.
 
     Raises:
-        UserError: An input that cannot be used; nothing has been written then.
-        NonFiniteError: A loss or gradient that is not finite; the last good checkpoint is kept.
+        UserError: An input cannot be used. Nothing has been written then.
+        NonFiniteError: A loss or gradient is not finite. The last good checkpoint is kept.
     """
     run = _prepare(config, ranks)
     if ranks.is_first:
@@ -127,7 +127,7 @@ def train(config: Config, ranks: Ranks) -> None:
             logger.log(done, metrics)
             progress.set_postfix_str(_headline(metrics), refresh=False)
         if _is_due(done, config.train.save_interval, last=last):
-            # Finite weights can still be useless: one forward pass tells before they are kept as a result.
+            # Finite weights can still give losses that are not finite. One forward pass tells before they are saved.
             _check_finite(engine.forward(batches), f"the loss after {where}", output)
             engine.gather_weights()
             save_checkpoint(
@@ -144,10 +144,10 @@ def train(config: Config, ranks: Ranks) -> None:
 
 
 def _prepare(config: Config, ranks: Ranks) -> _Run:
-    """Check everything that can be wrong with the inputs; then build this rank's part of the models. Collective.
+    """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
 
     Raises:
-        UserError: An input that cannot be used; the run's folder is left as it was.
+        UserError: An input cannot be used. The folder of the run is left as it was.
     """
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
@@ -203,12 +203,12 @@ def _micro_batches(part: _Part, picked: np.ndarray, config: Config, ranks: Ranks
 
 
 def _is_due(done: int, interval: int, *, last: int) -> bool:
-    """Whether something is to be done after this many steps: every `interval` (0: never), and after the last."""
+    """Whether something is due after `done` steps: every `interval` steps (0: never), and after the last step."""
     return done == last or (interval > 0 and done % interval == 0)
 
 
 def _evaluate(engine: Engine, validation: _Part, config: Config, ranks: Ranks) -> dict[str, float]:
-    """What the loss reports, summed over all validation pairs. Collective."""
+    """The sums that the loss reports, over all validation pairs. Collective."""
     totals: dict[str, float] = {}
     for first in range(0, len(validation.pairs), EVALUATED_AT_ONCE):
         picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(validation.pairs)))
@@ -225,7 +225,7 @@ def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
 def _identity(
     config: Config, models: preflight.Models, data: PreparedPairs, scores: TokenScores | None
 ) -> CheckpointManifest:
-    """What the run's checkpoints say of themselves, but for weights and iteration."""
+    """Identity of the run's checkpoints, without fingerprints of weights and iteration."""
     guidance = models.guidance.weights if models.guidance else None
     if guidance is None and scores is not None and scores.manifest is not None:
         guidance = scores.manifest.guidance

@@ -1,1 +1,1 @@
-"""Command-line tools: files in, files out."""
+"""Command-line tools, which read files and write files."""

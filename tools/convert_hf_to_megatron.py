@@ -1,4 +1,4 @@
-"""Convert a HuggingFace Llama folder to a Megatron checkpoint loadable at any tensor × pipeline layout."""
+"""Convert a HuggingFace model folder to a Megatron checkpoint that can be loaded at any parallel layout."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.convert_hf_to_megatron", description=__doc__)
-        parser.add_argument("hf_folder", type=Path, help="folder with config.json, safetensors and tokenizer")
-        parser.add_argument("megatron_folder", type=Path, help="folder to make")
-        parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+        parser.add_argument("hf_folder", type=Path, help="model folder with config.json, safetensors and tokenizer")
+        parser.add_argument("megatron_folder", type=Path, help="checkpoint folder to make")
+        parser.add_argument(
+            "--dtype", choices=("bf16", "fp32"), help="dtype of the converted weights; default: as stored"
+        )
         parsed = parser.parse_args()
-        from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # loads torch and Megatron
+        from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # imported here, since it loads torch and Megatron
 
         manifest = hf_to_megatron(parsed.hf_folder, parsed.megatron_folder, dtype=parsed.dtype)
         print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")

@@ -1,4 +1,4 @@
-"""Write the tables of docs/ that follow from the code: losses, token rewards, and what single losses report.
+"""Write the tables of docs/ that are derived from the code: losses, token rewards, and metrics of single losses.
 
 A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """Page -> name -> table."""
+    """Page -> name of a table -> its text."""
     return {
         "methods.md": {"losses": _losses(), "token rewards": _token_rewards()},
         "metrics.md": {"metrics of losses": _metrics()},
@@ -25,10 +25,10 @@ def tables() -> dict[str, dict[str, str]]:
 
 
 def written(page: str, content: dict[str, str], where: str) -> str:
-    """A page with its tables put in.
+    """A page with its tables filled in.
 
     Raises:
-        UserError: A pair of lines is missing.
+        UserError: The page lacks the lines around a table.
     """
     for name, table in content.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
@@ -75,7 +75,7 @@ def _token_rewards() -> str:
 
 
 def _metrics() -> str:
-    """A sum of squares is reported as a standard deviation."""
+    """Metrics of single losses. A sum of squares is listed under the name of the standard deviation."""
     declared = {
         name.replace("square", "std"): (
             metric,

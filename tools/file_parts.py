@@ -1,4 +1,4 @@
-"""Cut a large file into parts for a limited transfer, and put it together again, byte for byte."""
+"""Cut a large file into parts for transfers of limited size, and put it together again, byte for byte."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def cut(file: Path, folder: Path, *, size: int) -> list[Path]:
     """Cut a file into `folder/NAME.part-000` and so on, and write `folder/NAME.sha256` as sha256sum would.
 
     Args:
-        file: The file; it stays. folder: An existing folder.
-        size: Bytes of a part.
+        file: The file. It is kept.
+        folder: An existing folder for the parts.
+        size: Largest number of bytes of a part.
 
     Returns:
         The parts, in order.
@@ -32,15 +33,15 @@ def cut(file: Path, folder: Path, *, size: int) -> list[Path]:
 
 
 def join(folder: Path) -> list[Path]:
-    """Put together every file of which `NAME.sha256` lies in the folder or below it; parts may lie anywhere there.
+    """Put together every file whose `NAME.sha256` lies in the folder or below it. The parts may lie anywhere below it.
 
-    A file that is there whole already is left alone.
+    A file that is there already, whole, is left as it is.
 
     Returns:
-        The files, beside their sums.
+        The files. Each lies beside its `NAME.sha256`.
 
     Raises:
-        UserError: Parts that are missing, damaged, or of another file.
+        UserError: Parts are missing, damaged, or those of another file.
     """
     return [_join(sum_file, folder) for sum_file in sorted(folder.rglob(f"*{SUM}"))]
 

@@ -1,12 +1,12 @@
-"""Make an environment for a GPU machine out of the torch it has, and what is missing.
+"""Make an environment for a GPU machine from the torch that it has and the packages that it lacks.
 
     python3 -m tools.gpu_environment [.venv-gpu] [--wheels FOLDER] [--no-transformer-engine]
 
 The Python that runs this must have torch. Its packages stay as they are, and are used where the project accepts their
-versions; the rest is installed beside them at the versions of constraints-gpu.txt: from the package index or, with
---wheels, without network from a folder that tools.gpu_wheels filled. Transformer Engine's torch part is compiled here,
-unless the folder holds it compiled for this Python and torch. Without it everything else works.
-Run again, it installs only what is still missing. Needs nothing but Python's own library.
+versions. The others are installed beside them, at the versions of constraints-gpu.txt. They come from the package index
+or, with --wheels and without network, from a folder that tools.gpu_wheels filled. The torch part of Transformer Engine
+is compiled here, unless the folder holds it compiled for this Python and torch. Everything else works without it.
+A second run installs only what is still missing. This program needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ PINS = ROOT / "constraints-gpu.txt"
 TRANSFORMER_ENGINE_NEEDS = ["einops", "onnx", "onnxscript", "pydantic", "packaging", "importlib-metadata"]
 BUILD_NEEDS = ["setuptools", "wheel", "ninja"]
 
-# Run by the new environment's Python: what there is. The import is the test: a package may lie there and not load.
+# The new environment's Python runs this to list what it has. Transformer Engine is imported, because a package can be
+# installed and still fail to load.
 _LOOK = """
 import importlib.metadata as metadata, json, platform
 found = {}
@@ -54,12 +55,12 @@ def gpu_environment(folder: Path, *, wheels: Path | None, transformer_engine: bo
     """Make or complete the environment, and print what it holds.
 
     Args:
-        folder: The environment; made if missing.
-        wheels: Where packages come from instead of the index, with parts of large ones.
+        folder: Folder of the environment, made if it is missing.
+        wheels: Folder from which packages are installed instead of the index. Large packages may be there in parts.
         transformer_engine: Whether to install Transformer Engine.
 
     Raises:
-        UserError: No torch here, no such folder of wheels, or packages that cannot be installed.
+        UserError: This Python has no torch, the folder of wheels does not exist, or a package cannot be installed.
     """
     if wheels is not None and not wheels.is_dir():
         raise UserError(f"{wheels}: no such folder; fill it with `make gpu-wheels` where there is a network.")
@@ -68,7 +69,9 @@ def gpu_environment(folder: Path, *, wheels: Path | None, transformer_engine: bo
     python = _make(folder)
     found = _look(python)
     if found["cuda"] is None:
-        raise UserError(f"{sys.executable}: its torch {found['torch']} is built without CUDA; use a Python whose is.")
+        raise UserError(
+            f"{sys.executable}: its torch {found['torch']} is built without CUDA; use a Python whose torch has CUDA."
+        )
     if wheels is not None:
         step(f"packages from {wheels}")
         join(wheels)
@@ -77,14 +80,14 @@ def gpu_environment(folder: Path, *, wheels: Path | None, transformer_engine: bo
     _install(python, _requirements(), found, wheels)
     absent = found["no_engine"]
     if transformer_engine and absent:
-        step("Transformer Engine; its torch part is compiled unless it comes compiled, which takes minutes")
+        step("Transformer Engine; compiling its torch part, if it must be compiled, takes minutes")
         absent = _add_transformer_engine(python, found, wheels)
     step("done")
     print(_table(_look(python), absent))
 
 
 class _Progress:
-    """Says what is done next, with the time since the start."""
+    """Prints what is done next, with the time since the start."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -94,16 +97,16 @@ class _Progress:
 
 
 def _make(folder: Path) -> Path:
-    """An environment that sees this Python's packages. pip is among those."""
+    """Make an environment that sees this Python's packages, pip included. Returns its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         _run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(folder)])
-    # Where this Python is itself a virtual environment, "system" would pass over its packages.
+    # Where this Python is a virtual environment itself, --system-site-packages would leave its packages out.
     below = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     text = "".join(f"import site; site.addsitedir({place!r})\n" for place in below)
     Path(own, "packages-below.pth").write_text(text)
-    # Transformer Engine looks for CUDA's libraries only among its own environment's packages.
+    # Transformer Engine looks for CUDA's libraries only among the packages of its own environment.
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia and nvidia.submodule_search_locations and not Path(own, "nvidia").exists():
         Path(own, "nvidia").symlink_to(next(iter(nvidia.submodule_search_locations)))
@@ -111,12 +114,12 @@ def _make(folder: Path) -> Path:
 
 
 def _look(python: Path) -> dict[str, Any]:
-    """What the environment holds. Keys as in _LOOK."""
+    """What the environment holds, by the keys of _LOOK."""
     done = subprocess.run([python, "-c", _LOOK], capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"{sys.executable}: its packages cannot be looked at ({why}); run this with the Python that has torch."
+            f"{sys.executable}: its packages cannot be listed ({why}); run this with the Python that has torch."
         )
     looked: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return looked
@@ -130,7 +133,7 @@ def _requirements() -> list[str]:
 
 
 def _install(python: Path, requirements: list[str], found: Mapping[str, Any], wheels: Path | None) -> None:
-    """Install what is missing. torch stays what it is, and so does whatever the requirements accept."""
+    """Install what is missing. torch is kept, and so is every package that the requirements accept."""
     here = found["packages"]
     pins = [f"torch=={here['torch']}", *(f"{name}=={pin}" for name, pin in read_pins().items() if name not in here)]
     constraints = python.parent.parent / "constraints.txt"
@@ -139,7 +142,7 @@ def _install(python: Path, requirements: list[str], found: Mapping[str, Any], wh
 
 
 def _add_transformer_engine(python: Path, found: Mapping[str, Any], wheels: Path | None) -> str | None:
-    """Install Transformer Engine. Returns why there is none, or None."""
+    """Install Transformer Engine. Returns why that failed, or None if it did not."""
     version = read_pins()["transformer-engine"]
     core = f"transformer_engine_cu{str(found['cuda']).split('.')[0]}=={version}"
     try:
@@ -154,14 +157,14 @@ def _add_transformer_engine(python: Path, found: Mapping[str, Any], wheels: Path
         reason: str | None = _look(python)["no_engine"]
     except UserError as error:
         reason = str(error)
-    if reason:  # half of it would be taken for all
+    if reason:  # a part of it would be taken for the whole
         names = ["transformer_engine", core.partition("==")[0], "transformer_engine_torch"]
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *names], capture_output=True, check=False)
     return reason
 
 
 def _compiler_environment(python: Path) -> dict[str, str]:
-    """Where the compiler finds CUDA: the toolkit, and the headers in torch's own NVIDIA packages."""
+    """Environment variables that lead the compiler to CUDA's toolkit and to the headers of torch's NVIDIA packages."""
     ask = "import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + '/*/include')), sep=':')"
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
     headers = [done.stdout.strip(), os.environ.get("CPATH", "")]
@@ -224,9 +227,11 @@ def _table(found: Mapping[str, Any], no_engine: str | None) -> str:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="tools.gpu_environment", description=(__doc__ or "").split("\n")[0])
-        parser.add_argument("folder", type=Path, nargs="?", default=Path(".venv-gpu"))
-        parser.add_argument("--wheels", type=Path, help="install from this folder, without network")
-        parser.add_argument("--no-transformer-engine", action="store_true", help="leave Transformer Engine out")
+        parser.add_argument(
+            "folder", type=Path, nargs="?", default=Path(".venv-gpu"), help="environment (default: %(default)s)"
+        )
+        parser.add_argument("--wheels", type=Path, help="install from this folder instead of the package index")
+        parser.add_argument("--no-transformer-engine", action="store_true", help="do not install Transformer Engine")
         arguments = parser.parse_args()
         gpu_environment(
             arguments.folder, wheels=arguments.wheels, transformer_engine=not arguments.no_transformer_engine

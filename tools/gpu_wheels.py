@@ -1,10 +1,10 @@
-"""Collect what tools.gpu_environment installs, for a GPU machine without network.
+"""Collect the packages that tools.gpu_environment installs, for a GPU machine without network.
 
     python -m tools.gpu_wheels [wheels] [--python 3.12] [--have LIST] [--split MIB] [--no-transformer-engine]
 
-LIST is what `pip list --format=freeze` says on that machine: what it has, in versions the rest accepts, is left out.
-With --split the files lie in folders transfer-0, transfer-1, ... of at most MIB mebibytes each, larger files in parts
-that tools.gpu_environment puts together again.
+LIST is the output of `pip list --format=freeze` on that machine. Packages that it has, in versions that the others
+accept, are left out. With --split the files are put into folders transfer-0, transfer-1, ... of at most MIB mebibytes
+each. Larger files are cut into parts, which tools.gpu_environment puts together again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tools.file_parts import PART, SUM, cut
 from tools.gpu_environment import read_pins
 
-# pip takes a tag literally, so every age of Linux that wheels are built for is named; CUDA 13 machines have the newest.
+# pip takes a platform tag literally, so the tags of all Linux versions that wheels are built for are listed. The list
+# begins with the newest, which machines with CUDA 13 have.
 PLATFORMS = [
     *(f"manylinux_2_{minor}_x86_64" for minor in range(39, 16, -1)),
     "manylinux2014_x86_64",
@@ -37,7 +38,7 @@ PLATFORMS = [
 ]
 MIB = 1 << 20
 
-# What the build script of Transformer Engine's torch part asks of torch before it says its name and version.
+# What the build script of Transformer Engine's torch part needs of torch before it tells its name and version.
 _TORCH_FOR_METADATA = {
     "torch/__init__.py": "class version:\n    cuda = '13.0'\n__version__ = '0'\n",
     "torch/utils/__init__.py": "",
@@ -55,20 +56,21 @@ def collect(folder: Path, *, python: str, have: dict[str, Version | None], trans
     """Download everything in constraints-gpu.txt that the machine lacks.
 
     Args:
-        folder: Where to; made if missing. Packages there that the machine has, or that are in parts, are removed.
-        python: The machine's Python, "3.12".
-        have: What the machine has: canonical name -> version, None where not known.
-        transformer_engine: Whether to take Transformer Engine along: compiled core, and the source of its torch part.
+        folder: Folder for the packages, made if it is missing. Packages in it that the machine has, and parts of files,
+            are removed.
+        python: Version of the machine's Python, such as "3.12".
+        have: What the machine has: canonical name -> version, None where the version is not known.
+        transformer_engine: Whether to include Transformer Engine: its compiled core and the source of its torch part.
 
     Returns:
         The files.
 
     Raises:
-        UserError: The folder holds other things than packages; pip could not find or fetch something.
+        UserError: The folder holds something that is not a package, or pip could not find or fetch a package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if others := [file.name for file in folder.iterdir() if not _is_package(file)]:
-        raise UserError(f"{folder}: holds {min(others)}, which is no package; choose a folder for packages alone.")
+        raise UserError(f"{folder}: holds {min(others)}, which is not a package; choose a folder for packages only.")
     for earlier in folder.glob("transfer-*"):
         shutil.rmtree(earlier)
     pins = {name: pin for name, pin in read_pins().items() if not name.startswith("transformer-engine")}
@@ -86,10 +88,10 @@ def collect(folder: Path, *, python: str, have: dict[str, Version | None], trans
 
 
 def pack(files: list[Path], folder: Path, *, mib: int) -> list[Path]:
-    """Move files to folders `transfer-0`, ... of at most `mib` MiB each; cut what is larger. Returns the folders."""
+    """Move files to folders `transfer-0`, ... of at most `mib` MiB each, and cut larger files. Returns the folders."""
     if mib < 2:
-        raise UserError(f"--split {mib}: at least 2 MiB.")
-    room = (mib - 1) * MIB  # one is left for what a transfer adds
+        raise UserError(f"--split {mib}: the size must be at least 2 MiB.")
+    room = (mib - 1) * MIB  # one MiB is left for what a transfer adds
     pieces = [file for file in files if file.stat().st_size <= room]
     for file in files:
         if file not in pieces:
@@ -112,14 +114,14 @@ def pack(files: list[Path], folder: Path, *, mib: int) -> list[Path]:
 
 
 def _is_package(file: Path) -> bool:
-    """Whether this program may have written it."""
+    """Whether this program may have written a file or folder."""
     if file.is_dir():
         return re.fullmatch(r"transfer-\d+", file.name) is not None and all(map(_is_package, file.iterdir()))
     return file.name.endswith((".whl", ".tar.gz", SUM)) or PART in file.name
 
 
 def _lacking(wheels: dict[str, Path], have: dict[str, Version | None], python: str) -> list[Path]:
-    """The wheels whose package the machine lacks, or has in a version that another wheel that travels refuses."""
+    """The wheels whose package the machine lacks, or has in a version that one of the other taken wheels refuses."""
     environment = {
         **{key: str(value) for key, value in default_environment().items()},
         "python_version": python,
@@ -158,7 +160,7 @@ def _download(requirements: list[str], folder: Path, python: str) -> None:
 
 
 def _download_source(requirement: str, folder: Path) -> None:
-    """Fetch a source archive. pip runs its build script to learn its name; that gets a torch to look at."""
+    """Fetch a source archive. pip runs its build script to learn its name, so the script gets a stand-in for torch."""
     with tempfile.TemporaryDirectory() as temporary:
         stand_in = Path(temporary)
         _pip(["install", "--target", temporary, "setuptools", "wheel", "packaging"])
@@ -180,7 +182,7 @@ def _pip(arguments: list[str], **environment: str) -> None:
 
 
 def read_have(path: Path) -> dict[str, Version | None]:
-    """What `pip list --format=freeze` wrote; a line may be a name alone.
+    """Read what `pip list --format=freeze` wrote. A line may also be a name without a version.
 
     Raises:
         UserError: No such file, or a line that is neither.
@@ -200,11 +202,21 @@ def read_have(path: Path) -> dict[str, Version | None]:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="tools.gpu_wheels", description=(__doc__ or "").split("\n")[0])
-        parser.add_argument("folder", type=Path, nargs="?", default=Path("wheels"))
-        parser.add_argument("--python", default="3.12", help="the machine's Python (3.12)")
-        parser.add_argument("--have", type=Path, help="what that machine has: pip list --format=freeze")
-        parser.add_argument("--split", type=int, metavar="MIB", help="folders of at most this size, for transfers")
-        parser.add_argument("--no-transformer-engine", action="store_true", help="leave Transformer Engine out")
+        parser.add_argument(
+            "folder",
+            type=Path,
+            nargs="?",
+            default=Path("wheels"),
+            help="folder for the packages (default: %(default)s)",
+        )
+        parser.add_argument("--python", default="3.12", help="version of the machine's Python (default: %(default)s)")
+        parser.add_argument(
+            "--have", type=Path, help="file with the output of pip list --format=freeze on that machine"
+        )
+        parser.add_argument(
+            "--split", type=int, metavar="MIB", help="put the packages into folders of at most this size, for transfers"
+        )
+        parser.add_argument("--no-transformer-engine", action="store_true", help="do not collect Transformer Engine")
         arguments = parser.parse_args()
         have = read_have(arguments.have) if arguments.have else {}
         files = collect(

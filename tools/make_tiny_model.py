@@ -1,6 +1,6 @@
-"""Make a small random Llama with a byte-level BPE tokenizer trained on the texts of a pairs file.
+"""Make a small random Llama, with a byte-level BPE tokenizer that is trained on the texts of a file of pairs.
 
-For demos and tests: the folder is an ordinary HuggingFace model folder.
+The result is an ordinary HuggingFace model folder, for demos and tests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int, merge_digits: bool
     """Train a byte-level BPE tokenizer with a chat template.
 
     Args:
-        vocab_size: Upper bound, special tokens and the 256 bytes included.
-        merge_digits: False makes every digit a token of its own.
+        vocab_size: Largest number of tokens, special tokens and the 256 bytes included.
+        merge_digits: Whether tokens may hold several digits. False makes every digit a token of its own.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> 
     """Save a randomly initialised Llama and its tokenizer.
 
     Args:
-        shape: LlamaConfig fields that differ from the small defaults.
+        shape: Fields of LlamaConfig that differ from the small defaults.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,10 +82,12 @@ def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> 
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.make_tiny_model", description=__doc__)
-        parser.add_argument("pairs", type=Path, help="pairs file whose texts train the tokenizer")
-        parser.add_argument("hf_folder", type=Path, help="folder to make")
-        parser.add_argument("--vocab-size", type=int, default=1000)
-        parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+        parser.add_argument("pairs", type=Path, help="file of pairs whose texts train the tokenizer")
+        parser.add_argument("hf_folder", type=Path, help="model folder to make")
+        parser.add_argument(
+            "--vocab-size", type=int, default=1000, help="largest number of tokens (default: %(default)s)"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
         parsed = parser.parse_args()
         texts = [text for pair in read_pairs(parsed.pairs).pairs for text in pair.texts]
         make_llama(parsed.hf_folder, train_tokenizer(texts, vocab_size=parsed.vocab_size), seed=parsed.seed)

@@ -1,8 +1,8 @@
 """Make preference pairs whose wrong words are known, and noisy examples to fine-tune on first.
 
-Three families of questions: sums, formats (dates, lists, capital letters) and small facts. A rejected answer is the
-chosen one with one typical mistake, so the places where they differ are exactly what is wrong. Written as
-JSON lines `prompt`, `chosen`, `rejected`, `kind` and `wrong` (character spans of `rejected`).
+There are three families of questions: sums, formats (dates, lists, capital letters) and small facts. A rejected answer
+is the chosen answer with one typical mistake, so what differs between the two is exactly what is wrong. The pairs are
+written as JSON lines with `prompt`, `chosen`, `rejected`, `kind` and `wrong` (character spans of `rejected`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MORE_WORDS = (
     "napkin ocean pillow rocket saddle tunnel valley wagon"
 )
 
-# What is asked, in several wordings, and how it is answered.
+# Questions in several wordings and, for facts, the sentence that answers them.
 _SUM = ("What is {} plus {}?", "Add {} and {}.", "{} + {} =", "Find the sum of {} and {}.")
 _DATE = ("Write as day/month/year: {}", "Give this date with the day first: {}", "In the order day, month, year: {}")
 _LIST = ("Reverse this list: {}, {}, {}.", "Say backwards: {}, {}, {}.", "From last to first: {}, {}, {}.")
@@ -64,18 +64,18 @@ _FACTS = (
     ),
 )
 _SAMPLED = 900
-"""Dates and lists are too many to use all: this many of each are drawn."""
+"""Number of dates, and of lists, that are drawn. There are too many of each to use all."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask, in several wordings, with its right answer and the mistake typically made.
+    """A question in several wordings, with its right answer and a typical mistake.
 
     Attributes:
         kind: `sum`, `date`, `list`, `capitals` or `fact`.
         prompts: The wordings.
         answer: The answer's sentence with a `{}` for each value.
-        right, wrong: Its values.
+        right, wrong: The values of the right and of the wrong answer.
     """
 
     kind: str
@@ -87,7 +87,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file. `wrong` holds the [start, end) characters of `rejected` that are wrong."""
+    """One line of a file. `wrong` holds the spans [start, end) of characters of `rejected` that are wrong."""
 
     prompt: str
     chosen: str
@@ -111,11 +111,11 @@ class Splits:
 def make_splits(*, seed: int, num_train: int, num_validation: int, num_sft: int, noise: float) -> Splits:
     """Make all three sets.
 
-    Validation asks what training asks in other words (sums, capital letters, facts), or the same in the same words
-    of other values (dates, lists). Kinds have equal shares; within a kind, rows repeat only after all were used.
+    Validation asks the questions of training in other words (sums, capital letters, facts), or asks for other values in
+    the same words (dates, lists). Kinds have equal shares. Within a kind, rows repeat only after all were used.
 
     Args:
-        noise: Share of `sft` rows whose chosen answer is the wrong one, in 0..1; met exactly, to a row.
+        noise: Share of `sft` rows whose chosen answer is the wrong one, in 0..1. The number of such rows is exact.
     """
     rng = random.Random(seed)
     training: dict[str, list[Row]] = {}
@@ -145,7 +145,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _questions(rng: random.Random) -> Iterator[Question]:
-    """All questions, dates and lists drawn at random."""
+    """All questions, with a random selection of dates and lists."""
     for first, second in product(range(3, 13), range(2, 9)):
         right = first + second
         wrong = right + rng.choice([-2, -1, 1, 2, 10])
@@ -189,7 +189,7 @@ def _row(question: Question, prompt: str) -> Row:
 
 
 def _differences(right: str, wrong: str) -> list[list[int]]:
-    """Spans of `wrong` that differ from `right`: digits one by one where the lengths agree, else the whole value."""
+    """Spans of `wrong` that differ from `right`: digit by digit for numbers of equal length, else the whole value."""
     if right == wrong:
         return []
     if len(right) == len(wrong) and right.isdigit() and wrong.isdigit():
@@ -212,7 +212,7 @@ def _swap(row: Row) -> Row:
 
 
 def _draw(rng: random.Random, rows: dict[str, list[Row]], count: int) -> list[Row]:
-    """Draw `count` rows, kinds in equal shares, in random order."""
+    """Draw `count` rows in random order, with equal shares of all kinds."""
     drawn: list[Row] = []
     for place, kind in enumerate(rows):
         share = count // len(rows) + (place < count % len(rows))
@@ -228,11 +228,17 @@ def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.marked_pairs", description=__doc__)
         parser.add_argument("folder", type=Path, help="folder for train.jsonl, validation.jsonl and sft.jsonl")
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--train", type=int, default=2000, help="training pairs")
-        parser.add_argument("--validation", type=int, default=200, help="validation pairs")
-        parser.add_argument("--sft", type=int, default=4000, help="examples for supervised fine-tuning")
-        parser.add_argument("--noise", type=float, default=0.45, help="share of wrong answers among these examples")
+        parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+        parser.add_argument("--train", type=int, default=2000, help="number of training pairs (default: %(default)s)")
+        parser.add_argument(
+            "--validation", type=int, default=200, help="number of validation pairs (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--sft", type=int, default=4000, help="number of examples for supervised fine-tuning (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--noise", type=float, default=0.45, help="share of wrong answers among the examples (default: %(default)s)"
+        )
         parsed = parser.parse_args()
         splits = make_splits(
             seed=parsed.seed,

@@ -1,13 +1,14 @@
-"""How much GPU memory a configuration needs, what would lower it, and which layouts fit: before anything is built.
+"""Show how much GPU memory a configuration needs, what would lower it, and which layouts fit. Builds nothing.
 
-Takes what recipes.train takes, and
+Takes the same arguments as recipes.train, and also
 
-  --memory GIB        what one GPU has; default: the GPU present, if there is one
-  --model FOLDER      HuggingFace folder, of which only config.json is read; default: model.checkpoint
-  --transformer-engine  layers of Transformer Engine, which keep less than the local ones; with train.fp8 they are its
+  --memory GIB          memory of one GPU; default: that of the GPU in this machine, if there is one
+  --model FOLDER        HuggingFace folder, of which only config.json is read; default: model.checkpoint
+  --transformer-engine  plan for the layers of Transformer Engine, which keep less than the local layers and are
+                        always used with train.fp8
 
-Bytes of the fullest rank with the longest pairs that the settings allow, by arithmetic (tgdpo_megatron/memory.py). The
-exit code is 0 whether it fits or not: the answer is in the output.
+The result is the memory of the fullest rank with the longest pairs that the settings allow, computed by
+tgdpo_megatron/planning/memory.py. The exit code is 0 whether the configuration fits or not.
 """
 
 import math
@@ -27,7 +28,7 @@ LAYOUTS_SHOWN = 5
 
 
 def table(needs: Plan) -> str:
-    """Parts by phase, GiB."""
+    """A table of the parts of each phase, in GiB."""
     parts = list(dict.fromkeys(part for phase in needs.phases for part in phase.parts))
     widths = [len(phase.name) for phase in needs.phases]
     left = max(map(len, parts))
@@ -46,7 +47,7 @@ def table(needs: Plan) -> str:
 def report(
     config: Config, description: ModelDescription, *, ranks: int, memory: int | None, transformer_engine: bool
 ) -> str:
-    """Everything that the program prints."""
+    """Everything that this program prints."""
     parallel, train = config.parallel, config.train
     where: dict[str, Any] = {"world_size": ranks, "transformer_engine": transformer_engine}
     needs = plan(config, description, **where)
@@ -63,13 +64,13 @@ def report(
         spare = memory - needs.bytes
         verdict = f"fits, {size(spare)} are left" if spare >= 0 else f"does not fit, {size(-spare)} are missing"
         if spare >= 0 and needs.bytes > ROOM * memory:
-            verdict += f": tight, since CUDA, libraries and gaps take up to {1 - ROOM:.0%}"
+            verdict += f", but CUDA, libraries and gaps between tensors take up to {1 - ROOM:.0%}"
         lines.append(f"{size(needs.bytes)} of {size(memory)}: {verdict}")
     found = remedies(config, description, available=memory, **where)
-    lines += ["", "less memory:", *(f"  {remedy.sentence()}" for remedy in found)] if found else []
+    lines += ["", "changes that need less memory:", *(f"  {remedy.sentence()}" for remedy in found)] if found else []
     if memory is not None:
         fitting = layouts(config, description, available=round(ROOM * memory), **where)[:LAYOUTS_SHOWN]
-        lines += ["", f"layouts of {ranks} ranks that fit {ROOM:.0%} of it, fastest first (an estimate):"]
+        lines += ["", f"layouts of {ranks} ranks that fit in {ROOM:.0%} of it, fastest first (estimated):"]
         lines += [f"  {size(fits.bytes):>9}  {settings}" for settings, fits in fitting] or ["  none"]
     return "\n".join(lines)
 
@@ -78,15 +79,15 @@ def _description(model: Path | None, config: Config) -> ModelDescription:
     if model is not None:
         return read_description(model)
     if config.model.checkpoint is None:
-        raise UserError("model.checkpoint is not set; give it, or --model with a HuggingFace folder.")
-    from tgdpo_megatron.checkpoint.manifest import describe, read_manifest  # loads torch
+        raise UserError("model.checkpoint is not set; set it, or give --model with a HuggingFace folder.")
+    from tgdpo_megatron.checkpoint.manifest import describe, read_manifest  # imported here, since it loads torch
 
     read_manifest(config.model.checkpoint)
     return describe(config.model.checkpoint)
 
 
 def _gpu() -> int | None:
-    """Bytes of the GPU present."""
+    """Bytes of memory of this machine's GPU; None without a GPU."""
     import torch
 
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None

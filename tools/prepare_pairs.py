@@ -1,7 +1,7 @@
-"""Tokenise pairs once, beforehand: recipes.train and recipes.score take the folder as data.train.
+"""Tokenise pairs before a run. recipes.train and recipes.score take the resulting folder as data.train.
 
-Worth it for large files, which several runs then share. Prints how the data was read, what was dropped, and how long
-prompts and responses are.
+This is useful for large files, which several runs can then share. Prints how the data was read, what was dropped, and
+how long prompts and responses are.
 """
 
 from pathlib import Path
@@ -12,11 +12,11 @@ from tgdpo_megatron.data.prepare import Summary, few
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 
 BAR = 16
-"""Characters of a histogram's longest bar."""
+"""Length of a histogram's longest bar, in characters."""
 
 
 def report(summary: Summary) -> str:
-    """Counts, drops with their rows, and the three histograms of token lengths, for the console."""
+    """Counts, dropped rows by reason, and the three histograms of token lengths, as text."""
     dropped = sum(map(len, summary.dropped.values()))
     lines = [
         f"{summary.source}: {summary.read_as()}",
@@ -30,7 +30,7 @@ def report(summary: Summary) -> str:
 
 
 def _histograms(lengths: dict[str, dict[str, int]]) -> list[str]:
-    """Side by side, one line per bin, from the first to the last bin that is used."""
+    """Histograms side by side, with one line for each bin from the first to the last that is used."""
     bins = list(next(iter(lengths.values())))
     used = [place for place, name in enumerate(bins) if any(counts[name] for counts in lengths.values())]
     lines = ["tokens      " + "".join(f"  {name:<{BAR + 8}}" for name in lengths).rstrip()]
@@ -43,24 +43,27 @@ def _histograms(lengths: dict[str, dict[str, int]]) -> list[str]:
 
 
 def _bar(count: int, most: int) -> str:
-    """Never empty where something was counted."""
+    """A bar, which is never empty where something was counted."""
     return "#" * -(-BAR * count // most)
 
 
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.prepare_pairs", description=__doc__)
-        parser.add_argument("pairs", type=Path, help=".json, .jsonl, .parquet or a saved datasets folder")
+        parser.add_argument("pairs", type=Path, help="a .json, .jsonl or .parquet file, or a saved datasets folder")
         parser.add_argument("checkpoint", type=Path, help="Megatron checkpoint whose tokenizer is used")
         parser.add_argument("folder", type=Path, help="folder to make")
         parser.add_argument(
-            "--max-length", type=int, default=DataConfig().max_length, help="tokens, as data.max_length"
+            "--max-length",
+            type=int,
+            default=DataConfig().max_length,
+            help="longest sequence in tokens, as data.max_length (default: %(default)s)",
         )
         parser.add_argument(
             "--format",
             "--layout",
             choices=get_args(FormatName),
-            help="as data.format; recognised by default; --layout is its old name",
+            help="format of the pairs, as data.format; default: recognised by the columns; --layout is the old name",
         )
         parsed = parser.parse_args()
         from tgdpo_megatron.checkpoint.manifest import HF, read_manifest

@@ -1,9 +1,9 @@
-"""Run the main job on a file of preference pairs, from nothing: tokenizer, model, guidance, scores, TGDPO, export.
+"""Run the whole TGDPO job on a file of pairs: make a model, train the guidance, score, train, export.
 
     python -m tools.real_run PAIRS [--output runs/real] [--steps 30]
 
-The model is small and random, so what it learns says little; that every step works on these pairs, and that
-cached and live scores train the same model, is what it shows. Each command is printed before it runs.
+The run shows that every program works on these pairs, and that cached and live scores train the same model. The model
+is small and random, so what it learns says little. Each command is printed before it runs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LAYOUT = [
 
 
 def real_run(pairs: Path, output: Path, *, steps: int) -> dict[str, float]:
-    """Run everything; return the largest differences found.
+    """Run everything, and return the largest differences found.
 
     Returns:
         `step 0 − ln 2`: |loss − ln 2| before the first update, cached and live.
         `cached − live`: largest difference of the losses of all steps.
 
     Raises:
-        UserError: The output folder is in use, or a program refused its input.
+        UserError: The output folder is in use, or a program failed.
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output}: already there and not empty; choose another folder.")
@@ -81,9 +81,13 @@ def _losses(run: Path) -> list[float]:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.real_run", description=__doc__.splitlines()[0])
-        parser.add_argument("pairs", type=Path, help="a source of pairs, as data.train")
-        parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder to make")
-        parser.add_argument("--steps", type=int, default=30)
+        parser.add_argument("pairs", type=Path, help="pairs, in any form that data.train takes")
+        parser.add_argument(
+            "--output", type=Path, default=Path("runs/real"), help="folder to make (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--steps", type=int, default=30, help="optimizer steps of each training (default: %(default)s)"
+        )
         parsed = parser.parse_args()
         differences = real_run(parsed.pairs, parsed.output, steps=parsed.steps)
         print("\n" + "\n".join(f"{name}: {value:.1e}" for name, value in differences.items()))

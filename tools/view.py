@@ -1,9 +1,9 @@
-"""Read a run or a folder of token scores token by token: one HTML page with pairs side by side, shaded by r̂.
+"""Show a run or a folder of token scores token by token: one HTML page with pairs side by side, shaded by r̂.
 
-    python -m tools.view runs/tgdpo            # a run: r̂, and the policy's implicit reward before and after
-    python -m tools.view scores                # cached scores alone
+    python -m tools.view runs/tgdpo            # a run: r̂, and the policy's implicit reward before and after training
+    python -m tools.view scores                # only cached scores
 
-Scores that a run did not keep (live ones), and the policy's own log-probs, are computed here, on one device.
+Live scores, which a run does not keep, and the policy's own log-probs are computed here, on one device.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def main() -> None:
 
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.view", description=__doc__.splitlines()[0])
-        parser.add_argument("folder", type=Path, help="a run's train.output, or a scores.path")
-        parser.add_argument("--output", type=Path, help="the page; default: view.html in the folder")
-        parser.add_argument("--pairs", type=int, default=100, help="how many pairs, from the file's start")
-        parser.add_argument("--validation", action="store_true", help="held-out pairs instead of training pairs")
+        parser.add_argument("folder", type=Path, help="train.output of a run, or scores.path of a folder of scores")
+        parser.add_argument("--output", type=Path, help="file of the page; default: view.html in the folder")
+        parser.add_argument(
+            "--pairs", type=int, default=100, help="number of pairs, from the start of the file (default: %(default)s)"
+        )
+        parser.add_argument("--validation", action="store_true", help="show held-out pairs instead of training pairs")
         parsed = parser.parse_args()
         if parsed.pairs < 1:
             raise UserError(f"command line: --pairs must be at least 1, not {parsed.pairs}.")
@@ -50,11 +52,12 @@ def view(folder: Path, part: str, most: int) -> str:
     """The page of a run, or of a folder of scores.
 
     Args:
+        folder: The run, or the folder of scores.
         part: `train` or `validation`.
         most: Largest number of pairs shown.
 
     Raises:
-        UserError: Neither a run nor a folder of scores, or something it was made from is gone.
+        UserError: The folder is neither a run nor a folder of scores, or something it was made from is gone.
     """
     from tgdpo_megatron.config import ParallelConfig
     from tgdpo_megatron.data.prepare import load_prepared
@@ -87,12 +90,12 @@ def view(folder: Path, part: str, most: int) -> str:
 
 
 _MEANINGS = {
-    BEFORE: "implicit reward of the policy's start",
+    BEFORE: "implicit reward of the model that the policy started from",
     "reference": "log-prob under the reference, nats",
     "guidance": "log-prob under the guidance, nats",
-    "better": "log-prob under the prompt that asks for better, nats",
-    "worse": "log-prob under the prompt that asks for worse, nats",
-    "reward file": "the number given there",
+    "better": "log-prob under the prompt for a better response, nats",
+    "worse": "log-prob under the prompt for a worse response, nats",
+    "reward file": "number in the reward file",
 }
 
 
@@ -101,15 +104,15 @@ def _config_of(folder: Path) -> Config:
 
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{folder}: neither a run nor a folder of scores (no config.yaml there).")
+        raise UserError(f"{folder}: neither a run nor a folder of scores (it has no config.yaml).")
     return load(Config(), yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
 
 
 def _prepared(folder: Path, config: Config, part: str) -> Path:
-    """Where the tokenised pairs are."""
+    """The folder of the tokenised pairs."""
     given = config.data.train if part == "train" else config.data.validation
     if given is None:
-        raise UserError(f"{folder}: was made without data.{part}.")
+        raise UserError(f"{folder}: was made without data.{part}, so there are no such pairs to show.")
     made = sorted((folder / "data").glob(f"{part}-*"), key=lambda path: path.stat().st_mtime)
     return made[-1] if made else given
 
@@ -123,7 +126,7 @@ def _numbers(
     checkpoint: Path | None,
     device: Any,
 ) -> dict[str, Tensor]:
-    """Name -> a number of every response token of some pairs, chosen before rejected. Each [R] fp32."""
+    """Name -> one number for each response token of some pairs, chosen before rejected. Each [R] fp32."""
     import torch
 
     from tgdpo_megatron import preflight
@@ -135,7 +138,9 @@ def _numbers(
     scores = _kept_scores(config, folder, part, data, pairs)
     start = preflight.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
     places = {"reference": config.reference_checkpoint, "guidance": config.model.guidance}
-    log_probs = functools.cache(lambda place: token_logps(place, config, data, pairs, device))  # one model, two roles
+    log_probs = functools.cache(
+        lambda place: token_logps(place, config, data, pairs, device)
+    )  # one model may have two roles
     for name in config.loss.carried:
         if name not in scores and (place := places[name]) is not None:
             scores[name] = log_probs(place)
@@ -154,7 +159,7 @@ def _numbers(
 def _kept_scores(
     config: Config, folder: Path, part: str, data: PreparedPairs, pairs: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Those scores that are in files, checked as training checks them."""
+    """The scores that are in files, checked as training checks them."""
     from tgdpo_megatron import preflight
     from tgdpo_megatron.losses import CHOSEN, REJECTED
 
@@ -192,7 +197,7 @@ def token_logps(checkpoint: Path, config: Config, data: PreparedPairs, pairs: Se
 def _viewed(
     config: Config, data: PreparedPairs, pairs: Sequence[int], numbers: Mapping[str, Tensor]
 ) -> list[ViewedPair]:
-    """The pairs as the page takes them."""
+    """The pairs in the form that the page takes."""
     from tgdpo_megatron import preflight
     from tgdpo_megatron.checkpoint.manifest import HF
     from tgdpo_megatron.data.tokenizer import load_tokenizer
@@ -218,12 +223,14 @@ def _viewed(
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token. A character that spans tokens is shown at the last of them, the others are empty."""
+    """The text of each token. A character that spans several tokens is the text of the last; the others are empty."""
     texts, pending = [], []
     for token in ids:
         pending.append(token)
         text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4  # UTF-8 has 4 bytes at most
+        whole = (
+            not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
+        )  # a character has at most 4 bytes in UTF-8
         texts.append(text if whole else "")
         if whole:
             pending = []

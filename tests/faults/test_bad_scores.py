@@ -22,9 +22,9 @@ from tests.faults.test_bad_inputs import ROOT, assert_refused, end_of, environme
 FLIPS = {
     "a weight's last bit": "these scores were made with other weights of the reference (",
     "a token id": "no reference scores for row 5 of pairs.jsonl",
-    "the template": "these scores were made with other chat template (",
-    "the length limit": "these scores were made with other data.max_length (64, this run has 48)",
-    "a byte of a shard": "was altered or damaged since it was written (another checksum)",
+    "the template": "these scores were made with another chat template (",
+    "the length limit": "these scores were made with another data.max_length (64, this run has 48)",
+    "a byte of a shard": "was altered or damaged since it was written (its checksum differs)",
     "a pair of the store": "no reference scores for row ",
 }
 

@@ -97,7 +97,7 @@ def test_training_that_runs_out_says_what_it_needs_and_what_helps_and_keeps_its_
     error = the_sentence(run(loaded + (1300 << 20), "recipes.train", *arguments, *layout))
     needed = re.search(r"needs up to ([\d.]+) GiB in 'forward and backward'", error)
     assert needed and float(needed[1]) > 1, error
-    assert re.search(r"rank [01] ran out of memory: .* it can have [\d.]+ GiB; what would help: ", error), error
+    assert re.search(r"rank [01] ran out of memory: .* the rank can have [\d.]+ GiB; what would help: ", error), error
     assert error.count(" frees ") == 3 and "train.micro_batch_size=256 frees" in error, error
     whole = sorted(path.parent.name for path in (tmp_path / "run").glob("checkpoints/*/manifest.json"))
     assert whole == ["iter-0000001", "iter-0000002"] == sorted(os.listdir(tmp_path / "run" / "checkpoints"))

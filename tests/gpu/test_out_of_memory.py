@@ -58,5 +58,5 @@ def test_training_that_does_not_fit_says_so_and_what_to_do(
     assert "Traceback" not in done.stderr
     (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert "rank 0 ran out of memory: by the planner's arithmetic" in sentence
-    assert "which should do" in sentence, "the card itself is large enough; what is not is what this process may have"
+    assert "which should be enough" in sentence, "the GPU is large enough; only this process's limit is not"
     assert 1 <= sentence.count(" frees ") <= 3 or "lower data.max_length" in sentence

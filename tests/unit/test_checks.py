@@ -100,7 +100,7 @@ def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_i
     done = start_with(tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: Transformer Engine {version} is not one that megatron-core 0.16.1 takes (<2.12.0,>=2.9.0a0); install "
+        f"error: megatron-core 0.16.1 does not accept Transformer Engine {version}, only <2.12.0,>=2.9.0a0; install "
         "one of those, or uninstall it to run on Megatron's local layers.\n"
     )
 
@@ -119,8 +119,8 @@ def test_a_transformer_engine_that_is_there_in_half_is_refused_with_why(tmp_path
     done = start_with(tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); mend "
-        "it, or uninstall it and its core and torch parts to run on Megatron's local layers.\n"
+        "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); "
+        "repair it, or uninstall it with its core and torch parts to run on Megatron's local layers.\n"
     )
 
 
@@ -135,11 +135,11 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
     [
         ("tensorwise", None, None, False, "there is no GPU"),
         ("tensorwise", HOPPER, "13.0", False, "Transformer Engine's, which is not installed"),
-        ("tensorwise", AMPERE, "13.0", True, "capability is 8.0, FP8 needs 8.9"),
+        ("tensorwise", AMPERE, "13.0", True, "capability is 8.0, but FP8 needs 8.9"),
         ("tensorwise", ADA, "12.4", True, None),
         ("delayed", HOPPER, "12.4", True, None),
-        ("blockwise", ADA, "13.0", True, "capability is 8.9, train.fp8_recipe=blockwise needs 9.0"),
-        ("blockwise", HOPPER, "12.8", True, "built for CUDA 12.8, train.fp8_recipe=blockwise needs 12.9"),
+        ("blockwise", ADA, "13.0", True, "capability is 8.9, but train.fp8_recipe=blockwise needs 9.0"),
+        ("blockwise", HOPPER, "12.8", True, "built for CUDA 12.8, but train.fp8_recipe=blockwise needs 12.9"),
         ("blockwise", HOPPER, "12.9", True, None),
         ("blockwise", (10, 0), "13.0", True, None),
     ],
@@ -175,11 +175,11 @@ def test_fp8_is_refused_for_a_model_whose_sizes_it_does_not_divide(describe: Any
     sizes = {"hidden_size": 192, "ffn_hidden_size": 368, "num_attention_heads": 4, "num_query_groups": 2}
     model = replace(describe, **sizes, kv_channels=48)
     check_fp8_sizes(model, Config(parallel=one, train=fp8))
-    with pytest.raises(UserError, match="multiples of 16, the model has 40 hidden channels; leave train.fp8 out"):
+    with pytest.raises(UserError, match="multiples of 16, but the model has 40 hidden channels; leave train.fp8 out"):
         check_fp8_sizes(replace(model, hidden_size=40), Config(parallel=one, train=fp8))
-    with pytest.raises(UserError, match="multiples of 16, the model has 184 feed-forward channels on each of 2"):
+    with pytest.raises(UserError, match="multiples of 16, but the model has 184 feed-forward channels on each of 2"):
         check_fp8_sizes(model, Config(parallel=two, train=fp8))
-    with pytest.raises(UserError, match="multiples of 128, the model has 192 hidden channels"):
+    with pytest.raises(UserError, match="multiples of 128, but the model has 192 hidden channels"):
         check_fp8_sizes(model, Config(parallel=gathered, train=fp8))
 
 

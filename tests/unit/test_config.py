@@ -84,7 +84,10 @@ def test_yaml_that_does_not_parse_names_the_line(tmp_path: Path) -> None:
 def test_yaml_that_is_no_group_is_refused(content: str, tmp_path: Path) -> None:
     conf = tmp_path / "experiment.yaml"
     conf.write_text(content)
-    assert refusal("--conf", str(conf)) == f"{conf}: expected groups of settings."
+    assert (
+        refusal("--conf", str(conf))
+        == f"{conf}: expected groups of settings, such as 'loss:' with 'beta: 0.05' below it."
+    )
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
@@ -272,7 +275,7 @@ def test_a_frozen_model_that_nothing_reads_is_refused(name: str, role: str) -> N
 
 
 def test_options_that_need_another_are_refused() -> None:
-    assert "with loss.token_rewards=guidance; set that to file, or leave scores.reward_file out" in refusal(
+    assert "with loss.token_rewards=guidance; set loss.token_rewards=file, or leave scores.reward_file out" in refusal(
         "loss.type=tgdpo", "scores.reward_file=rewards.jsonl"
     )
     assert "loss.type=dpo; leave scores.contrastive_prompts out" in refusal(
@@ -365,9 +368,11 @@ def test_fp8_takes_its_recipe_from_the_default_and_bf16_beneath_it() -> None:
     filled = settings("train.precision=bf16", "train.fp8=hybrid")
     assert filled.train.fp8_recipe == "tensorwise"
     assert settings().train.fp8 is settings().train.fp8_recipe is None
-    with pytest.raises(UserError, match="train.fp8_recipe=delayed is not read without train.fp8"):
-        settings("train.fp8_recipe=delayed")
-    with pytest.raises(UserError, match="blockwise takes train.fp8=e4m3"):
+    for recipe, format in FP8_FORMATS.items():
+        words = f"train.fp8_recipe={recipe} is not read without train.fp8; set train.fp8={format}"
+        with pytest.raises(UserError, match=words):
+            settings(f"train.fp8_recipe={recipe}")
+    with pytest.raises(UserError, match="blockwise needs train.fp8=e4m3"):
         settings("train.precision=bf16", "train.fp8=hybrid", "train.fp8_recipe=blockwise")
     with pytest.raises(UserError, match="train.fp8=e4m3 needs train.precision=bf16"):
         settings("train.precision=fp32", "train.fp8=e4m3")

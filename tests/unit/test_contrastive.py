@@ -159,7 +159,7 @@ def test_a_source_that_has_moved_is_asked_for(
     source.write_text(pairs_file.read_text())
     data = prepare(source)
     source.unlink()
-    with pytest.raises(UserError, match=r"moved.jsonl: the pairs were tokenised from there .* put it back"):
+    with pytest.raises(UserError, match=r"moved.jsonl: the pairs were tokenised from this data .* put it back"):
         read_texts(data)
 
 

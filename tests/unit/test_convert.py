@@ -256,7 +256,7 @@ def test_a_missing_tensor_is_refused_by_name(hf_model: Path, tmp_path: Path) -> 
 
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(hf_model: Path, tmp_path: Path) -> None:
     copy = copy_with(hf_model, tmp_path / "hf", **{LAST: torch.zeros(64, 95)})
-    refuses(copy, tmp_path / "megatron", f"{LAST} has shape (64, 95), config.json asks for (64, 96)")
+    refuses(copy, tmp_path / "megatron", f"{LAST} has shape (64, 95), but config.json describes (64, 96)")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_exported(checkpoint: Path, hf_mo
     broken = tensor.clone()
     broken[0, 0] = float("nan")
     damaged = overwrite(checkpoint, tmp_path / "megatron", tensor, broken)
-    with pytest.raises(UserError, match="holds numbers that are not finite; it is not exported"):
+    with pytest.raises(UserError, match="holds numbers that are not finite; the checkpoint is not exported"):
         megatron_to_hf(damaged, tmp_path / "back")
     untouched(tmp_path, "megatron")
 

@@ -261,8 +261,8 @@ CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
     ("change", "reason"),
     [
         ({"prompt": [IMAGE]}, "a turn holds more than text"),
-        ({"chosen": [CALL]}, "a turn calls a tool or answers for one"),
-        ({"prompt": [QUESTION, CALL, turn("tool", "blue")]}, "a turn calls a tool or answers for one"),
+        ({"chosen": [CALL]}, "a turn calls a tool or gives a tool's answer"),
+        ({"prompt": [QUESTION, CALL, turn("tool", "blue")]}, "a turn calls a tool or gives a tool's answer"),
         ({"prompt": [QUESTION, BLUE]}, "the turn before the answers is not the user's"),
         ({"prompt": []}, "the turn before the answers is not the user's"),
         ({"prompt": [QUESTION, *EARLIER, QUESTION]}, "a system turn is not the first"),
@@ -271,7 +271,7 @@ CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
         ({"rejected": []}, "an answer is not one assistant turn after the shared prompt"),
         ({"images": ["sky.png"]}, "images, videos or sound belong to the row"),
         ({"tools": [{"name": "look"}]}, "tools belong to the row"),
-        ({"chosen": [turn("assistant", "\ud83d")]}, "the text holds half a character"),
+        ({"chosen": [turn("assistant", "\ud83d")]}, "the text holds an incomplete character"),
     ],
 )
 def test_what_cannot_be_trained_on_is_left_out_and_counted(

@@ -89,7 +89,7 @@ def test_running_out_where_it_should_do_says_that_something_else_takes_memory(ch
     config = settings(f"model.checkpoint={checkpoint}", recipe="dpo_tiny")
     cpu = torch.device("cpu")
     said = sentence("train", config, Ranks(0, 1, 0, cpu))
-    assert f"it can have {memory.size(available(cpu))}, which should do: other programs" in said
+    assert f"the rank can have {memory.size(available(cpu))}, which should be enough: other programs" in said
 
 
 def changed_by(change: str, config: Config) -> Config:

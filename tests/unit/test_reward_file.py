@@ -119,7 +119,7 @@ def test_characters_outside_spans_count_0(rewards_of: Callable[..., TokenScores]
         (empty(1, chosen=[[0, 1, None]]), "is not a finite number (None)"),
         (empty(1, chosen=[[0, 1, 1.0], 0.5]), "give numbers, one for each token, or spans"),
         (empty(1, chosen=[[0, 1]]), "a span is [first character, character after the last, number]"),
-        (empty(1, chosen=[[0, 14, 1.0]]), "the span 0–14 is not within its 13 characters"),
+        (empty(1, chosen=[[0, 14, 1.0]]), "the span 0–14 is not within the response's 13 characters"),
         (empty(1, chosen=[[3, 3, 1.0]]), "the span 3–3 is not within"),
         (empty(1, chosen=[[-1, 3, 1.0]]), "the span -1–3 is not within"),
         (empty(1, chosen=[[0.0, 3, 1.0]]), "the span 0.0–3 is not within"),
@@ -152,5 +152,5 @@ def test_spans_in_a_text_that_was_edited_since_are_refused(
     rewards_of: Callable[..., TokenScores], write_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / "pairs.jsonl", [ROWS[0] | {"chosen": "The total is 5."}, ROWS[1]])
-    with pytest.raises(UserError, match="the chosen response of row 1 .* spans cannot be placed"):
+    with pytest.raises(UserError, match="the chosen response of row 1 .* spans cannot be used"):
         rewards_of(empty(1, chosen=[[0, 3, 1.0]]))

@@ -131,19 +131,19 @@ def test_the_places_of_names_in_old_stores_stay_theirs() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("reference", "f" * 64, "weights of the reference"),
-        ("guidance", "f" * 64, "weights of the guidance"),
-        ("prompts", "f" * 64, "contrastive prompts"),
-        ("tokenizer", "f" * 64, "tokenizer"),
-        ("template", "f" * 64, "chat template"),
-        ("max_length", 256, "data.max_length"),
-        ("precision", "bf16", "train.precision"),
+        ("reference", "f" * 64, "other weights of the reference"),
+        ("guidance", "f" * 64, "other weights of the guidance"),
+        ("prompts", "f" * 64, "other contrastive prompts"),
+        ("tokenizer", "f" * 64, "another tokenizer"),
+        ("template", "f" * 64, "another chat template"),
+        ("max_length", 256, "another data.max_length"),
+        ("precision", "bf16", "another train.precision"),
     ],
 )
 def test_scores_of_another_run_are_refused_by_what_differs(field: str, value: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         check_belongs(MANIFEST, replace(MANIFEST, **{field: value}), tmp_path)
-    assert f"were made with other {words} (" in str(refused.value)
+    assert f"were made with {words} (" in str(refused.value)
     assert str(value)[:12] in str(refused.value) and str(getattr(MANIFEST, field))[:12] in str(refused.value)
 
 
@@ -174,7 +174,7 @@ def test_scores_of_another_version_are_refused_as_such(data: PreparedPairs, tmp_
     folder = write_store(tmp_path / "scores", data)
     old = {"reference": "a", "guidance": None, "tokenizer": "c", "template": "d", "max_length": 512, "pairs_hash": "p"}
     (folder / "manifest.json").write_text(json.dumps({**old, "precision": "fp32", "format": 1}))
-    with pytest.raises(UserError, match="token scores of format 1, this version has 2; score again into another"):
+    with pytest.raises(UserError, match="token scores have format 1, but this version reads format 2; score again"):
         load_scores(folder, data, NAMES)
 
 

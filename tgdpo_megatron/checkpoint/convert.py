@@ -1,7 +1,7 @@
 """Convert HuggingFace safetensors to a Megatron torch_dist checkpoint and back, tensor by tensor.
 
-Neither direction builds a model or needs a process group; memory holds one tensor (to Megatron) or one
-output shard (to HuggingFace) at a time.
+Neither direction builds a model or needs a process group. Memory holds one tensor at a time on the way to Megatron, and
+one output shard at a time on the way to HuggingFace.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tgdpo_megatron.model.families import family_of, read_description
 from tgdpo_megatron.model.tensor_maps import TensorMap
 
 CONTENT_METADATA = {"non_homogeneous_layers": True}
-"""Says to Megatron that layers are stored one key each, not stacked."""
+"""Tells Megatron that every layer has keys of its own, and that layers are not stacked under one key."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,13 +48,13 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
     """Convert a HuggingFace folder to a Megatron checkpoint loadable at any tensor × pipeline layout.
 
     Args:
-        source: Folder with config.json and safetensors; a tokenizer is taken along if there.
-        target: Folder to make; must not exist, or be empty.
+        source: Folder with config.json and safetensors. A tokenizer in the folder is copied too.
+        target: Folder to make. It must not exist, or be empty.
         dtype: `bf16` or `fp32`; default: as stored.
 
     Raises:
-        UserError: An unsupported model, missing, truncated or misshapen weights, a weight that is not
-            finite, or a target in use. Nothing half-written is left.
+        UserError: An unsupported model, missing or truncated weights, weights of the wrong shape, a weight that is not
+            finite, or a target in use. Nothing unfinished is left behind.
     """
     description = read_description(source)
     tensors = family_of(description).tensors(description)
@@ -64,8 +64,8 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
     if tokenizer is not None and len(tokenizer) > description.vocab_size:
         raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {description.vocab_size}; "
-            "use the tokenizer that belongs to the model."
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
+            f"{description.vocab_size}; use the tokenizer that belongs to the model."
         )
     work = _begin(target)
     try:
@@ -89,7 +89,8 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> N
     """Convert a Megatron checkpoint (converted, or saved by a run) to a HuggingFace folder.
 
     Args:
-        source: Checkpoint folder. target: Folder to make; must not exist, or be empty.
+        source: Checkpoint folder.
+        target: Folder to make. It must not exist, or be empty.
         dtype: `bf16` or `fp32`; default: as stored.
 
     Raises:
@@ -119,16 +120,18 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> N
 
 
 def _check_tensors(tensors: list[TensorMap], weights: HfWeights, source: Path) -> None:
-    """Refuse weights that are not exactly the model config.json describes."""
+    """Refuse weights that are not exactly those of the model that config.json describes."""
     for tensor in tensors:
         for name, shape in zip(tensor.names, tensor.shapes, strict=True):
             if (found := weights.shape(name)) != shape:
-                raise UserError(f"{source}: {name} has shape {found}, config.json asks for {shape}.")
+                raise UserError(f"{source}: {name} has shape {found}, but config.json describes {shape}.")
             weights.dtype(name)
-    known = {name for tensor in tensors for name in tensor.names} | {"lm_head.weight"}  # a tied one may be stored too
+    known = {name for tensor in tensors for name in tensor.names} | {"lm_head.weight"}  # may be stored even if tied
     extra = [name for name in weights.shard_of if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise UserError(f"{source}: {extra[0]} has no place in the model config.json describes ({len(extra)} such).")
+        raise UserError(
+            f"{source}: {extra[0]} does not belong to the model that config.json describes ({len(extra)} such tensors)."
+        )
 
 
 def _common_dtype(tensor: TensorMap, weights: HfWeights) -> torch.dtype:
@@ -140,7 +143,7 @@ def _common_dtype(tensor: TensorMap, weights: HfWeights) -> torch.dtype:
 
 
 class _OnDemand(DefaultSavePlanner):
-    """Saves tensors that are read only when their turn to be written has come."""
+    """A save planner that reads each tensor only when it is about to be written."""
 
     def __init__(self, read: Any) -> None:
         super().__init__(flatten_state_dict=False)
@@ -188,13 +191,15 @@ def _hf_tensors(
     reader = dcp.FileSystemReader(source / WEIGHTS)
     for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=len(tensors) < 50):
         found = stored[tensor.key]
-        # A checkpoint of a run holds the padded vocabulary: more rows than the model has.
+        # A checkpoint of a run holds the padded vocabulary, which has more rows than the model.
         whole = {tensor.key: torch.empty(found.size, dtype=found.properties.dtype)}
         with readable(f"{source}: {tensor.key}"):
             dcp.load(whole, storage_reader=reader, no_dist=True)
         value = whole[tensor.key][: tensor.shape[0]]
         if not torch.isfinite(value).all():
-            raise UserError(f"{source}: {tensor.key} holds numbers that are not finite; it is not exported.")
+            raise UserError(
+                f"{source}: {tensor.key} holds numbers that are not finite; the checkpoint is not exported."
+            )
         for name, part in zip(tensor.names, tensor.part(value), strict=True):
             yield name, part.to(dtype or part.dtype).contiguous().clone()
 
@@ -207,7 +212,7 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _begin(target: Path) -> Path:
-    """A working folder beside the target, so that the target appears whole or not at all."""
+    """Check the target, and return the path of a working folder beside it that becomes the target when it is whole."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: already there and not empty; choose another folder.")
     work = target.with_name(f"{target.name}.tmp-{os.getpid()}")

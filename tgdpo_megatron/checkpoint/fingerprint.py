@@ -1,8 +1,8 @@
-"""A fingerprint of weights that is the same at every layout.
+"""A fingerprint of weights that is the same at every parallel layout.
 
-Each element contributes its bits times an odd number drawn from its place in the whole tensor; the
-contributions are added modulo 2^64, so ranks can add theirs in any order. One flipped bit changes the sum.
-The sums of all tensors are hashed with SHA-256. It guards against mix-ups, not against forgers.
+Each element contributes its bits times an odd number that depends on the element's position in the whole tensor. The
+contributions are added modulo 2^64, so ranks can add theirs in any order. One flipped bit changes the sum. The sums of
+all tensors are hashed with SHA-256. The fingerprint protects against mistakes, not against forgery.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from torch import Tensor
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 
-_BLOCK = 1 << 20  # elements hashed at once: bounds the temporaries
+_BLOCK = 1 << 20  # elements processed at once, to limit temporary memory
 _MASK = (1 << 64) - 1
 
 
 def tensor_sum(
     tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int], rounded_to: torch.dtype = torch.float32
 ) -> int:
-    """The contribution of one shard to its tensor's sum.
+    """What one shard contributes to the sum of its tensor.
 
     Args:
-        tensor: The shard, bf16 or fp32. Both give the same sum where the values are the same.
-        shape: Shape of the whole tensor. offset: Where the shard begins in it.
-        rounded_to: Sum the values as they are after rounding to this dtype.
+        tensor: The shard, bf16 or fp32. Equal values give equal sums in both.
+        shape: Shape of the whole tensor.
+        offset: Index of the shard's first element in the whole tensor, for each axis.
+        rounded_to: Dtype to which the values are rounded first.
     """
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)  # read once a tensor: each read waits for the GPU
-    rows = tensor.detach().reshape(tensor.size(0), -1)  # 1-D and 2-D tensors are all there are
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)  # read once, since a read waits for the GPU
+    rows = tensor.detach().reshape(tensor.size(0), -1)  # every weight has one or two axes
     width, first_column = (shape[1], offset[1]) if len(shape) > 1 else (1, 0)
     columns = torch.arange(rows.size(1), device=tensor.device) + first_column
     step = max(1, _BLOCK // max(1, rows.size(1)))
@@ -48,7 +49,7 @@ def tensor_sum(
 
 
 def _odd_number(place: Tensor) -> Tensor:
-    """A scrambled odd int64 for each place (the finaliser of splitmix64; wraps around)."""
+    """A scrambled odd int64 for each position, by the finaliser of splitmix64, with overflow wrapping around."""
     mixed = place * -7046029254386353131 + 1442695040888963407
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
@@ -56,7 +57,7 @@ def _odd_number(place: Tensor) -> Tensor:
 
 
 def combine(sums: Mapping[str, int], description: ModelDescription) -> str:
-    """Fingerprint of a model from its tensors' sums and what is computed with them (RoPE, norms, heads)."""
+    """Fingerprint of a model from the sums of its tensors and from its description (sizes, RoPE, norms, heads)."""
     lines = [f"{key} {value & _MASK:016x}" for key, value in sorted(sums.items())]
     return hashlib.sha256("\n".join([json.dumps(description.identity(), sort_keys=True), *lines]).encode()).hexdigest()
 
@@ -67,12 +68,12 @@ def model_fingerprint(
     """Fingerprint of a model spread over all ranks of the default process group.
 
     Args:
-        sharded_state_dict: This rank's part (all chunks together).
-        description: The model's; rows beyond its vocabulary are padding and do not count.
+        sharded_state_dict: This rank's part of the model, all chunks together.
+        description: The model's shape. Rows beyond its vocabulary are padding and do not count.
         rounded_to: As in tensor_sum.
 
     Raises:
-        UserError: A weight that is not finite; the tensor is named.
+        UserError: A weight is not finite; the sentence names the tensor.
     """
     local: dict[str, int] = {}
     broken = ""
@@ -99,7 +100,7 @@ def model_fingerprint(
 
 
 def sharded_tensors(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
-    """All tensor shards in a sharded state dict, gate and up projections apart."""
+    """All tensor shards in a sharded state dict, with gate and up projections as separate shards."""
     parts = dict(sharded_state_dict)
     apply_factories(parts)
     found: list[ShardedTensor] = []

@@ -1,8 +1,8 @@
-"""A checkpoint folder: Megatron weights with everything that identifies them and takes them back home.
+"""A checkpoint folder: Megatron weights, with what identifies them and what an export to HuggingFace needs.
 
-FOLDER/manifest.json   identity, written last: a folder without it is not a checkpoint
+FOLDER/manifest.json   identity of the weights, written last: a folder without it is not a checkpoint
 FOLDER/hf/             config.json and tokenizer of the HuggingFace model
-FOLDER/weights/        torch_dist checkpoint: weights, and in a run also optimizer state
+FOLDER/weights/        torch_dist checkpoint: weights and, for a run, optimizer state
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgdpo_megatron.model.families import read_description
 FORMAT = 1
 WEIGHTS, HF = "weights", "hf"
 
-# Everything of a HuggingFace folder that is not weights and may be needed to use the model.
+# Files of a HuggingFace folder that are not weights and may be needed to use the model.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -38,15 +38,16 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint is."""
+    """The identity of a checkpoint."""
 
     weights: str
     """Fingerprint of the weights, the same at every layout."""
     dtype: str
-    """Of the stored weights: `bfloat16`, `float32` or `float16`."""
+    """Dtype of the stored weights: `bfloat16`, `float32` or `float16`."""
     tokenizer: str | None
     """tokenizer_hash, or None where the model came without a tokenizer."""
     template: str | None
+    """template_hash, or None where the model came without a tokenizer."""
     iteration: int | None = None
     """Optimizer steps, for a checkpoint of a run."""
     reference: str | None = None
@@ -58,7 +59,7 @@ class CheckpointManifest:
     rewards: str | None = None
     """Hash of the contrastive prompts, or of the reward file, that the run's token rewards come from."""
     weights_bf16: str = ""
-    """Fingerprint of the weights rounded to bf16: what a bf16 run loads."""
+    """Fingerprint of the weights rounded to bf16, which is how a bf16 run loads them."""
     format: int = FORMAT
 
 
@@ -66,7 +67,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished checkpoint.
+        UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished or damaged checkpoint.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder.")
@@ -74,7 +75,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if not path.is_file():
         if (folder / "config.json").is_file():
             raise UserError(
-                f"{folder}: a HuggingFace model; convert it with "
+                f"{folder}: this is a HuggingFace model; convert it with "
                 "python -m tools.convert_hf_to_megatron HF_FOLDER MEGATRON_FOLDER."
             )
         raise UserError(f"{folder}: not a Megatron checkpoint of this project (no manifest.json).")
@@ -83,7 +84,10 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except (TypeError, ValueError):
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
     if manifest.format != FORMAT:
-        raise UserError(f"{path}: format {manifest.format} is not this version's {FORMAT}; convert the model again.")
+        raise UserError(
+            f"{path}: the checkpoint has format {manifest.format}, but this version reads format {FORMAT}; convert the "
+            "model again."
+        )
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise UserError(f"{folder}: the checkpoint has no weights.")
     read_metadata(folder / WEIGHTS)
@@ -91,7 +95,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Write the manifest, the last file of a checkpoint."""
+    """Write the manifest. It must be the last file written to a checkpoint."""
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
@@ -103,11 +107,11 @@ def describe(folder: Path) -> ModelDescription:
 def read_metadata(folder: Path) -> Any:
     """The index of a torch_dist checkpoint.
 
-    It is a pickle, as torch writes it. Before torch loads it, it is checked to name nothing but what an index
-    is made of, so that a checkpoint from elsewhere cannot run code.
+    torch writes the index as a pickle, and loading a pickle can run code. This function accepts only the classes that
+    an index is made of. It is called before torch loads the index, so that a checkpoint from elsewhere cannot run code.
 
     Raises:
-        UserError: A damaged index, or one that names anything else.
+        UserError: The index is damaged, or names anything else.
     """
     path = folder / ".metadata"
     try:
@@ -121,15 +125,18 @@ def read_metadata(folder: Path) -> Any:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # how some patch releases of Python pickle an enum's member
+        if (module, name) == ("builtins", "getattr"):  # how some releases of Python pickle a member of an enum
             return _enum_member
         if (module, name) in _INDEX_PARTS or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)
         if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
             found = super().find_class(module, name)
-            if isinstance(found, type) and (found.__module__, found.__name__) == (module, name):  # its own class
+            # A class that is defined in that module, not imported there.
+            if isinstance(found, type) and (found.__module__, found.__name__) == (module, name):
                 return found
-        raise UserError(f"the checkpoint's index names {module}.{name}, which no index holds; it is not loaded.")
+        raise UserError(
+            f"the checkpoint's index names {module}.{name}, which no index holds; the checkpoint is not loaded."
+        )
 
 
 _INDEX_PARTS = {
@@ -142,10 +149,10 @@ _INDEX_PARTS = {
 
 
 def _enum_member(owner: Any, name: str) -> Any:
-    """What getattr may be used for in an index, and nothing else."""
+    """Takes the place of getattr while an index is read: gives a member of an enum, and nothing else."""
     if isinstance(owner, enum.EnumMeta) and name in owner.__members__:
         return owner.__members__[name]
-    raise UserError(f"the checkpoint's index looks up {name}, which no index does; it is not loaded.")
+    raise UserError(f"the checkpoint's index looks up {name}, which no index does; the checkpoint is not loaded.")
 
 
 def _is_dtype(name: str) -> bool:
@@ -153,7 +160,7 @@ def _is_dtype(name: str) -> bool:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config and tokenizer files of a HuggingFace folder."""
+    """Copy the config and tokenizer files of a HuggingFace folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _COMPANIONS:
         if (source / name).is_file():

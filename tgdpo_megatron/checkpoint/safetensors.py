@@ -1,4 +1,4 @@
-"""HuggingFace weights on disk: which shard holds each tensor, read and written one tensor at a time."""
+"""HuggingFace weights on disk, read one tensor at a time and written one shard at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HfWeights:
     """The tensors of a HuggingFace folder, read on demand from memory-mapped files.
 
     Raises:
-        UserError: No weights, a missing or truncated shard.
+        UserError: No weights in the folder, or a missing or truncated shard.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class HfWeights:
             return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         raise UserError(
             f"{self.folder}: no weights there (model.safetensors or model.safetensors.index.json); "
-            "other formats are not read, since they would have to be unpickled."
+            "other formats are not read, because they would have to be unpickled."
         )
 
     def _open(self, shard: str) -> Any:
@@ -71,7 +71,7 @@ class HfWeights:
         """Dtype of a tensor, without reading it.
 
         Raises:
-            UserError: Not a floating-point number of 16 or 32 bits.
+            UserError: The tensor does not hold floating-point numbers of 16 or 32 bits.
         """
         stored = self._open(self.shard_of[name]).get_slice(name).get_dtype()
         if stored not in _DTYPES:
@@ -88,8 +88,8 @@ def write_shards(folder: Path, tensors: Sequence[tuple[str, int]], read: Iterato
     """Write tensors as model-*.safetensors with an index, holding one shard in memory at a time.
 
     Args:
-        tensors: Name and size in bytes of each tensor, in the order `read` yields them.
-        read: Yields name and tensor.
+        tensors: Name and size in bytes of each tensor, in the order in which `read` yields them.
+        read: Yields the name and the tensor.
     """
     shards: list[list[str]] = [[]]
     filled = 0

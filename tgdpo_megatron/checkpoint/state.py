@@ -1,4 +1,4 @@
-"""Save and load what Megatron trains: weights at any layout, and the state a run continues from."""
+"""Save and load what Megatron trains: weights at any parallel layout, and the state that a run continues from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
 def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
-    """Load a checkpoint's weights into a built model, and check that they are what the manifest says. Collective.
+    """Load a checkpoint's weights into a built model, and check them against the manifest. Collective.
 
     Raises:
         UserError: Unreadable or altered weights, or a weight that is not finite.
@@ -47,11 +47,11 @@ def _check_fingerprint(chunks: Sequence[PreferenceGPT], manifest: CheckpointMani
     except UserError as error:
         raise UserError(f"{folder}: {error}; use another checkpoint.") from None
     if found != (manifest.weights_bf16 if chunks[0].config.bf16 else manifest.weights):
-        raise UserError(f"{folder}: the weights are not those the manifest names; the checkpoint was altered.")
+        raise UserError(f"{folder}: the weights are not those that the manifest names; the checkpoint was altered.")
 
 
 def fingerprint(chunks: Sequence[PreferenceGPT], rounded_to: torch.dtype = torch.float32) -> str:
-    """Fingerprint of a model in memory; the same at every layout. Collective over all ranks."""
+    """Fingerprint of a model in memory. It is the same at every parallel layout. Collective over all ranks."""
     return model_fingerprint(sharded_model_state(chunks), chunks[0].description, rounded_to)
 
 
@@ -68,10 +68,10 @@ def save_checkpoint(
 
     Args:
         companions: Checkpoint folder whose hf/ files describe this model.
-        manifest: What is known of the checkpoint; the fingerprints are filled in here.
+        manifest: The checkpoint's identity. Its fingerprints are filled in here.
 
     Raises:
-        NonFiniteError: A weight is not finite; nothing is written.
+        NonFiniteError: A weight is not finite. Nothing is written then.
     """
     try:
         weights = fingerprint(chunks)
@@ -91,8 +91,8 @@ def save_checkpoint(
         "scheduler": scheduler.state_dict(),
         "iteration": manifest.iteration,
     }
-    # Megatron keeps its writers' results in a server process, which would outlive a rank that is killed. The
-    # writers of a blocking save report to this process, where a plain queue does.
+    # Megatron collects the results of its writers in a server process, which would outlive a rank that is killed. The
+    # writers of a blocking save report to this process, so a plain queue is enough.
     filesystem_async._results_queue = queue.Queue()
     with writable(f"{folder}: the checkpoint"):
         dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
@@ -105,7 +105,7 @@ def save_checkpoint(
 
 
 def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer: Any, scheduler: Any) -> None:
-    """Load weights, optimizer and schedule of a checkpoint a run saved. Collective."""
+    """Load weights, optimizer and schedule from a checkpoint that a run saved. Collective."""
     model_state = sharded_model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
     loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
@@ -116,8 +116,11 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
 
 
 def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
-    """The model's tensors. Layers' extra state is left out: it differs with the layer implementation, which a
-    checkpoint does not. It holds FP8's delayed scales alone, which a run that goes on finds again."""
+    """The model's tensors, without the extra state of layers.
+
+    Extra state depends on the implementation of the layers, and a checkpoint must not. It holds only the scales of
+    delayed FP8, which a run that continues computes again.
+    """
     return {
         str(place): {
             name: value
@@ -159,7 +162,7 @@ def _metadata() -> dict[str, Any]:
         **CONTENT_METADATA,
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
-        # Gather optimizer state on the hosts: by default a save needs 8 bytes of the GPU for every parameter.
+        # Gather optimizer state on the hosts. By default a save takes 8 bytes of GPU memory for every parameter.
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }

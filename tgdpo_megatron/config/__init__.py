@@ -1,6 +1,6 @@
-"""The settings of a run, and what is refused about them.
+"""The settings of a run, and the checks that they go through.
 
-A complete configuration is one :class:`Config`. Recipes build it in Python, YAML files and ``key=value`` arguments
+A complete configuration is one :class:`Config`. Recipes build it in Python. YAML files and ``key=value`` arguments
 change it through :func:`load`, and :func:`complete` fills in the defaults of the loss. Nothing here imports torch or
 Megatron, so that a mistake is reported before anything slow begins.
 """

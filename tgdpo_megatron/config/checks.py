@@ -1,17 +1,18 @@
-"""Which settings go together: with the loss, with each other, and with the number of processes."""
+"""Checks that the settings fit the loss, each other, and the number of processes."""
 
 from __future__ import annotations
 
+from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.config.settings import Config, LossConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses.rewards import GIVEN_BY
 
 
 def complete(config: Config, *, where: str) -> Config:
-    """Write the method's defaults out, and refuse what it does not read.
+    """Fill in the defaults of the loss, and refuse settings that it does not read.
 
     Raises:
-        UserError: A setting that nothing would read, or that another one needs.
+        UserError: A setting would not be read, or needs another setting.
     """
     loss = config.loss
     reads = {"type", "sft_loss_weight", *loss.method.options}
@@ -29,8 +30,8 @@ def complete(config: Config, *, where: str) -> Config:
             )
     if loss.reward_source == "chosen" and loss.method.order_alone:
         raise UserError(
-            f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, and "
-            f"loss.type={loss.type} nothing to select; choose another source."
+            f"{where}: loss.token_rewards=chosen gives all tokens of a response the same reward, which leaves "
+            f"loss.type={loss.type} nothing to select; choose another loss.token_rewards."
         )
     for name, source in {
         "reward_file": "file",
@@ -41,7 +42,7 @@ def complete(config: Config, *, where: str) -> Config:
             given = loss.reward_source
             raise UserError(
                 f"{where}: scores.{name} is not read by loss.type={loss.type}"
-                + (f" with loss.token_rewards={given}; set that to {source}, or" if given else ";")
+                + (f" with loss.token_rewards={given}; set loss.token_rewards={source}, or" if given else ";")
                 + f" leave scores.{name} out."
             )
     for role in GIVEN_BY:
@@ -56,16 +57,19 @@ def complete(config: Config, *, where: str) -> Config:
     train = config.train
     if train.fp8_recipe and not train.fp8:
         raise UserError(
-            f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set it to hybrid."
+            f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set "
+            f"train.fp8={FP8_FORMATS[train.fp8_recipe]}."
         )
     if train.fp8 and train.precision != "bf16":
         raise UserError(
-            f"{where}: train.fp8={train.fp8} needs train.precision=bf16, which the other layers keep; set it."
+            f"{where}: train.fp8={train.fp8} needs train.precision=bf16, in which the other layers compute; set "
+            "train.precision=bf16."
         )
     filled = loss.options | loss.reward_options | ({"token_rewards": loss.reward_source} if loss.reward_source else {})
     if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
         raise UserError(
-            f"{where}: train.fp8_recipe=blockwise takes train.fp8=e4m3, Transformer Engine's own choice for it; set it."
+            f"{where}: train.fp8_recipe=blockwise needs train.fp8=e4m3, Transformer Engine's own choice; set "
+            "train.fp8=e4m3."
         )
     return config.model_copy(
         update={
@@ -76,17 +80,17 @@ def complete(config: Config, *, where: str) -> Config:
 
 
 def check_layout(config: Config, *, world_size: int) -> int:
-    """Check that processes and layout fit each other; return the data-parallel size.
+    """Check that the number of processes and the layout fit each other; return the data-parallel size.
 
     Raises:
-        UserError: One sentence naming the numbers that do not divide.
+        UserError: They do not fit; the sentence names the numbers.
     """
     parallel, train = config.parallel, config.train
     tensor = parallel.tensor_model_parallel_size
     if parallel.context_parallel_size > 1:
         raise UserError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
-            "a pair's sum over tokens would be split before the loss; set it to 1."
+            "it would split a pair's sum over tokens before the loss; set it to 1."
         )
     if parallel.sequence_parallel and tensor == 1:
         raise UserError(
@@ -105,7 +109,9 @@ def check_layout(config: Config, *, world_size: int) -> int:
     if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
         causes = [f"FP8's {config.fp8_multiple}"] if train.fp8 else []
         if parallel.sequence_parallel:
-            causes.append(f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits them")
+            causes.append(
+                f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits the tokens"
+            )
         raise UserError(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
             f"({' × '.join(causes)}); round it up to "
@@ -118,7 +124,7 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
     """Check that processes, layout, batch and schedule of a training fit each other; return the data-parallel size.
 
     Raises:
-        UserError: One sentence naming the numbers that do not divide.
+        UserError: They do not fit; the sentence names the numbers.
     """
     data_parallel_size = check_layout(config, world_size=world_size)
     parallel, train = config.parallel, config.train
@@ -135,17 +141,21 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
         )
     if config.optimizer.lr_warmup_iters >= train.train_iters:
         raise UserError(
-            f"optimizer.lr_warmup_iters={config.optimizer.lr_warmup_iters} leaves nothing of "
-            f"train.train_iters={train.train_iters}; lower it."
+            f"optimizer.lr_warmup_iters={config.optimizer.lr_warmup_iters} leaves no step of "
+            f"train.train_iters={train.train_iters} after the warm-up; lower it."
         )
     if train.eval_interval and config.data.validation is None:
         raise UserError(
-            f"train.eval_interval={train.eval_interval} needs data.validation; set it, or the interval to 0."
+            f"train.eval_interval={train.eval_interval} needs data.validation; set data.validation, or "
+            "train.eval_interval=0."
         )
     if train.micro_batch_tokens is not None:
         return data_parallel_size
     if train.fixed_micro_batches:
-        raise UserError("train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set it.")
+        raise UserError(
+            "train.fixed_micro_batches=true needs train.micro_batch_tokens, the size to pad to; set "
+            "train.micro_batch_tokens."
+        )
     pairs_at_once = train.micro_batch_size * data_parallel_size
     if train.global_batch_size % pairs_at_once:
         raise UserError(

@@ -1,19 +1,19 @@
-"""Sizes that are fixed in the code, for the planner as for the programs. Free of torch."""
+"""Sizes that are fixed in the code and shared by the planner and the programs. This file does not import torch."""
 
 FP8_MULTIPLE, FP8_BLOCK = 16, 128
-"""FP8 matrix products take sizes that are multiples of the first. Where scaling is blockwise and ranks split the
-sequence, Transformer Engine gathers only whole blocks: the second."""
+"""FP8 matrix products need sizes that are multiples of the first number. Where scaling is blockwise and ranks split the
+sequence, Transformer Engine gathers only whole blocks, of the second number."""
 
 FP8_FORMATS = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3"}
-"""The format that goes with each recipe: Transformer Engine's defaults."""
+"""FP8 recipe -> its format. These are Transformer Engine's defaults."""
 
 VOCAB_MULTIPLE = 128
-"""Each rank's share of the vocabulary is padded to a multiple of this, Megatron's default."""
+"""Each rank's share of the vocabulary is padded to a multiple of this number, which is Megatron's default."""
 
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Logits of one tile of the head. In fp32 16 MiB and 512 MiB; bf16 models hold a bf16 copy beside them. Large enough
-that the matrix products run at full rate."""
+"""Number of logits in one tile of the head. In fp32 these take 16 MiB and 512 MiB; bf16 models also hold a bf16 copy. A
+tile is large enough for its matrix products to run at full rate."""
 
 SCORED_AT_ONCE = 128
-"""Pairs that scoring hands to each data-parallel rank between progress updates: enough to fill the pipeline, few
-enough to see it move."""
+"""Pairs that scoring gives to each data-parallel rank between progress updates: enough to fill the pipeline, and few
+enough for a moving progress bar."""

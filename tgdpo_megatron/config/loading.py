@@ -1,4 +1,4 @@
-"""Lay changes from a file or the command line over a configuration, and refuse what cannot be set."""
+"""Apply changes from a file or the command line to a configuration, and refuse what cannot be set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tgdpo_megatron.errors import UserError
 
 
 def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
-    """Return `base` with `changes` laid over it, checked.
+    """Return a copy of `base` with `changes` applied and checked.
 
     Args:
         base: A complete configuration, usually a recipe's.
         changes: Nested groups of values, as read from YAML.
-        where: Named in error messages: a file, or "the command line".
+        where: Where the changes come from, for error messages: a file, or "command line".
 
     Raises:
         UserError: An unknown key (the nearest is named), a wrong type, or a value out of range.
@@ -40,7 +40,7 @@ def _reason(error: Any) -> str:
 
 
 RENAMED = {"data.layout": "data.format"}
-"""Old name of a setting -> its name now. The old one is taken, and said to be old."""
+"""Old name of a setting -> its new name. The old name is still accepted, with a message that it is old."""
 
 
 def _overlay(
@@ -49,7 +49,7 @@ def _overlay(
     for name, value in changes.items():
         key = f"{prefix}{name}"
         if key in RENAMED:
-            print(f"{where}: {key} is now called {RENAMED[key]}; the old name is still taken.", file=sys.stderr)
+            print(f"{where}: {key} is now called {RENAMED[key]}; the old name still works.", file=sys.stderr)
             key = RENAMED[key]
             name = key.rpartition(".")[2]
         if name not in group.model_fields:
@@ -66,7 +66,7 @@ def _overlay(
 
 
 def _nearest(name: str, prefix: str, group: type[BaseModel]) -> str:
-    """A hint: the same name in another group, else the most similar name here, else elsewhere."""
+    """A hint: the same name in another group, else the most similar name in this group, else in another group."""
     elsewhere = {
         field: f"{group_name}.{field}"
         for group_name, description in Config.model_fields.items()

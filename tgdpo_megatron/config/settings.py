@@ -24,7 +24,7 @@ FormatName = Literal[
     "nemo_rl_binary",
     "hh_rlhf",
 ]
-"""Ways to write preference pairs down; what each looks like is in tgdpo_megatron/data/formats.py."""
+"""Formats of preference pairs; tgdpo_megatron/data/formats.py describes each."""
 
 
 class _Group(BaseModel):
@@ -35,26 +35,26 @@ class ModelConfig(_Group):
     """Which weights are trained, and which frozen weights they are compared with."""
 
     checkpoint: Path | None = None
-    """Megatron checkpoint the policy starts from (made by tools.convert_hf_to_megatron, or saved by a run)."""
+    """Megatron checkpoint that the policy starts from (made by tools.convert_hf_to_megatron, or saved by a run)."""
     reference: Path | None = None
-    """Frozen reference checkpoint. Default: `model.checkpoint`, the policy's own start."""
+    """Frozen reference checkpoint. Default: `model.checkpoint`, from which the policy starts."""
     guidance: Path | None = None
     """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward."""
 
 
 class ParallelConfig(_Group):
-    """How one model is cut over processes. Data parallelism takes what is left of the world size."""
+    """How one model is split over processes. The data-parallel size is the world size divided by these sizes."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
     """Ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
     """Ranks that share the layers, in order."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
-    """Model chunks per pipeline rank (interleaved schedule); unset for one."""
+    """Model chunks per pipeline rank, for the interleaved schedule. Default: one chunk, without interleaving."""
     context_parallel_size: int = Field(1, ge=1)
     """Ranks that share each sequence. Only 1 is supported."""
     sequence_parallel: bool = False
-    """Also split norms and residuals over the tensor-parallel ranks, along the sequence."""
+    """Whether to also split norms and residuals over the tensor-parallel ranks, along the sequence."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -63,26 +63,27 @@ class ParallelConfig(_Group):
 
 
 class _LossSettings(_Group):
-    """Which loss, and its strength. The formulas, their options and defaults are in tgdpo_megatron/losses.
+    """Which loss, and its options. The formulas, their options and defaults are in tgdpo_megatron/losses.
 
-    A setting left unset takes the default of the loss; one that the loss does not read is refused.
+    An option that is not set takes the default of the loss. An option that the loss does not read is refused.
     """
 
     type: str = "tgdpo"
     sft_loss_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Adds this much of the chosen response's negative mean log-prob to the loss."""
+    """Weight of the chosen response's negative mean log-prob, which is added to the loss."""
     token_rewards: Literal["guidance", "contrastive", "file", "chosen"] | None = None
-    """For losses with token rewards r̂: where they come from. `guidance`: log-ratio of model.guidance to
-    the reference. `contrastive`: log-ratio of the reference under a prompt that asks for better and one that asks for
-    worse. `file`: scores.reward_file. `chosen`: 1 on the chosen response, 0 on the rejected one."""
+    """Where token rewards r̂ come from, for losses that read them. `guidance`: log-ratio of model.guidance to the
+    reference. `contrastive`: log-ratio of the reference under a prompt for a better response to the reference under a
+    prompt for a worse response. `file`: scores.reward_file. `chosen`: 1 on the chosen response, 0 on the rejected one.
+    Default: set by the loss."""
     beta_r: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Scale of r̂. Default: `beta` for guidance, as in TGDPO's code, else 1."""
+    """Scale of r̂. Default: `beta` for guidance, as in TGDPO's code, otherwise 1."""
     reward_squash: bool | None = None
-    """Turn r̂ into σ(r̂) − 0.5. Default: for contrastive rewards only."""
+    """Whether to turn r̂ into σ(r̂) − 0.5. Default: true for contrastive rewards, otherwise false."""
     reward_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Limit of |r̂|, after scaling and squashing. Default: none."""
+    """Limit of |r̂|, after scaling and squashing. Default: no limit."""
     reward_end_of_turn: bool | None = None
-    """Whether the token that closes a response has a reward; false gives it 0. Default: true."""
+    """Whether the token that closes a response keeps its reward. False gives it 0. Default: true."""
 
     @property
     def method(self) -> Loss:
@@ -91,17 +92,17 @@ class _LossSettings(_Group):
 
     @property
     def reward_source(self) -> str | None:
-        """Where the token rewards come from; None for a loss without."""
+        """Where the token rewards come from; None for a loss without token rewards."""
         return (self.token_rewards or self.method.rewards) if self.method.rewards else None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's own settings, defaults filled in: what its formula takes."""
+        """The options of the loss with defaults filled in, as its formula takes them."""
         return {name: _value(self, name, default) for name, default in self.method.defaults.items()}
 
     @property
     def reward_options(self) -> dict[str, Any]:
-        """The settings of its token rewards, defaults filled in."""
+        """The settings of the token rewards with defaults filled in."""
         if self.reward_source is None:
             return {}
         defaults = reward_options(self.method, self.reward_source)
@@ -112,24 +113,24 @@ class _LossSettings(_Group):
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The per-token scores it needs beside the policy, in the order of the store."""
+        """The per-token scores that the loss needs beside the policy's, in the order of SCORE_NAMES."""
         needed = {"reference"} if "reference" in self.method.reads else set()
         needed |= set(REWARD_SOURCES[self.reward_source].scores) if self.reward_source else set()
         return tuple(name for name in SCORE_NAMES if name in needed)
 
     @property
     def log_prob_scores(self) -> tuple[str, ...]:
-        """Those that are log-probs of frozen models: what recipes.score computes."""
+        """The scores that are log-probs of frozen models, which recipes.score computes."""
         return tuple(name for name in self.scores if name != "reward")
 
     @property
     def frozen_models(self) -> tuple[str, ...]:
-        """The frozen models those come from."""
+        """The frozen models that give these log-probs."""
         return tuple(model for model, gives in GIVEN_BY.items() if set(gives).intersection(self.scores))
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """The frozen models that ride with the policy where scores are live."""
+        """The frozen models that run beside the policy where scores are live."""
         return tuple(name for name in ("reference", "guidance") if name in self.scores)
 
 
@@ -139,7 +140,7 @@ def _value(loss: _LossSettings, name: str, default: Any) -> Any:
 
 
 def _loss_config() -> type[_LossSettings]:
-    """The loss's settings, with those that the declared losses have as options."""
+    """The settings of a loss, with the options that the declared losses have."""
     meanings = "\n\n".join(f"`{name}`: {loss.meaning}" for name, loss in LOSSES.items())
     fields: dict[str, Any] = {"type": (Literal[tuple(LOSSES)], Field("tgdpo", description=meanings))}
     for loss in LOSSES.values():
@@ -153,13 +154,13 @@ def _annotation(option: Option) -> Any:
 
 
 def _field(name: str, option: Option) -> Any:
-    """An option's field: unset by default, its range, and what it means for each loss that has it."""
+    """The field of an option: not set by default, with its range and its meaning for each loss that has it."""
     told: dict[str, list[str]] = {}
     for loss in LOSSES.values():
         if name in loss.options:
             its = loss.options[name]
-            default = "" if its.default is None else f" ({its.default})"
-            told.setdefault(its.meaning, []).append(f"{loss.name}{default}")
+            default = "none" if its.default is None else its.default
+            told.setdefault(its.meaning, []).append(f"{loss.name} ({default})")
     description = " ".join(f"{meaning} Default by loss: {', '.join(losses)}." for meaning, losses in told.items())
     if option.choices:
         return Field(None, description=description)
@@ -177,7 +178,7 @@ def _field(name: str, option: Option) -> Any:
 if TYPE_CHECKING:
 
     class LossConfig(_LossSettings):
-        """As below; which options there are is known only when the losses have been read."""
+        """As below. Which options there are is known only once the losses have been read."""
 
         def __init__(self, **settings: Any) -> None: ...
 
@@ -188,35 +189,37 @@ else:
 
 
 class ScoresConfig(_Group):
-    """Where the reference's and guidance's token log-probs, and other token rewards, come from."""
+    """Where the token log-probs of the frozen models and other token rewards come from."""
 
     source: Literal["live", "cached"] = "live"
-    """`live`: the frozen models run beside the policy. `cached`: files written once by recipes.score."""
+    """`live`: the frozen models run beside the policy. `cached`: their log-probs are read from files that recipes.score
+    wrote."""
     path: Path | None = None
-    """Folder of cached scores; recipes.score writes it, recipes.train reads it."""
+    """Folder of cached scores. recipes.score writes it, and recipes.train reads it."""
     reward_file: Path | None = None
-    """For loss.token_rewards=file: .jsonl with a line for each pair of data.train (format: scores/reward_file.py)."""
+    """For loss.token_rewards=file: a .jsonl file with a line for each pair of data.train. Its format is described in
+    tgdpo_megatron/scores/reward_file.py."""
     validation_reward_file: Path | None = None
     """The same for data.validation."""
     contrastive_prompts: Path | None = None
-    """For loss.token_rewards=contrastive: YAML with the templates `better` and `worse`. Default:
+    """For loss.token_rewards=contrastive: a YAML file with the templates `better` and `worse`. Default:
     tgdpo_megatron/scores/prompts/refine.yaml."""
 
 
 class DataConfig(_Group):
-    """Preference pairs and how they become tokens."""
+    """Preference pairs, and how they become tokens."""
 
     train: Path | None = None
-    """Pairs to train on, or to score: .json, .jsonl, .parquet or a saved `datasets` folder, in any known format;
-    or a folder written by tools.prepare_pairs."""
+    """Pairs to train on or to score: a .json, .jsonl or .parquet file or a saved `datasets` folder, in any known
+    format, or a folder written by tools.prepare_pairs."""
     validation: Path | None = None
-    """Held-out pairs, given in the same ways, evaluated every `train.eval_interval` iterations."""
+    """Held-out pairs, given in the same ways and evaluated every `train.eval_interval` iterations."""
     format: FormatName | None = None
-    """How the pairs are written down. Default: recognised by the columns, and printed."""
+    """Format of the pairs, by its name in tgdpo_megatron/data/formats.py. Default: recognised by the columns."""
     max_length: int = Field(2048, ge=8)
     """Longest sequence (prompt and one response), in tokens. Longer prompts lose their start."""
     shuffle: bool = True
-    """Draw pairs in a seeded random order, new in each epoch; false keeps the file's order."""
+    """Whether pairs are drawn in random order, by train.seed, new in each epoch. False keeps the order of the file."""
 
 
 class OptimizerConfig(_Group):
@@ -229,65 +232,70 @@ class OptimizerConfig(_Group):
     lr_warmup_iters: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up from 0."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Decoupled weight decay on matrices; norms take none."""
+    """Decoupled weight decay of matrices. Norms have none."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the gradient's running mean."""
+    """Decay of the running mean of the gradient."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the squared gradient's running mean."""
+    """Decay of the running mean of the squared gradient."""
     adam_eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
-    """Added to the denominator."""
+    """Added to the denominator of Adam's update."""
     clip_grad: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Largest gradient norm, over all ranks."""
+    """Largest norm of the gradient over all ranks. Larger gradients are scaled down to it."""
     use_distributed_optimizer: bool = True
-    """Split optimizer state over data-parallel ranks."""
+    """Whether to split the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while backward still runs."""
+    """Whether to reduce gradients over the data-parallel ranks while backward still runs."""
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward already runs. Needs the distributed optimizer."""
+    """Whether to gather updated weights while the next forward already runs. Needs use_distributed_optimizer and
+    overlap_grad_reduce."""
 
 
 class TrainConfig(_Group):
-    """One run: how much, how often, where to."""
+    """One run: its length, its batches, its arithmetic, and what it saves."""
 
     output: Path | None = None
-    """Folder of the run: resolved config, metrics, checkpoints."""
+    """Folder of the run, for its settings, metrics and checkpoints."""
     train_iters: int = Field(100, ge=1)
     """Optimizer steps."""
     global_batch_size: int = Field(128, ge=1)
     """Preference pairs per optimizer step, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
-    """Preference pairs that go through the model at once on one data-parallel rank; not read where
-    micro_batch_tokens is set."""
+    """Preference pairs that go through the model at once on one data-parallel rank. Not read where micro_batch_tokens
+    is set."""
     micro_batch_tokens: int | None = Field(None, ge=16)
-    """Tokens that go through the model at once: whole pairs, as many as fit, instead of micro_batch_size."""
+    """Largest number of tokens that go through the model at once. As many whole pairs as fit are taken, instead of
+    micro_batch_size pairs."""
     fixed_micro_batches: bool = False
-    """Pad every micro-batch to micro_batch_tokens, so that pipeline stages need not tell each other its size."""
+    """Whether to pad every micro-batch to micro_batch_tokens, so that pipeline stages need not send each other its
+    size."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the model. Log-probs and losses are always fp32."""
+    """Number format in which the model computes. Log-probs and losses are always fp32."""
     fp8: Literal["hybrid", "e4m3"] | None = None
-    """FP8 format of the policy's linear layers, in training: `hybrid` (gradients in e5m2) or `e4m3` throughout. Frozen
-    models, attention, norms and the head stay in bf16 or fp32 (docs/fp8.md). Needs Transformer Engine."""
+    """FP8 format of the policy's linear layers in training: `hybrid` (e4m3, with gradients in e5m2) or `e4m3` for
+    everything. Frozen models, attention, norms and the head stay in bf16 or fp32 (docs/fp8.md). Needs Transformer
+    Engine."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] | None = None
-    """How FP8 numbers are scaled: by each tensor's own largest value, by the largest of earlier micro-batches, or
-    by blocks (with fp8=e4m3). Default: tensorwise where fp8 is set."""
+    """How FP8 numbers are scaled. `tensorwise`: by each tensor's own largest value. `delayed`: by the largest value of
+    earlier micro-batches. `blockwise`: block by block, with fp8=e4m3. Default: tensorwise where fp8 is set."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping: nothing, core attention, or whole layers."""
+    """What backward computes again instead of keeping it in memory. `none`: nothing. `selective`: core attention.
+    `full`: whole layers."""
     seed: int = 42
-    """Order of the pairs."""
+    """Seed of the order of the pairs."""
     log_interval: int = Field(1, ge=1)
-    """Iterations between metric lines."""
+    """Iterations between lines of metrics."""
     eval_interval: int = Field(0, ge=0)
-    """Iterations between evaluations on `data.validation`; 0 evaluates only at the end."""
+    """Iterations between evaluations on `data.validation`. 0 evaluates only at the end."""
     save_interval: int = Field(0, ge=0)
-    """Iterations between checkpoints; 0 saves only at the end."""
+    """Iterations between checkpoints. 0 saves only at the end."""
     resume: bool = False
-    """Continue the run in `output` from its newest checkpoint."""
+    """Whether to continue the run in `output` from its newest checkpoint."""
     distributed_timeout_minutes: int = Field(10, ge=1)
-    """A collective that takes longer ends the job."""
+    """Minutes after which a collective that has not finished ends the job."""
 
     @property
     def recipe_of_fp8(self) -> str | None:
-        """`fp8_recipe`, its default filled in; None without FP8."""
+        """`fp8_recipe` with its default filled in; None without FP8."""
         return (self.fp8_recipe or "tensorwise") if self.fp8 else None
 
 
@@ -304,12 +312,12 @@ class Config(_Group):
 
     @property
     def reference_checkpoint(self) -> Path | None:
-        """The frozen reference: `model.reference`, or the policy's own start."""
+        """The frozen reference: `model.reference`, or `model.checkpoint` where that is not set."""
         return self.model.reference or self.model.checkpoint
 
     @property
     def fp8_multiple(self) -> int:
-        """What FP8 wants the tokens on a rank, and the hidden channels, to be a multiple of; 1 without FP8."""
+        """FP8 needs the tokens on a rank and the hidden channels to be multiples of this number. 1 without FP8."""
         if self.train.fp8 is None:
             return 1
         in_blocks = self.train.fp8_recipe == "blockwise" and self.parallel.sequence_parallel
@@ -317,6 +325,6 @@ class Config(_Group):
 
     @property
     def token_multiple(self) -> int:
-        """Tokens of a micro-batch are padded to a multiple of this, so that ranks and FP8 can divide them."""
+        """Tokens of a micro-batch are padded to a multiple of this number, as sequence parallelism and FP8 need."""
         ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
         return ranks * self.fp8_multiple

@@ -1,1 +1,1 @@
-"""Preference pairs: read and checked, tokenised once, batched flat."""
+"""Preference pairs: they are read and checked, tokenised once, and put into flat batches."""

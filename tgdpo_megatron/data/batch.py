@@ -1,7 +1,7 @@
 """The flat batch: sequences one after another, with explicit boundaries and labelled tokens.
 
 Legend: T tokens of a micro-batch (with alignment padding), R labelled response tokens, P pairs,
-n segments. A segment is one sequence; attention never crosses its boundary and positions restart in it.
+n segments. A segment is one sequence. Attention never crosses the boundary of a segment, and positions restart in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 
 PADDING_SEGMENT = 256
-"""Padding is cut into segments this long: attention over one long one would cost its square."""
+"""Tokens of one segment of padding. Longer segments would make attention over the padding slower, with their square."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Batch:
     Attributes:
         tokens: Input ids. [T] int64.
         positions: Position of each token in its segment. [T] int64.
-        segment_lengths: Lengths of the n segments, summing to T. On the host: attention needs no sync.
+        segment_lengths: Lengths of the n segments, which sum to T. Kept on the host, so that attention never waits.
         cu_seqlens: Segment boundaries. [n+1] int32.
-        predictors: The token whose hidden state predicts each label. Labels are shifted here, once. [R] int64.
-        labels: The token predicted. [R] int64.
+        predictors: Index of the token whose hidden state predicts each label. Labels are shifted here and nowhere else.
+            [R] int64.
+        labels: Ids of the predicted tokens. [R] int64.
         pairs: Pair and side of each labelled token.
         scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
-        samples: Index of each pair in the data set, to name it in errors.
-        padding: How many of the T tokens, the last ones, only fill the batch.
+        samples: Index of each pair in the data set, to name the pair in errors.
+        padding: Number of tokens at the end of the T tokens that only fill the batch.
     """
 
     tokens: Tensor
@@ -58,7 +59,7 @@ class Batch:
         return max(self.segment_lengths)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device. The host does not wait for the copies: they leave from pinned memory."""
+        """The same batch on another device. The host does not wait, because the copies start from pinned memory."""
         if device.type == "cpu":
             return self
 
@@ -82,13 +83,14 @@ def rank_batches(
     device: torch.device,
     scores: TokenScores | None = None,
 ) -> list[Batch]:
-    """One data-parallel rank's micro-batches of some pairs. Every rank gets the same number.
+    """One data-parallel rank's micro-batches of some pairs. Every rank gets the same number of micro-batches.
 
     Args:
         picked: Indices of the pairs. [n] int64.
         sides: Which responses to include.
-        rank, ranks: Place in the data-parallel group, and its size.
-        scores: Cached token scores to join.
+        rank: Index of this rank in the data-parallel group.
+        ranks: Size of the data-parallel group.
+        scores: Cached token scores to put into the batches.
     """
     parallel, settings = config.parallel, config.train
     cut = micro_batches(
@@ -121,15 +123,15 @@ def make_batch(
 ) -> Batch:
     """Lay the sequences of some pairs one after another.
 
-    The last token of a sequence predicts nothing and is left out.
+    The last token of a sequence predicts nothing, so the batch leaves it out.
 
     Args:
         data: Tokenised pairs.
-        samples: Indices of the pairs. May be empty: the batch then holds padding alone.
+        samples: Indices of the pairs. Without any, the batch holds padding only.
         sides: Which responses to include; SFT needs only CHOSEN.
-        scores: Cached token scores to join, laid out as `data` is.
-        align: T is padded to a multiple of this, with segments of their own.
-        size: T, padded in the same way; `align` is then not read.
+        scores: Cached token scores of `data`, to put into the batch.
+        align: T is padded to a multiple of this number. Padding forms segments of its own.
+        size: The batch is padded to this T instead, and `align` is not read.
 
     Raises:
         ValueError: The sequences are longer than `size`.

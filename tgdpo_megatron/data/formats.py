@@ -1,8 +1,8 @@
-"""What rows mean: the formats preference data comes in, recognised by their columns, as prompts with two answers.
+"""The formats of preference data: how a row becomes a prompt with a chosen and a rejected answer.
 
-A format is the names of its columns and the kind of value in each (FORMATS). The first row decides which one a file
-has, every row is checked against it. A row of the wrong kind is refused by name; a row that is well formed but
-cannot be trained on (tool calls, images, a tie) is left out and counted.
+A format is a set of column names with the kind of value in each column (FORMATS). The first row decides which format a
+source has, and every row is checked against that format. A row with values of the wrong kind is an error that names the
+row. A row that is well formed but cannot be trained on (tool calls, images, a tie) is left out and counted.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class TextPair:
     """One conversation up to the user's last turn, with a chosen and a rejected answer.
 
     Attributes:
-        messages: The turns before the answers: a system turn at most first, the last from the user.
+        messages: The turns before the answers. Only the first may be a system turn, and the last is from the user.
         chosen, rejected: Text of the assistant's next turn.
-        row: Where it was read, 1-based: the line of a .jsonl file, else the number of the row.
+        row: Number of the pair's line in a .jsonl file, else of its row, from 1.
     """
 
     messages: tuple[Turn, ...]
@@ -40,7 +40,7 @@ class TextPair:
 
     @property
     def texts(self) -> list[str]:
-        """Everything that is written in it."""
+        """All texts of the pair: every turn and both answers."""
         return [*(turn["content"] for turn in self.messages), self.chosen, self.rejected]
 
 
@@ -49,9 +49,10 @@ class TextPairs:
     """All pairs of a source, and how they were read.
 
     Attributes:
-        format, columns: The format's name, and the columns that were read.
-        rows: Number of rows, left out ones included.
-        dropped: Reason -> numbers of the rows left out.
+        format: Name of the format.
+        columns: The columns that were read.
+        rows: Number of rows, those left out included.
+        dropped: Reason -> numbers of the rows left out for it.
     """
 
     format: FormatName
@@ -62,11 +63,11 @@ class TextPairs:
 
 
 class _Unusable(Exception):
-    """Well formed, but not a pair to train on: the row is left out, and the reason counted."""
+    """The row is well formed but cannot be trained on. It is left out, and the reason is counted."""
 
 
 class _Malformed(Exception):
-    """Not what the format says: refused, with the row's name before the message."""
+    """The row does not have the format. It is refused, with its name before the message."""
 
 
 def read_pairs(path: Path, format: FormatName | None = None) -> TextPairs:
@@ -76,7 +77,8 @@ def read_pairs(path: Path, format: FormatName | None = None) -> TextPairs:
         format: One of FORMATS; None to recognise it.
 
     Raises:
-        UserError: What read_rows refuses; columns of no known format, or not of the one given; a malformed row.
+        UserError: A source that read_rows refuses, columns that fit no known format or not the given one, or a row
+            that does not have the format.
     """
     rows = read_rows(path)
     name = recognise(path, rows, format)
@@ -95,10 +97,10 @@ def read_pairs(path: Path, format: FormatName | None = None) -> TextPairs:
 
 
 def recognise(path: Path, rows: NumberedRows, format: FormatName | None) -> FormatName:
-    """The format of the first row, or the one given if it fits.
+    """The format of the first row, or the given format if the first row has it.
 
     Raises:
-        UserError: It fits none; says which columns were seen and which formats exist.
+        UserError: The row does not fit. The sentence lists the columns seen and the formats that would do.
     """
     number, row = rows[0]
     if not isinstance(row, dict):
@@ -145,7 +147,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "ranked completions": lambda value: isinstance(value, list) and all(map(_is_completion, value)),
     "transcript": lambda value: isinstance(value, str) and value.startswith("\n\nHuman:"),
 }
-"""A turn is {role, content} or {from, value}; a ranked completion is {rank, completion}."""
+"""Kinds of values by name. A turn is {role, content} or {from, value}; a ranked completion is {rank, completion}."""
 
 
 def _kind_of(value: Any) -> str:
@@ -169,7 +171,7 @@ def _turn(column: str, value: Row) -> Turn:
     role_key, text_key = ("role", "content") if {"role", "content"} <= value.keys() else ("from", "value")
     role, content = value[role_key], value[text_key]
     if role in TOOL_ROLES or value.get("tool_calls"):
-        raise _Unusable("a turn calls a tool or answers for one")
+        raise _Unusable("a turn calls a tool or gives a tool's answer")
     if not isinstance(role, str) or role not in ROLES:
         raise _Malformed(f"'{column}' has a turn of {role_key} {role!r}; known are {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": _text(f"'{column}' has a turn whose {text_key}", content)}
@@ -205,7 +207,7 @@ def _only(turns: list[Turn]) -> str:
     return turns[0]["content"]
 
 
-# ---------------------------------------------------------------- one function per way to hold a pair
+# ---------------------------------------------------------------- one function for each way to write a pair
 
 
 Conversation = tuple[list[Turn], str, str]
@@ -213,7 +215,7 @@ Conversation = tuple[list[Turn], str, str]
 
 
 def _explicit(row: Row, *, prompt: str = "prompt") -> Conversation:
-    """The prompt in a column of its own."""
+    """The prompt has a column of its own."""
     turns = _prompt(prompt, row[prompt])
     return turns, _answer("chosen", row["chosen"], turns), _answer("rejected", row["rejected"], turns)
 
@@ -224,7 +226,7 @@ def _implicit_turns(row: Row) -> Conversation:
 
 
 def _implicit_string(row: Row) -> Conversation:
-    """The prompt is the characters with which both texts begin; a space before the answers goes to them. TRL's rule."""
+    """The prompt is what both texts begin with, but a space before the answers belongs to the answers: TRL's rule."""
     chosen, rejected = row["chosen"], row["rejected"]
     shared = _shared(chosen, rejected)
     if shared and chosen[shared] != rejected[shared] and chosen[shared - 1] == " ":
@@ -235,12 +237,12 @@ def _implicit_string(row: Row) -> Conversation:
 
 
 def _transcripts(row: Row) -> Conversation:
-    """Both conversations as one text each, as Anthropic's HH-RLHF has them."""
+    """Each conversation is one text, as in Anthropic's HH-RLHF."""
     return _shared_turns(_transcript(row["chosen"]), _transcript(row["rejected"]))
 
 
 def _ultrafeedback(row: Row) -> Conversation:
-    """Conversations that repeat the prompt; where they hold nothing but the answers, the prompt's own column counts."""
+    """The conversations repeat the prompt. Where they hold only the answers, the prompt's own column is read."""
     return _explicit(row) if len(row["chosen"]) == len(row["rejected"]) == 1 else _implicit_turns(row)
 
 
@@ -257,7 +259,7 @@ def _alpaca(row: Row) -> Conversation:
 
 
 def _ranked(row: Row) -> Conversation:
-    """The completion with the lowest rank, which is the best, against the one with the highest."""
+    """Chosen is the completion with the lowest rank, which is the best, and rejected the one with the highest."""
     prompt, completions = _prompt("context", row["context"]), row["completions"]
     if len(completions) < 2:
         raise _Unusable("fewer than two completions")
@@ -278,7 +280,7 @@ def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> Conversation:
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many elements both begin with; the last of the shorter is never among them."""
+    """Number of elements with which both begin. The last element of the shorter one never counts."""
     most = max(min(len(first), len(second)) - 1, 0)
     return next((index for index in range(most) if first[index] != second[index]), most)
 
@@ -308,8 +310,8 @@ class Format:
     Attributes:
         columns: Column -> kind of its values, one of KINDS.
         read: Makes a conversation of a row whose columns are of these kinds.
-        optional: Columns that are read where they are.
-        alone: Recognised only where no other column might be the prompt.
+        optional: Columns that are read if the row has them.
+        alone: Whether the format is recognised only where no other column might be the prompt.
     """
 
     columns: dict[str, str]
@@ -318,11 +320,11 @@ class Format:
     alone: bool = False
 
     def fits(self, row: Row) -> bool:
-        """Whether every column is there and of its kind."""
+        """Whether the row has every column, with a value of its kind."""
         return all(KINDS[kind](row.get(column)) for column, kind in self.columns.items())
 
     def has_others(self, row: Row) -> bool:
-        """Whether another column holds text, or nothing yet, and might be the prompt."""
+        """Whether the row has another column that holds text, turns or null and might be the prompt."""
         others = [value for column, value in row.items() if column not in (*self.columns, *self.optional)]
         return any(value is None or KINDS["string or turns"](value) for value in others)
 
@@ -351,7 +353,7 @@ FORMATS: dict[FormatName, Format] = {
     "trl_implicit_prompt": Format(_answers("string"), _implicit_string, alone=True),
     "trl_implicit_prompt_messages": Format(_answers("turns"), _implicit_turns),
 }
-"""In the order in which they are tried: those with a prompt of its own first."""
+"""Formats in the order in which they are tried: first those in which the prompt has a column of its own."""
 
 
 def _pair(format: Format, number: int, row: Any) -> TextPair:
@@ -373,7 +375,7 @@ def _pair(format: Format, number: int, row: Any) -> TextPair:
 
 
 def _system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The `system` column as a turn, unless the conversation brings one."""
+    """The `system` column as a turn, unless the conversation begins with a system turn."""
     text = _optional_text(row, "system")
     return [{"role": "system", "content": text}] if text and [turn["role"] for turn in turns[:1]] != ["system"] else []
 
@@ -386,6 +388,6 @@ def _checked(pair: TextPair) -> TextPair:
         raise _Unusable("a system turn is not the first")
     try:
         "".join(pair.texts).encode()
-    except UnicodeEncodeError:  # JSON's \ud83d without its other half
-        raise _Unusable("the text holds half a character") from None
+    except UnicodeEncodeError:  # such as JSON's \ud83d without its second half
+        raise _Unusable("the text holds an incomplete character") from None
     return pair

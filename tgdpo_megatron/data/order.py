@@ -1,4 +1,4 @@
-"""Which pairs go into which optimizer step, and which of them to which rank and micro-batch."""
+"""Which pairs go into which optimizer step, rank and micro-batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from tgdpo_megatron.config import TrainConfig
 
 
 def global_batch(iteration: int, *, num_pairs: int, global_batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
-    """Pairs of one optimizer step, a function of its number alone, so that resuming needs no state.
+    """Pairs of one optimizer step. They depend only on the arguments, so that resuming needs no state.
 
-    Epochs follow each other without a gap: a step may hold the end of one and the start of the next, so no
-    pair is skipped.
+    A step may hold the end of one epoch and the start of the next, so no pair is skipped.
 
     Args:
         iteration: 0-based optimizer step.
@@ -33,20 +32,21 @@ def global_batch(iteration: int, *, num_pairs: int, global_batch_size: int, seed
 def micro_batches(
     lengths: np.ndarray, settings: TrainConfig, *, ranks: int, multiple_of: int = 1
 ) -> list[list[np.ndarray]]:
-    """Cut some pairs into micro-batches for every data-parallel rank, so that none has much more to do.
+    """Distribute some pairs over the data-parallel ranks and their micro-batches, so that no rank has much more to do.
 
-    The loss is a sum over pairs, so where a pair goes changes nothing but the time. Longest first, to the rank
-    and then the micro-batch with the fewest tokens so far. Ties go by order: the same pairs give the same cut.
+    The loss is a sum over pairs, so the distribution changes nothing but the time. Pairs are taken longest first. Each
+    goes to the rank with the fewest tokens so far, and there to the micro-batch with the fewest. Ties are broken by
+    order, so the same pairs are always distributed in the same way.
 
     Args:
         lengths: Tokens of each pair. [n] int64.
         settings: `micro_batch_size` pairs to a micro-batch, or as many as fit `micro_batch_tokens`.
         ranks: Data-parallel size.
-        multiple_of: Every rank gets the same number of micro-batches, a multiple of this (what an interleaved
-            pipeline asks for); where pairs run out, some are short or empty.
+        multiple_of: Every rank gets the same number of micro-batches, a multiple of this number, as an interleaved
+            pipeline needs. Where pairs run out, some micro-batches are short or empty.
 
     Returns:
-        For each rank, for each micro-batch: places in `lengths`. int64.
+        For each rank and micro-batch, indices into `lengths`. int64.
     """
     if settings.micro_batch_tokens is None:
         return _of_pairs(lengths, settings.micro_batch_size, ranks, multiple_of)
@@ -54,19 +54,20 @@ def micro_batches(
 
 
 def _of_pairs(lengths: np.ndarray, size: int, ranks: int, multiple_of: int) -> list[list[np.ndarray]]:
-    """At most `size` pairs to a micro-batch, equally many micro-batches to a rank."""
+    """At most `size` pairs in a micro-batch, and the same number of micro-batches for every rank."""
     most = -(-len(lengths) // ranks)
     count = _round_up(-(-most // size), multiple_of)
     return [_spread_share(lengths, share, count, max_pairs=size) for share in _spread(lengths, ranks, max_pairs=most)]
 
 
 def _of_tokens(lengths: np.ndarray, budget: int, ranks: int, multiple_of: int) -> list[list[np.ndarray]]:
-    """As few micro-batches as fit the budget, equally many to a rank."""
+    """As few micro-batches as the budget allows, and the same number for every rank."""
     shares = _spread(lengths, ranks)
     full = [_first_fit(lengths, share, budget) for share in shares]
     count = _round_up(max(map(len, full)), multiple_of)
     even = [_spread_share(lengths, share, count) for share in shares]
-    # Even micro-batches keep a pipeline busier; where evening would break the budget, the first fit stays.
+    # Micro-batches of even size keep a pipeline busier. Where one of them would exceed the budget, the packs of the
+    # first fit are kept.
     return [
         spread if all(int(lengths[pack].sum()) <= budget for pack in spread) else _with_empty(packs, count)
         for spread, packs in zip(even, full, strict=True)
@@ -74,7 +75,7 @@ def _of_tokens(lengths: np.ndarray, budget: int, ranks: int, multiple_of: int) -
 
 
 def _spread(lengths: np.ndarray, bins: int, *, max_pairs: int | None = None) -> list[np.ndarray]:
-    """Longest first, each to the bin with the fewest tokens that holds fewer than `max_pairs` pairs."""
+    """Put each pair, longest first, into the bin with the fewest tokens that holds fewer than `max_pairs` pairs."""
     content: list[list[int]] = [[] for _ in range(bins)]
     tokens = np.zeros(bins)
     for place in _longest_first(lengths):
@@ -89,14 +90,14 @@ def _spread(lengths: np.ndarray, bins: int, *, max_pairs: int | None = None) -> 
 def _spread_share(
     lengths: np.ndarray, share: np.ndarray, bins: int, *, max_pairs: int | None = None
 ) -> list[np.ndarray]:
-    """A rank's share spread over its micro-batches."""
+    """Distribute a rank's share of the pairs over its micro-batches."""
     return [share[places] for places in _spread(lengths[share], bins, max_pairs=max_pairs)]
 
 
 def _first_fit(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.ndarray]:
-    """As few packs of at most `budget` tokens as first-fit, longest first, finds.
+    """Packs of at most `budget` tokens: each pair, longest first, goes into the first pack that has room.
 
-    A pair longer than the budget gets a pack of its own; load_data refuses such pairs.
+    A pair that is longer than the budget gets a pack of its own. load_data refuses such a pair.
     """
     content: list[list[int]] = []
     room: list[int] = []

@@ -1,7 +1,7 @@
-"""Turn text pairs into token ids once, and keep them on disk under a hash of all that shaped them.
+"""Turn text pairs into token ids once, and keep the ids on disk with the identity of everything that shaped them.
 
-A prepared folder holds `pairs.safetensors` and `summary.json`. Sequence 2i is pair i's chosen response,
-2i+1 its rejected one; both start with the same prompt ids.
+A prepared folder holds `pairs.safetensors` and `summary.json`. Sequence 2i is the prompt and chosen response of pair i.
+Sequence 2i+1 is the same prompt and the rejected response.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from tgdpo_megatron.data.tokenizer import (
 from tgdpo_megatron.errors import UserError, in_short
 
 VERSION = 3
-"""Of a folder of prepared pairs."""
+"""Version of a folder of prepared pairs."""
 LENGTH_BINS = tuple(2**power for power in range(4, 16))
-"""Largest length of each bin of the histograms, in tokens; one more bin holds what is longer."""
+"""Largest length of each bin of the histograms, in tokens. One more bin holds greater lengths."""
 
 
 @dataclass
 class Summary:
-    """What became of the rows of a file, and the identity of everything that shaped them."""
+    """How many rows of a source were kept and dropped, and the identity of everything that shaped the pairs."""
 
     source: str
     rows: int = 0
     pairs: int = 0
     format: str = ""
-    """How the rows were written down: a name in data/formats.py."""
+    """Format of the rows: a name in data/formats.py."""
     columns: list[str] = field(default_factory=list)
-    """Those that were read."""
+    """Columns that were read."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> row numbers."""
     prompts_cut: int = 0
@@ -63,11 +63,11 @@ class Summary:
     version: int = VERSION
 
     def read_as(self) -> str:
-        """How the rows were understood, in one line."""
+        """The format and columns of the rows, in one line."""
         return f"read as {self.format} (columns {', '.join(self.columns)})"
 
     def sentences(self) -> str:
-        """What became of the rows, in one line."""
+        """How many rows were kept, cut and dropped, in one line."""
         dropped = "; ".join(f"{len(rows)} dropped: {reason} (row {few(rows)})" for reason, rows in self.dropped.items())
         mean = self.response_tokens / max(1, 2 * self.pairs)
         text = f"{self.source}: {self.pairs} of {self.rows} pairs kept, {mean:.0f} tokens per response on average"
@@ -82,9 +82,9 @@ class PreparedPairs:
     Attributes:
         tokens: All sequences, one after another. int32.
         starts: Sequence s is tokens[starts[s]:starts[s+1]]. [2N+1] int64.
-        prompt_lengths: Prompt tokens at the head of both sequences of a pair. [N] int32.
+        prompt_lengths: Number of prompt tokens at the start of both sequences of a pair. [N] int32.
         hashes: SHA-256 of a pair's ids and prompt length. [N, 32] uint8.
-        rows: Row of the source file. [N] int64.
+        rows: Number of the pair's row or line in the source. [N] int64.
     """
 
     tokens: np.ndarray
@@ -103,26 +103,26 @@ class PreparedPairs:
         return self.tokens[self.starts[first] : self.starts[first + 1]]
 
     def lengths(self, sides: Sequence[int]) -> np.ndarray:
-        """Tokens that the model reads of each pair: all but the last of each sequence. [N] int64."""
+        """Number of tokens of each pair that the model reads: all but the last of each sequence. [N] int64."""
         both = np.diff(self.starts).reshape(-1, 2) - 1
         return both[:, list(sides)].sum(axis=1)
 
     def response_length(self, pair: int, side: int) -> int:
-        """Tokens of the response, the closing end-of-turn token included."""
+        """Number of tokens of a response, the closing end-of-turn token included."""
         first = 2 * pair + side
         return int(self.starts[first + 1] - self.starts[first] - self.prompt_lengths[pair])
 
     def name(self, pair: int) -> str:
-        """How an error message names a pair."""
+        """The name of a pair in error messages."""
         return f"row {self.rows[pair]} of {Path(self.summary.source).name}"
 
 
 def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
-    """Tokenise `source` into `folder`; or, where `source` is a folder tokenised before, check and read it.
+    """Tokenise `source` into `folder`. Where `source` is a folder of prepared pairs, check and read it instead.
 
     Raises:
-        UserError: What read_pairs refuses; no pair left; a prepared folder made by another tokenizer,
-            template, format or length limit.
+        UserError: A source that read_pairs refuses, no pair left, or a prepared folder that was made with another
+            tokenizer, template, format or length limit.
     """
     if is_prepared(source):
         prepared = load_prepared(source)
@@ -135,14 +135,14 @@ def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path
 
 
 def is_prepared(source: Path) -> bool:
-    """Whether this is a folder of prepared pairs, maybe a damaged one, and not a source of text."""
+    """Whether a source is a folder of prepared pairs, damaged or not, and not a source of text."""
     return any((source / name).is_file() for name in ("summary.json", "pairs.safetensors"))
 
 
 def source_hash(config: DataConfig, source: Path, tokenizer: Any) -> str:
     """SHA-256 of everything that shapes the tokenised pairs of a file or of a saved `datasets` folder.
 
-    The format is hashed as the configuration gives it. Where it is recognised, the content decides it.
+    The format is hashed as the configuration gives it. Where the configuration gives none, the content determines it.
 
     Raises:
         UserError: No such source.
@@ -164,7 +164,7 @@ def load_prepared(folder: Path) -> PreparedPairs:
     """Load a folder written by prepare_pairs.
 
     Raises:
-        UserError: Not such a folder, or an unreadable one.
+        UserError: It is not such a folder, or cannot be read.
     """
     try:
         content = json.loads((folder / "summary.json").read_text())
@@ -210,7 +210,7 @@ def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: Data
 
 
 def _check_hashes(prepared: PreparedPairs, source: Path) -> None:
-    """Scores are found by these hashes: ids that were changed must not be taken for what was scored."""
+    """Refuse token ids that were changed: scores are found by these hashes and belong to the unchanged ids."""
     for pair in range(len(prepared)):
         both = [prepared.sequence(pair, side) for side in (0, 1)]
         if pair_hash(int(prepared.prompt_lengths[pair]), both) != prepared.hashes[pair].tobytes():
@@ -265,7 +265,7 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, max_length: int) -
 def _encode(
     text: TextPair, tokenizer: Any, max_length: int, summary: Summary
 ) -> tuple[list[int], list[int], list[int]] | None:
-    """Prompt, chosen and rejected ids that fit, or None with the reason counted."""
+    """Ids of the prompt, cut to fit, and of both responses. None for a dropped pair, whose reason `summary` counts."""
     reason = None
     if not text.chosen.strip() or not text.rejected.strip():
         reason = f"the {'rejected' if text.chosen.strip() else 'chosen'} response is empty"
@@ -293,7 +293,7 @@ def _encode(
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, int]:
-    """Bin -> how many lengths are in it, empty bins included."""
+    """Bin -> number of lengths in it, empty bins included."""
     firsts = [1, *(last + 1 for last in LENGTH_BINS)]
     names = [f"{first}-{last}" for first, last in zip(firsts, LENGTH_BINS, strict=False)] + [f"over {LENGTH_BINS[-1]}"]
     counts = np.bincount(np.searchsorted(LENGTH_BINS, lengths), minlength=len(names))

@@ -12,14 +12,14 @@ from typing import Any
 from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
 
 NumberedRows = list[tuple[int, Any]]
-"""Rows and their 1-based numbers: the line of a .jsonl file, else the number of the row."""
+"""Rows, each with its number from 1: that of its line in a .jsonl file, else that of the row."""
 
 
 def read_rows(path: Path) -> NumberedRows:
     """Read all rows of a .json (a list), .jsonl or .parquet file, or of a saved `datasets` folder.
 
     Raises:
-        UserError: Missing, empty or unreadable source, or one without rows; says which line.
+        UserError: The source is missing, empty or unreadable, or has no rows. Where a line is at fault, it is named.
     """
     for file in source_files(path):
         if file.stat().st_size == 0:
@@ -33,7 +33,7 @@ def read_rows(path: Path) -> NumberedRows:
     else:
         raise UserError(
             f"{path}: pairs are read from .json, .jsonl or .parquet files or a saved datasets folder, "
-            f"not '{path.suffix}'."
+            f"not from '{path.suffix}'."
         )
     if not rows:
         raise UserError(f"{path}: the file holds no pairs.")
@@ -41,17 +41,17 @@ def read_rows(path: Path) -> NumberedRows:
 
 
 def place(path: Path, number: int) -> str:
-    """How an error message names a row."""
+    """The name of a row in error messages."""
     return f"{path} {'line' if path.suffix == '.jsonl' else 'row'} {number}"
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files that hold a source's rows: itself, or the Arrow files of a saved `datasets` folder, in order.
+    """The files that hold the rows of a source, in order: one file, or the Arrow files of a saved `datasets` folder.
 
-    Files that the library keeps beside them, such as its caches, are not among them.
+    Other files in the folder, such as the library's caches, are left out.
 
     Raises:
-        UserError: Nothing there, several splits, or another kind of folder.
+        UserError: There is no such source, the folder holds several splits, or it is another kind of folder.
     """
     if path.is_file():
         return [path]
@@ -74,7 +74,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def _description(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
-    """Names that a JSON file of a saved dataset lists, at least one."""
+    """The names that a JSON file of a saved dataset lists; there is at least one."""
     try:
         found = names(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,7 +85,7 @@ def _description(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
 
 
 def _through_datasets(path: Path, load: Callable[[Any, str], Any]) -> NumberedRows:
-    """Rows of what `load` returns when given the library and a folder for its cache."""
+    """Rows of the data set that `load` returns, called with the `datasets` library and a folder for its cache."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     import datasets
 
@@ -104,7 +104,7 @@ def _parquet(library: Any, path: Path, cache: str) -> Any:
 
 
 def _read_json(path: Path) -> NumberedRows:
-    """Not through `datasets`, which guesses column types: answers that are all dates would not stay strings."""
+    """Read JSON without `datasets`, which guesses column types: answers that are all dates would not stay strings."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,5 +123,5 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {first_line + error.lineno - 1}: not valid JSON ({error.msg}).") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
-        raise UserError(f"{path} line {first_line}: JSON that cannot be read ({error}).") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        raise UserError(f"{path} line {first_line}: the JSON cannot be read ({error}).") from None

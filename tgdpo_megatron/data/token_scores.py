@@ -12,12 +12,12 @@ from torch import Tensor
 from tgdpo_megatron.data.prepare import PreparedPairs
 
 FORMAT = 2
-"""Of the files in scores/store.py."""
+"""Version of the files that scores/store.py writes."""
 
 
 @dataclass(frozen=True)
 class ScoresManifest:
-    """What token scores depend on. None: of a score that is not there, or not asked for."""
+    """What token scores depend on. A field is None where its scores are absent or not needed."""
 
     tokenizer: str
     template: str
@@ -39,7 +39,7 @@ class TokenScores:
     Attributes:
         values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32.
         starts: Response 2 · pair + side has values[starts[r]:starts[r + 1]]. [2N+1] int64.
-        manifest: What made them, where they were read from a store.
+        manifest: How the scores were made; None for scores that were not read from a folder of scores.
     """
 
     values: Mapping[str, np.ndarray]
@@ -50,7 +50,7 @@ class TokenScores:
     def of(
         cls, data: PreparedPairs, values: Mapping[str, np.ndarray], manifest: ScoresManifest | None = None
     ) -> TokenScores:
-        """Scores laid out as `data` is."""
+        """Scores in the order of `data`."""
         return cls(values, response_starts(data), manifest)
 
     def join(self, samples: Sequence[int], sides: Sequence[int]) -> dict[str, Tensor]:
@@ -64,6 +64,6 @@ class TokenScores:
 
 
 def response_starts(data: PreparedPairs) -> np.ndarray:
-    """Where each response begins when all are laid one after another. [2N+1] int64."""
+    """Where each response begins when all responses are put one after another. [2N+1] int64."""
     lengths = np.diff(data.starts) - np.repeat(data.prompt_lengths, 2)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

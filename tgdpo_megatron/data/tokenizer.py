@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: loading it, its identity, and how a pair becomes token ids."""
+"""The tokenizer of a checkpoint: how it is loaded and identified, and how it turns a pair into token ids."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from tgdpo_megatron.errors import UserError, in_short
 
 DATE = "26 Jul 2024"
-"""For templates that write today's date (Llama-3.2): a fixed one, so that the same pairs give the same ids."""
+"""The date given to templates that write today's date, as Llama-3.2's does. It is fixed to keep token ids the same."""
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a fast tokenizer from a local folder; never from a hub, never with remote code.
+    """Load a fast tokenizer from a local folder, never from a hub and never with remote code.
 
     Raises:
-        UserError: No tokenizer there, or one without a chat template.
+        UserError: No tokenizer in the folder, one that cannot be loaded, or one without a chat template.
     """
     from transformers import AutoTokenizer
 
@@ -37,28 +37,28 @@ def load_tokenizer(folder: Path) -> Any:
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of the vocabulary, merges, normalisation and special tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None  # state of the last call, not identity
+    backend["truncation"] = backend["padding"] = None  # settings of the last call, not part of the identity
     identity = {"backend": backend, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def template_hash(tokenizer: Any) -> str:
-    """SHA-256 of the chat template and the date it is given."""
+    """SHA-256 of the chat template and of the date that the template is given."""
     return hashlib.sha256(json.dumps([tokenizer.chat_template, DATE], sort_keys=True).encode()).hexdigest()
 
 
 class TemplateRefusal(UserError):
-    """The chat template has no form for a conversation, such as one with a system turn."""
+    """The chat template does not accept a conversation, such as one with a system turn."""
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
-    """Render the turns before an answer, with the answer's header.
+    """Render and tokenise the turns before an answer, with the answer's header.
 
     Args:
-        messages: Turns of `role` and `content`, the last from the user.
+        messages: Turns of `role` and `content`. The last is from the user.
 
     Returns:
-        The text, and its ids with exactly one BOS if the tokenizer uses one.
+        The text, and its ids, with exactly one BOS if the template or the tokenizer adds one.
 
     Raises:
         TemplateRefusal: The template does not take these turns.
@@ -81,14 +81,15 @@ def encode_response(
 ) -> list[int]:
     """Ids of the assistant's turn, from its first token to the token that closes it.
 
-    Tokenised apart from the prompt, so that no token spans the boundary. What a template writes after the
-    end-of-turn token (often a newline) is left out: generation stops before it.
+    The turn is tokenised separately from the prompt, so that no token spans the boundary. What the template writes
+    after the end-of-turn token, often a newline, is left out, because generation stops before it.
 
     Args:
-        messages, prompt_text: The turns before, and what encode_prompt rendered of them.
+        messages: The turns before the answer.
+        prompt_text: The text that encode_prompt rendered from them.
 
     Raises:
-        UserError: The template renders the conversation's start differently once there is an answer.
+        UserError: The template renders the prompt differently once there is an answer, or nothing closes the turn.
         TemplateRefusal: The template does not take these turns.
     """
     text = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
@@ -103,7 +104,9 @@ def encode_response(
     if last_special >= 0 and not tokenizer.decode(ids[last_special + 1 :]).strip():
         return ids[: last_special + 1]
     if tokenizer.eos_token_id is None:
-        raise UserError("the chat template closes no turn and the tokenizer has no end-of-sequence token.")
+        raise UserError(
+            "the chat template closes no turn and the tokenizer has no end-of-sequence token; give it either one."
+        )
     return [*ids, tokenizer.eos_token_id]
 
 
@@ -111,14 +114,14 @@ def check_template(tokenizer: Any) -> None:
     """Check that a prompt ends with the answer's header.
 
     Raises:
-        UserError: The template leaves it out; it would be learned as the start of every answer.
+        UserError: The prompt lacks the header, which would then be learned as the start of every answer.
     """
     turn = {"role": "user", "content": "a"}
     prompt_text, _ = encode_prompt(tokenizer, [turn])
     if encode_response(tokenizer, [turn], prompt_text, "b")[0] in _special(tokenizer):
         raise UserError(
-            "the chat template ignores add_generation_prompt, so the answer's header would be learned as its start; "
-            "give the tokenizer a template that heeds it."
+            "the chat template ignores add_generation_prompt, so the header of an answer would be learned as its "
+            "start; give the tokenizer a template that uses add_generation_prompt."
         )
 
 

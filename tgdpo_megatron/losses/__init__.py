@@ -1,4 +1,4 @@
-"""The losses: pure functions of per-token log-probs, one file a loss or a family of losses. No Megatron, no ranks.
+"""The losses: pure functions of per-token log-probs, without Megatron or ranks. One file for each loss or family.
 
 In a notebook::
 
@@ -42,7 +42,7 @@ def check_declarations() -> None:
     """Check that every declaration agrees with its formula, and with the other declarations.
 
     Raises:
-        UserError: One does not; names the file.
+        UserError: A declaration does not agree; the sentence names its file.
     """
     for loss in LOSSES.values():
         loss.check()

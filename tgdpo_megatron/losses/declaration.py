@@ -1,8 +1,8 @@
 """How a loss is declared: its formula, its options, what it reads, what it reports and its paper, in one object.
 
-A file of this folder that holds a :class:`Loss` is all the rest of the program needs: the values of `loss.type`, the
-settings under `loss.`, the text of `--help`, the tables of docs/ and the metrics follow from it. See docs/extending.md.
-Nothing here imports torch, so that settings can be checked before torch is loaded.
+To add a loss, add a file with a :class:`Loss` to this folder. The values of `loss.type`, the settings under `loss.`,
+the text of `--help`, the tables of docs/ and the metrics are derived from the declarations. See docs/extending.md.
+Nothing here imports torch when it is loaded, so that settings can be checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Formula = Callable[..., "tuple[Tensor, Tensor]"]
-"""(policy, pairs, *, what it reads, its options) -> loss and margin of each pair. Both [P], unreduced."""
+"""(policy, pairs, *, what the formula reads, its options) -> loss and margin of each pair. Both [P], unreduced."""
 
 READABLE = ("reference", "rewards", "divergence")
 """What a formula can read beside the policy's token log-probs: the reference's token log-probs, token rewards r̂, and
@@ -34,10 +34,10 @@ class Option:
     """A setting of a loss.
 
     Attributes:
-        default: Its value where the user gives none.
-        meaning: One sentence, with the unit.
-        above, at_least, below, at_most: Its range. Ignored where there are choices.
-        choices: The words it can be, for an option that is a word.
+        default: The value where the user gives none.
+        meaning: What the option means, in one sentence, with the unit.
+        above, at_least, below, at_most: Limits of a number. Ignored where there are choices.
+        choices: The possible words, for an option that is a word.
     """
 
     default: Any
@@ -50,19 +50,19 @@ class Option:
 
     @property
     def range(self) -> tuple[Any, ...]:
-        """What must be the same wherever two losses share the name of an option."""
+        """The limits and choices. They must be the same in all losses that share the name of an option."""
         return self.above, self.at_least, self.below, self.at_most, self.choices
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a loss reports beside those that every loss has.
+    """A number that a loss reports beside the numbers that every loss reports.
 
     Attributes:
-        meaning: What it says, for docs/metrics.md.
-        per_token: Whether its sum is divided by the number of response tokens; otherwise by the number of pairs.
-        warn_above: Where it is larger than this, the user is warned once.
-        warning: With these words, after the number as a percentage.
+        meaning: What the number means, for docs/metrics.md.
+        per_token: Whether the sum is divided by the number of response tokens. Otherwise by the number of pairs.
+        warn_above: The user is warned once when the number is larger than this.
+        warning: The words of the warning, which follow the number as a percentage.
     """
 
     meaning: str
@@ -73,22 +73,22 @@ class Metric:
 
 @dataclass(frozen=True)
 class Loss:
-    """One value of `loss.type`.
+    """The declaration of one loss.
 
     Attributes:
-        name: That value.
-        formula: Its formula. Every keyword-only argument is either one of READABLE or one of `options`.
-        meaning: What it is, in one line.
-        equation: The loss of a pair as it stands in the tables of docs/methods.md, which explain the symbols.
-        paper: Where it is from.
-        options: Its settings. A setting that a loss does not declare is refused.
-        rewards: Where its token rewards come from unless `loss.token_rewards` says otherwise.
-        order_alone: Whether only the order of the token rewards matters: scaling them would change nothing.
-        sides: The responses it reads.
-        metrics: What it reports beyond what every loss reports.
-        report: The sums of these over a micro-batch, by name; called as
-            `report(policy, pairs, margins, **what it reads, **its options)`. A sum whose name ends in `square` beside
-            one that ends in `mean` is reported as `std`.
+        name: The value of `loss.type` that selects the loss.
+        formula: The function that computes it. Every keyword-only argument is one of READABLE or one of `options`.
+        meaning: What the loss is, in one line.
+        equation: The loss of a pair, for the tables of docs/methods.md, where the symbols are explained.
+        paper: Where the loss was published.
+        options: The settings of the loss by name. A setting that a loss does not declare is refused.
+        rewards: Default of `loss.token_rewards`; None for a loss without token rewards.
+        order_alone: Whether the loss reads only the order of the token rewards, so that scaling them changes nothing.
+        sides: The responses that the loss reads.
+        metrics: What the loss reports beyond what every loss reports, by name.
+        report: The function that sums these metrics over a micro-batch. It is called as
+            `report(policy, pairs, margins, **what the formula reads, **options)` and returns name -> sum. Where the
+            names of two sums differ in ending with `mean` and `square`, the latter is reported as `std`.
     """
 
     name: str
@@ -115,20 +115,20 @@ class Loss:
 
     @property
     def compares(self) -> bool:
-        """Whether it compares two responses, or learns from the chosen one alone."""
+        """Whether the loss compares two responses. Otherwise it learns from the chosen response alone."""
         return REJECTED in self.sides
 
     @property
     def file(self) -> str:
-        """The file it is declared in, as a path from the repository's root."""
+        """The file that declares the loss, as a path from the repository's root."""
         return self.formula.__module__.replace(".", "/") + ".py"
 
     def check(self) -> None:
         """Check that the declaration and the formula agree.
 
         Raises:
-            UserError: An option that the formula does not take, an argument that nothing gives it, or token rewards
-                without a source.
+            UserError: An option that the formula does not read, an argument that is neither an option nor READABLE, or
+                token rewards without a source.
         """
         assert isinstance(self.formula, FunctionType), f"{self.name}: a formula is a plain function"
         code = self.formula.__code__
@@ -136,7 +136,7 @@ class Loss:
             if name not in self._arguments or not _uses(code, name):
                 raise UserError(
                     f"{self.file}: the loss {self.name} declares the option {name}, which its formula does not read; "
-                    "take it as a keyword argument, or leave it out."
+                    "read it there as a keyword argument, or leave the option out."
                 )
         for name in self._arguments:
             if name not in self.options and name not in READABLE:
@@ -157,7 +157,7 @@ class Loss:
 
 
 def _uses(code: CodeType, argument: str) -> bool:
-    """Whether a function ever looks at one of its arguments, itself or in a function inside it."""
+    """Whether a function reads one of its arguments, itself or in a function defined inside it."""
     return argument in code.co_cellvars or any(
         step.argval == argument and step.opname.startswith("LOAD_FAST") for step in dis.get_instructions(code)
     )
@@ -167,7 +167,7 @@ def check_together(losses: Mapping[str, Loss]) -> None:
     """Check that losses which share the name of an option give it the same range.
 
     Raises:
-        UserError: Two do not.
+        UserError: Two losses give an option different ranges.
     """
     first: dict[str, Loss] = {}
     for loss in losses.values():
@@ -176,5 +176,5 @@ def check_together(losses: Mapping[str, Loss]) -> None:
             if other.options[name].range != option.range:
                 raise UserError(
                     f"{loss.file}: the loss {loss.name} gives the option {name} another range than the loss "
-                    f"{other.name} of {other.file} does; give it the same, or another name."
+                    f"{other.name} of {other.file} does; give it the same range, or another name."
                 )

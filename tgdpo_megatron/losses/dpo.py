@@ -1,8 +1,9 @@
 """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) and other losses on its margin.
 
 The margin z is the difference of two responses' summed log-ratios to the reference, times β. The losses differ in what
-they make of the margin. Everywhere: `policy` [R] token log-probs, nats, carries gradient; `reference` [R] the same
-tokens under the frozen reference, constant; results are loss and margin of each pair, both [P], unreduced.
+they make of the margin. In all of them `policy` is the policy's token log-probs, nats, [R], and carries gradient.
+`reference` is the log-probs of the same tokens under the frozen reference, [R], constant. The results are the loss and
+the margin of each pair, both [P], unreduced.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def dpo_loss(
     Sums over tokens, not means: a longer response can move z further. With ε > 0 this is cDPO (Mitchell, 2023).
 
     Args:
-        policy, pairs, reference: See the module.
+        policy, pairs, reference: As described at the top of this file.
         beta: Inverse temperature, > 0, unitless.
         label_smoothing: ε, the probability that a label is wrong, in [0, 0.5).
     """
@@ -53,7 +54,7 @@ def dpo_norm_loss(
 def robust_loss(
     policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """L = [−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε): unbiased where labels flip with that ε (arXiv 2403.00409)."""
+    """L = [−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε): unbiased if a share ε of labels is wrong, arXiv 2403.00409."""
     margin = pairs.difference(beta * (policy - reference))
     flipped = -(1 - label_smoothing) * log_sigmoid(margin) + label_smoothing * log_sigmoid(-margin)
     return flipped / (1 - 2 * label_smoothing), margin
@@ -66,13 +67,13 @@ def hinge_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) 
 
 
 def ipo_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """L = (z − 1/(2β))²,  z the difference of *mean* log-ratios, without β: IPO (arXiv 2310.12036) as TRL has it."""
+    """L = (z − 1/(2β))²,  z the difference of *mean* log-ratios, without β: IPO (arXiv 2310.12036) as in TRL."""
     margin = pairs.difference(pairs.per_length(policy - reference))
     return (margin - 1 / (2 * beta)).square(), margin
 
 
 def ipo_sum_loss(policy: Tensor, pairs: Pairs, *, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """IPO with *summed* log-ratios, as DPO's first repository has it."""
+    """IPO with *summed* log-ratios, as in the code of DPO's authors."""
     margin = pairs.difference(policy - reference)
     return (margin - 1 / (2 * beta)).square(), margin
 
@@ -119,7 +120,7 @@ HINGE = Loss(
 IPO = Loss(
     "ipo",
     ipo_loss,
-    meaning="Identity preference optimisation on mean log-ratios, as TRL has it.",
+    meaning="Identity preference optimisation on mean log-ratios, as in TRL.",
     equation="(z − 1/(2β))², z = mean_w d − mean_l d",
     paper="arXiv 2310.12036",
     options={"beta": beta(0.1)},
@@ -127,7 +128,7 @@ IPO = Loss(
 IPO_SUM = Loss(
     "ipo_sum",
     ipo_sum_loss,
-    meaning="IPO on summed log-ratios, as the authors of DPO have it.",
+    meaning="IPO on summed log-ratios, as in the code of DPO's authors.",
     equation="(z − 1/(2β))², z = Σ_w d − Σ_l d",
     paper="arXiv 2310.12036",
     options={"beta": beta(0.1)},

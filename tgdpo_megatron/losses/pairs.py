@@ -1,9 +1,9 @@
-"""Which token belongs to which response of which pair, and the two sums every loss is made of.
+"""Which token belongs to which response of which pair, and the sums that losses are made of.
 
 Legend: R labelled response tokens of a micro-batch, P pairs.
 
-This file and the losses use methods of tensors and do not import torch: settings are checked against the losses'
-declarations before torch, which takes seconds, is loaded.
+This file and the losses call methods of tensors and do not import torch at the top. Loading torch takes seconds, and
+settings are checked against the losses' declarations before that.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Pairs:
     def per_length(self, per_token: Tensor) -> Tensor:
         """Divide a per-token number by its response's length, so that sums become means. [R] -> [R].
 
-        A response without tokens has none to divide.
+        A response without tokens has no number to divide.
         """
         return per_token / self.lengths().flatten()[self.response]
 
     def last(self) -> Tensor:
-        """Whether a token is the last of its response. [R] bool. A response's tokens must stand together, in order."""
+        """Whether each token is the last of its response. [R] bool. A response's tokens must be adjacent, in order."""
         following = self.response.roll(-1)
         last = following != self.response
         if len(last):
@@ -68,7 +68,7 @@ class Pairs:
         return last
 
     def spread(self, per_token: Tensor) -> Tensor:
-        """Largest minus smallest of each response's numbers, 0 for one without tokens. [R] -> [2 P]."""
+        """Largest minus smallest number of each response, 0 for a response without tokens. [R] -> [2 P]."""
         ends = [
             per_token.new_zeros(2 * self.num_pairs).scatter_reduce(0, self.response, per_token, how, include_self=False)
             for how in ("amax", "amin")
@@ -76,12 +76,12 @@ class Pairs:
         return ends[0] - ends[1]
 
     def rank(self, per_token: Tensor) -> Tensor:
-        """Place of each token in its response when ordered by a number, largest first: 0, 1, … [R] -> [R] int64.
+        """Rank of each token in its response by a number: 0 for the largest, then 1, … [R] -> [R] int64.
 
-        Equal numbers keep their order.
+        Tokens with equal numbers keep their order.
         """
         by_number = per_token.argsort(descending=True, stable=True)
-        order = by_number[self.response[by_number].argsort(stable=True)]  # response after response, largest first
+        order = by_number[self.response[by_number].argsort(stable=True)]  # response by response, largest first
         lengths = self.lengths().flatten()
         starts = lengths.cumsum(0) - lengths
         ranks = order.new_empty(order.shape)

@@ -1,11 +1,12 @@
-"""Token rewards r̂: one number per response token, constant, and where they can come from.
+"""Token rewards r̂: one constant number per response token, and the sources they can come from.
 
-    guidance:     β_r (ℓ_guidance − ℓ_ref)                  TGDPO's; SePO's oracle
-    contrastive:  σ(β_r (ℓ_better − ℓ_worse)) − ½           T-REG's; the reference under two prompts
-    file:         β_r · a number from elsewhere
+    guidance:     β_r (ℓ_guidance − ℓ_ref)                  TGDPO's rewards, and SePO's oracle
+    contrastive:  σ(β_r (ℓ_better − ℓ_worse)) − ½           T-REG's rewards: the reference under two prompts
+    file:         β_r · a number from a file
     chosen:       1 on the chosen response, 0 on the rejected one
 
-Each can be squashed to (−½, ½) and clipped; both are off for guidance, as in TGDPO's code.
+All but `chosen` can be squashed to (−½, ½) and clipped. By default only `contrastive` is squashed, and nothing is
+clipped. This is TGDPO's code for `guidance`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORE_NAMES = ("reference", "guidance", "better", "worse", "reward")
-"""Per-token numbers that do not change in training: log-probs of frozen models, and rewards from elsewhere.
+"""Per-token numbers that do not change in training: log-probs of frozen models, and rewards from a file.
 
-Only ever added to at the end: the store of scores keeps a name as its position here."""
+New names may only be added at the end, because a folder of scores stores a name as its index in this list."""
 
 GIVEN_BY = {"reference": ("reference", "better", "worse"), "guidance": ("guidance",)}
 """Frozen model -> the scores that are its log-probs."""
@@ -31,13 +32,13 @@ GIVEN_BY = {"reference": ("reference", "better", "worse"), "guidance": ("guidanc
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One value of `loss.token_rewards`: where r̂ comes from.
+    """One value of `loss.token_rewards`: a source of r̂.
 
     Attributes:
         meaning: r̂ of a token, for the tables of docs/.
-        given_by: The settings that give it.
-        scores: The per-token numbers it is made of.
-        options: The settings that shape it, with their defaults; a `beta_r` of None is the `beta` of the loss.
+        given_by: The setting that names the model or file behind r̂, for the same tables.
+        scores: The per-token scores that r̂ is made of.
+        options: The settings that shape r̂, with their defaults. A `beta_r` of None is the `beta` of the loss.
     """
 
     meaning: str
@@ -56,13 +57,13 @@ REWARD_SOURCES: dict[str, RewardSource] = {
         {"beta_r": None, **_SHAPE},
     ),
     "contrastive": RewardSource(
-        "σ(β_r (log-prob under a prompt that wants a better response − under one that wants a worse one)) − ½",
+        "σ(β_r (log-prob under a prompt for a better response − log-prob under a prompt for a worse one)) − ½",
         "`scores.contrastive_prompts`",
         ("better", "worse"),
         {"beta_r": 1.0, **_SHAPE, "reward_squash": True},
     ),
     "file": RewardSource(
-        "β_r · a number of yours",
+        "β_r · the number in your file",
         "`scores.reward_file`",
         ("reward",),
         {"beta_r": 1.0, **_SHAPE},
@@ -91,17 +92,17 @@ def token_rewards(
     reward_clip: float | None = None,
     reward_end_of_turn: bool = True,
 ) -> Tensor:
-    """r̂ of each token. [R], in the dtype of what it is made of; detached.
+    """r̂ of each token. [R], detached, in the dtype of the scores, fp32 for `chosen`.
 
     Args:
         source: `guidance`, `contrastive`, `file` or `chosen`.
         pairs: Pair and side of each token.
-        scores: What the source is made of: `reference` and `guidance`, or `better` and `worse` log-probs, nats; or
+        scores: The scores of the source: log-probs `reference` and `guidance`, or `better` and `worse`, nats; or
             `reward`. Each [R].
         beta_r: Scale, > 0.
-        reward_squash: σ(r̂) − ½ instead of r̂.
-        reward_clip: Largest |r̂|.
-        reward_end_of_turn: Whether the last token of a response has a reward, or 0.
+        reward_squash: Whether to take σ(r̂) − ½ instead of r̂.
+        reward_clip: Largest |r̂|; None for no limit.
+        reward_end_of_turn: Whether the last token of a response keeps its reward. False gives it 0.
     """
     rewards = beta_r * _raw(source, pairs, scores).detach()
     if reward_squash:

@@ -1,4 +1,4 @@
-"""Selective preference optimisation (SePO, arXiv 2408.13518): only the tokens that an oracle finds telling."""
+"""Selective preference optimisation (SePO, arXiv 2408.13518): only the tokens that token rewards select count."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def sepo_loss(
         policy: Token log-probs, nats. [R]; carries gradient.
         pairs: Pair and side of each token.
         rewards: r̂; in the paper the log-ratio of an oracle to its own start. [R]; constant.
-        gamma: Scale, > 0. The authors' code has none (1); reviews of the paper name 2.1 to 2.5.
-        selected_share: Share k of a response's T tokens that is selected, ⌊k T⌋ and at least 1: those of highest r̂
-            in the chosen response, of lowest r̂ in the rejected one. Ties go to the earlier token; where all r̂ of a
-            response are equal, nothing can be told apart and all are selected. ⌊k T⌋ in floating point, as the
-            authors' int().
+        gamma: Scale, > 0. The authors' code has no scale, which is 1; reviews of the paper name 2.1 to 2.5.
+        selected_share: Share k of a response's T tokens that is selected: ⌊k T⌋ tokens, at least 1. In the chosen
+            response these are the tokens of highest r̂, in the rejected response those of lowest r̂. Ties go to the
+            earlier token. Where all r̂ of a response are equal, all its tokens are selected. ⌊k T⌋ is computed in
+            floating point, as by the authors' int().
 
     Returns:
         Loss and margin of each pair. Both [P], unreduced.

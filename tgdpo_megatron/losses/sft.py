@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the chosen responses of preference pairs.
 
-What differs from TRL's SFT: the mean is taken over each response's tokens and then over pairs, not
-over all tokens of the batch, so that the unit of every loss here is the pair.
+This differs from TRL's SFT: the mean is taken over each response's tokens and then over pairs, not over all tokens of
+the batch, so that the unit of every loss here is the pair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sft_loss(policy: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         pairs: Pair and side of each token. Rejected tokens are ignored and may be absent.
 
     Returns:
-        Loss per pair, nats per token, and margin per pair (0: SFT compares nothing). Both [P].
+        Loss of each pair, nats per token, and margin of each pair, which is 0 since SFT compares nothing. Both [P].
     """
     chosen_logps, chosen_tokens = pairs.sums(policy)[:, 0], pairs.lengths()[:, 0]
     losses = -chosen_logps / chosen_tokens.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Simple preference optimisation (SimPO, arXiv 2405.14734): mean log-probs, no reference, a target margin."""
+"""Simple preference optimisation (SimPO, arXiv 2405.14734): mean log-probs with a target margin, and no reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def simpo_loss(
         label_smoothing: Probability that a label is wrong, as in cDPO.
 
     Returns:
-        Loss and margin z, γ taken off, of each pair. Both [P], unreduced.
+        Loss and margin z of each pair, with γ subtracted. Both [P], unreduced.
     """
     margin = pairs.difference(beta * pairs.per_length(policy)) - beta * gamma_beta_ratio
     return smoothed(margin, label_smoothing), margin

@@ -1,6 +1,6 @@
 """Token-level DPO (TDPO, arXiv 2404.11999): DPO with the policy's divergence from the reference on both responses.
 
-The divergence K_t = KL(π_ref ‖ π) at a token's place is a sum over the whole vocabulary; it carries gradient.
+The divergence K_t = KL(π_ref ‖ π) at the position of a token is a sum over the whole vocabulary and carries gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def tdpo1_loss(
         policy: Token log-probs, nats. [R]; carries gradient.
         pairs: Pair and side of each token.
         reference: The same tokens under the frozen reference, nats. [R]; constant.
-        divergence: K of each token's place, nats. [R]; carries gradient.
+        divergence: K at each token's position, nats. [R]; carries gradient.
         beta: Inverse temperature, > 0.
 
     Returns:
@@ -39,7 +39,8 @@ def tdpo2_loss(
 ) -> tuple[Tensor, Tensor]:
     """L = −log σ(z),  z = β [Σ_chosen d − Σ_rejected d − α (Σ_rejected K − sg Σ_chosen K)].
 
-    The chosen response's divergence is held constant: only the rejected one's is moved. `alpha` ≥ 0.
+    The divergence of the chosen response is held constant (sg), so only that of the rejected response is trained.
+    `alpha` ≥ 0.
     """
     chosen, rejected = pairs.sums(divergence).unbind(dim=1)
     margin = beta * (pairs.difference(policy - reference) - alpha * (rejected - chosen.detach()))

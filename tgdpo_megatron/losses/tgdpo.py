@@ -1,14 +1,14 @@
 """Token-level guided DPO (TGDPO, ICML 2025, arXiv 2506.14574).
 
-DPO whose every response token is weighted by a token-level reward r̂: in the paper the scaled log-ratio of an
-already aligned guidance model to the reference, here from any source (rewards.py). What to know beside the paper:
+DPO in which every response token is weighted by a token-level reward r̂. In the paper r̂ is the scaled log-ratio of an
+already aligned guidance model to the reference. Here r̂ can come from any source in rewards.py. Beside the paper:
 
-- r̂ is a constant; no gradient flows through the guidance.
-- The rejected side has the opposite sign: a token the guidance dislikes (r̂ < 0) weighs *more* there.
-- Sums over tokens, no length normalisation; weights are not clamped, so |r̂| > 1/α makes one negative
+- r̂ is a constant: no gradient flows through the guidance.
+- In the rejected response r̂ has the opposite sign: a token that the guidance dislikes (r̂ < 0) weighs *more* there.
+- Tokens are summed, without normalising by length. Weights are not clamped, so |r̂| > 1/α can make a weight negative
   (reported as `tgdpo/weight_neg_frac`).
-- The authors' code scales r̂ by the training β; that is the default here (`beta_r` unset).
-- α = 0, or guidance = reference, is DPO exactly.
+- The authors' code scales r̂ by the β of training. This is the default here (`beta_r` unset).
+- With α = 0, or with the reference as guidance, the loss is exactly DPO's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WEIGHT_BORDERS = (0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
-"""Between neighbours, shares of the token weights."""
+"""Borders of the intervals for which the share of the token weights is reported."""
 
 
 def tgdpo_loss(
@@ -55,7 +55,7 @@ def token_weights(rewards: Tensor, pairs: Pairs, *, alpha: float) -> Tensor:
 def _report(
     policy: Tensor, pairs: Pairs, margins: Tensor, *, reference: Tensor, rewards: Tensor, beta: float, alpha: float
 ) -> dict[str, Tensor]:
-    """The margin and its guided part, and how the token weights are distributed."""
+    """The margin, what guidance adds to it, and how the token weights are distributed."""
     weights = token_weights(rewards, pairs, alpha=alpha)
     unguided = pairs.difference(beta * (policy - reference))
     sums = {
@@ -73,7 +73,7 @@ def _report(
 TGDPO = Loss(
     "tgdpo",
     tgdpo_loss,
-    meaning="DPO whose every response token is weighted by its token reward; α = 0 is DPO bit for bit.",
+    meaning="DPO in which every response token is weighted by its token reward; α = 0 is DPO bit for bit.",
     equation="−log σ(z), z = β (Σ_w (1 + α r̂) d − Σ_l (1 − α r̂) d)",
     paper="arXiv 2506.14574",
     options={"beta": beta(0.1), "alpha": Option(0.5, "Strength of r̂ in a token's weight, unitless.", at_least=0)},

@@ -2,11 +2,13 @@
 
 L = −log σ(z) + α W Σ_responses (−Σ_t v r̂_t ℓ_t),  v = β for DPO, β/|y| for SimPO.
 
-A token with r̂ > 0 becomes more likely, in the rejected response too. r̂ comes from contrastive prompts unless
-configured otherwise, and is constant. W = σ(−z) is the weight that −log σ(z) itself gives a pair; whether the
-authors let gradient through it is not known, and the reasons they give for it (the same balance of both terms at any
-margin) ask for `detached`. Their ablations: `static` weight; r̂ = 1 on the chosen response and 0 on the rejected one
-(`loss.token_rewards=chosen`); r̂ from DPO's reward (`loss.token_rewards=guidance`).
+A token with r̂ > 0 becomes more likely, in the rejected response too. r̂ is constant, and comes from contrastive
+prompts unless configured otherwise.
+
+W = σ(−z) is the weight that −log σ(z) itself gives a pair. It is not known whether the authors let gradient flow
+through W. Their reason for W is that it keeps both terms in the same balance at any margin, which speaks for
+`detached`, the default. The settings for their ablations are `loss.sequence_weight=static`, `loss.token_rewards=chosen`
+(r̂ = 1 on the chosen response and 0 on the rejected one) and `loss.token_rewards=guidance` (r̂ from DPO's reward).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ OPTIONS = {
         "Weight W of a pair's regulariser: σ(−z), detached from the gradient or attached to it, or a static number.",
         choices=("detached", "attached", "static"),
     ),
-    "static_weight": Option(None, "That number, where sequence_weight=static; 1 unless given.", above=0),
+    "static_weight": Option(None, "The static number, where sequence_weight=static; 1 unless given.", above=0),
 }
 METRICS = {"treg/regulariser": Metric("What the regulariser adds to the loss.")}
 
@@ -75,7 +77,7 @@ def simpo_reg_loss(
     sequence_weight: str = "detached",
     static_weight: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """SimPO with the regulariser, arguments as above. SimPO's margin, γ included, is inside W."""
+    """SimPO with the regulariser. Arguments as in dpo_reg_loss; W is a function of SimPO's margin, γ included."""
     losses, margin = simpo_loss(policy, pairs, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
     token_loss = pairs.sums(-beta * rewards * pairs.per_length(policy)).sum(dim=1)
     return losses + alpha * _weight(margin, sequence_weight, static_weight) * token_loss, margin
@@ -90,7 +92,7 @@ def _weight(margin: Tensor, how: str, static: float | None) -> Tensor:
 
 
 def _reported(formula: Formula) -> Callable[..., dict[str, Tensor]]:
-    """The report of either loss: what is in the loss beside −log σ(z)."""
+    """The report of a loss with the regulariser: what the loss holds beside −log σ(z)."""
 
     def report(policy: Tensor, pairs: Pairs, margins: Tensor, **inputs: Any) -> dict[str, Tensor]:
         losses, _ = formula(policy, pairs, **inputs)

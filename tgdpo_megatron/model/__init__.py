@@ -1,1 +1,1 @@
-"""Megatron's GPT from a model description, the carry of frozen models, the distributed head."""
+"""The models: Megatron's GPT built from a model's shape, frozen models beside the policy, the distributed head."""

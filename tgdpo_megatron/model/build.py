@@ -1,4 +1,4 @@
-"""Build this rank's part of a model from its description."""
+"""Build this rank's part of a model from the model's description."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.local_layers import local_block_spec
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
 
-# Its layers compute on GPUs alone.
+# Transformer Engine's layers run on GPUs only.
 HAVE_TRANSFORMER_ENGINE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def transformer_config(description: ModelDescription, settings: Config, *, trained: bool = True) -> TransformerConfig:
-    """Megatron's configuration of this model at this layout.
+    """Megatron's configuration of a model under the settings of a run.
 
     Args:
-        trained: Whether it is the policy's. Only the policy computes in FP8.
+        trained: Whether the model is the policy. Only the policy computes in FP8.
 
     Raises:
-        UserError: A setting known to give wrong numbers without an error, no kernel for packed sequences, or FP8
-            where it cannot be had.
+        UserError: A setting that is known to give wrong numbers without an error, an attention that has no kernel
+            for packed sequences, or FP8 on a machine that cannot compute it.
     """
     check_attention(settings.train.precision, transformer_engine=HAVE_TRANSFORMER_ENGINE)
     parallel = settings.parallel
@@ -42,7 +42,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         fp8 = {
             "fp8": settings.train.fp8,
             "fp8_recipe": settings.train.recipe_of_fp8,
-            # Read by the delayed recipe alone: the largest value of the last 1024 micro-batches.
+            # Only the delayed recipe reads these two: it scales by the largest value of the last 1024 micro-batches.
             "fp8_amax_history_len": 1024,
             "fp8_amax_compute_algo": "max",
         }
@@ -71,18 +71,19 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not cuda,
         perform_initialization=True,
-        # Where micro-batches differ in length, stages tell each other how much is coming. Megatron accepts that
-        # only with this dispatcher, even for a dense model.
+        # Where micro-batches differ in length, a stage sends the shape of its output before the output itself.
+        # Megatron accepts this only with the dispatcher `alltoall`, even for a model without experts.
         variable_seq_lengths=not settings.train.fixed_micro_batches,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=cuda,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # We return the sum over pairs and their number; Megatron divides once, by the number over all ranks.
+        # The loss function returns the sum over pairs and the number of pairs. Megatron divides once, by the number
+        # of pairs of all ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU; the local spec brings its own
-        # Despite its name: build the activation from the layer spec, where local_layers puts SwiGlu.
+        bias_activation_fusion=HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU; the local layers use SwiGlu
+        # Despite its name, this setting makes Megatron build the activation that the layer spec names, SwiGlu.
         use_te_activation_func=not HAVE_TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -97,7 +98,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
 
 
 def build_model(description: ModelDescription, config: TransformerConfig) -> list[PreferenceGPT]:
-    """This rank's chunks of a model, with untrained weights: one, or one per virtual pipeline stage."""
+    """Build this rank's chunks of a model with random weights: one chunk, or one for each virtual pipeline stage."""
     virtual = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(description, config, stage) for stage in (range(virtual) if virtual else [None])]
 
@@ -120,13 +121,14 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         vp_stage=vp_stage,
     )
     if model.post_process:
-        # The head takes the weight and multiplies by itself. It gets it by calling the layer, so that Megatron's
-        # hook waits for weights that are still being gathered.
+        # The head multiplies by the output weight itself, so the layer only returns the weight. The head calls the
+        # layer for it, because Megatron's hook on the call waits for weights that are still being gathered.
         model.output_layer.forward = lambda: model.output_layer.weight
     for module in model.modules():
-        # Transformer Engine's linear layers can add weight gradients into fp32 `main_grad` by themselves. Megatron's
-        # switch for it also asks for apex, for layers of its own. In FP8 the first micro-batch of a pass overwrites
-        # instead of adding: gradients must have been zeroed before every training pass, as train does.
+        # Transformer Engine's linear layers can add weight gradients to the fp32 `main_grad` themselves. Megatron's own
+        # setting for this also requires apex, for layers that are not used here. In FP8 the first micro-batch of a
+        # pass overwrites `main_grad` instead of adding to it, so gradients must be zeroed before every training pass,
+        # as train.py does.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
     model.description = description

@@ -1,4 +1,4 @@
-"""A model's shape, and which layouts and FP8 settings it takes."""
+"""The shape of a model, and the checks that a parallel layout and FP8 fit the shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tgdpo_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is needed to build a model in Megatron. Sizes in elements."""
+    """Everything that is needed to build a model in Megatron. Sizes are in elements."""
 
     num_layers: int
     hidden_size: int
@@ -26,7 +26,7 @@ class ModelDescription:
     tie_word_embeddings: bool
     rotary_base: float
     rope_scaling_factor: float | None
-    """Llama-3.1 frequency scaling; None for plain RoPE."""
+    """Factor of Llama-3.1's frequency scaling; None for plain RoPE."""
     family: str = "llama"
     """HuggingFace's `model_type`; see model/families/."""
 
@@ -41,10 +41,9 @@ class ModelDescription:
         return self.num_query_groups * self.kv_channels
 
     def identity(self) -> dict[str, Any]:
-        """What a fingerprint says of a model beside its tensors: all fields but the number of positions.
+        """What a fingerprint covers beside the weights: every field but the number of positions.
 
-        A field with a default counts only where it differs from it, so that fingerprints made before the field was
-        there stay true.
+        A field that has its default is left out, so that fingerprints made before the field existed stay valid.
         """
         defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
         values = asdict(self)
@@ -52,17 +51,17 @@ class ModelDescription:
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def differs_from(self, other: ModelDescription) -> list[str]:
-        """Names of what keeps two models from running as one pipeline, stacked: any difference but the number of
-        positions."""
+        """Names of the fields that keep two models from running stacked in one pipeline: every field that differs,
+        but the number of positions."""
         ours, theirs = asdict(self), asdict(other)
         return [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
 
 
 def check_model_layout(description: ModelDescription, parallel: ParallelConfig) -> None:
-    """Refuse a layout that does not divide the model.
+    """Refuse a parallel layout whose sizes do not divide the model's sizes.
 
     Raises:
-        UserError: Naming both numbers.
+        UserError: A size does not divide; the sentence names both numbers.
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for what, number in {
@@ -85,10 +84,10 @@ def check_model_layout(description: ModelDescription, parallel: ParallelConfig) 
 
 
 def check_fp8_sizes(description: ModelDescription, config: Config) -> None:
-    """Refuse a model whose linear layers, cut over the tensor-parallel ranks, FP8 matrix products do not take.
+    """Refuse a model whose linear layers, split over the tensor-parallel ranks, have sizes that FP8 cannot multiply.
 
     Raises:
-        UserError: Naming the size and what must divide it.
+        UserError: A size is not a multiple of what FP8 needs; the sentence names both numbers.
     """
     if config.train.fp8 is None:
         return
@@ -103,6 +102,6 @@ def check_fp8_sizes(description: ModelDescription, config: Config) -> None:
     ):
         if number % multiple:
             raise UserError(
-                f"train.fp8={config.train.fp8} needs sizes that are multiples of {multiple}, the model has {number} "
-                f"{what}; leave train.fp8 out, or change the layout."
+                f"train.fp8={config.train.fp8} needs sizes that are multiples of {multiple}, but the model has "
+                f"{number} {what}; leave train.fp8 out, or change the layout."
             )

@@ -1,9 +1,10 @@
-"""How far the policy is from the reference at each labelled token, over the whole vocabulary, without full logits.
+"""The divergence of the policy from the reference at each labelled token, over the whole vocabulary.
 
     K = KL(π_ref ‖ π) = Σ_v π_ref(v) (z_ref(v) − z(v)) − lse_ref + lse,      ∂K/∂z(v) = π(v) − π_ref(v)
 
-with z the logits and lse their log-sum-exp, which the head has reduced already. The sum goes over this rank's columns
-tile by tile, one of each model in memory; one SUM all-reduce joins the ranks. Backward computes both tiles again.
+z are the logits. lse is their log-sum-exp over all ranks, which the head has computed already. Each rank sums over its
+columns tile by tile, with one tile of logits of each model in memory. One SUM all-reduce adds the sums of the ranks.
+Backward computes the tiles again.
 
 Legend as in head.py: R labelled tokens, H hidden size, V vocabulary columns of this rank.
 """
@@ -20,7 +21,7 @@ from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_prod
 
 
 class Divergence(torch.autograd.Function):
-    """KL of the policy from the reference, nats. [R] fp32; gradient flows to the policy alone."""
+    """KL(π_ref ‖ π) at each labelled token, nats. [R] fp32. Gradient flows to the policy only."""
 
     @staticmethod
     def forward(
@@ -34,7 +35,7 @@ class Divergence(torch.autograd.Function):
         """
         Args:
             hidden, weight: The policy's hidden states of the labelled tokens [R, H] and output matrix [V, H].
-            reference: The same two of the reference.
+            reference: The reference's hidden states [R, H] and output matrix [V, H].
             log_normalisers: Log-sum-exp of both models' logits over all ranks. [2, R] fp32, the policy's first.
         """
         of_policy, of_reference = log_normalisers

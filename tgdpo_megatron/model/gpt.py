@@ -1,4 +1,4 @@
-"""Megatron's GPT over flat batches, carrying frozen models through its own pipeline schedule.
+"""Megatron's GPT over flat batches, with frozen models that run beside the policy in the same pipeline schedule.
 
 Legend: T tokens, H hidden size, k models (the policy first), R labelled tokens. Under sequence parallelism
 hidden states hold T / tensor-parallel size tokens.
@@ -21,10 +21,10 @@ from tgdpo_megatron.model.local_layers import Segments
 
 
 class PreferenceGPT(GPTModel):  # type: ignore[misc]
-    """One pipeline chunk of the policy, and the same chunk of each frozen model beside it.
+    """One pipeline chunk of the policy, with the same chunk of each frozen model.
 
-    Between stages the hidden states of all models travel stacked, [T, k, H], so one schedule serves them all;
-    on the last stage they meet in one distributed head.
+    Stages send the hidden states of all models as one stacked tensor, [T, k, H], so that one schedule runs all models.
+    On the last stage one distributed head computes the log-probs of all models.
     """
 
     description: ModelDescription  # set by build_model
@@ -34,12 +34,14 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     received: Any = None  # set by Megatron before every forward
 
     def carry(self, frozen: Sequence[PreferenceGPT], *, divergence: bool = False) -> None:
-        """Take frozen models of the same depth and width along. They get no graph, gradient or optimizer state.
+        """Run frozen models of the same shape beside this model, without graph, gradient or optimizer state.
 
-        With `divergence`, the last stage also gives the policy's divergence from the first of them.
+        The frozen models are kept in a tuple, outside torch's module tree, so that Megatron's data parallelism,
+        optimizer and checkpoints see the policy only.
 
-        Kept in a tuple, outside torch's module tree: Megatron's data parallelism, optimizer and checkpoints
-        see the policy alone.
+        Args:
+            frozen: This chunk of each frozen model.
+            divergence: Whether the last stage also returns the policy's divergence from the first frozen model.
         """
         for model in frozen:
             model.requires_grad_(False).eval()
@@ -47,16 +49,16 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         self.divergence = divergence
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Megatron hands over what the previous stage sent. [T, k, H], or None on the first stage."""
+        """Keep the hidden states that the previous stage sent. [T, k, H], or None on the first stage."""
         (self.received,) = input_tensor
 
     def forward(self, batch: Batch) -> Tensor:
-        """Run this chunk for all models.
+        """Run this chunk of all models.
 
         Returns:
-            Stacked hidden states [T, k, H] in the model's dtype; on the last stage, log-probs of the labelled
-            tokens, nats, [k, R] fp32, and the divergence in one more row if asked for. Only the policy's part, and
-            the divergence, carry gradient.
+            Before the last stage: stacked hidden states [T, k, H] in the model's dtype. On the last stage: log-probs of
+            the labelled tokens, nats, [k, R] fp32, or [k + 1, R] with the divergence as the last row. Only the policy's
+            part and the divergence carry gradient.
         """
         models = (self, *self.frozen)
         states = [self.decode(batch, self._received(0))]
@@ -75,7 +77,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         )
 
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
-        """This model's layers on this stage. Returns hidden states [T, 1, H]."""
+        """Run the layers of this chunk for this model alone. Returns hidden states [T, 1, H]."""
         hidden = self.embedding(batch.tokens[None], batch.positions[None]) if self.pre_process else None
         if received is not None:
             self.decoder.set_input_tensor(received)
@@ -91,14 +93,14 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         if self.share_embeddings_and_output_weights and self.pre_process:
             weight = self.embedding.word_embeddings.weight
         else:
-            weight = self.output_layer()  # gives its weight, see build_model
+            weight = self.output_layer()  # returns its weight, see build.py
         return weight
 
     def _received(self, place: int) -> Tensor | None:
         return None if self.received is None else self.received[:, place : place + 1]
 
     def _rotary_and_boundaries(self, batch: Batch) -> tuple[Tensor, PackedSeqParams]:
-        # Lengths are rounded up so that Megatron's cache of rotary tables, keyed by length, is hit.
+        # Megatron caches rotary tables by length. The length is rounded up so that few different tables are made.
         table = self.rotary_pos_emb(-(-batch.longest_segment // 256) * 256)  # [length, 1, 1, channels]
         if not self.uses_transformer_engine:
             return table[batch.positions], Segments(batch.segment_lengths)

@@ -1,19 +1,22 @@
-"""The distributed head: hidden states in, log-probs of the labelled tokens out, never full logits.
+"""The distributed head: it computes log-probs of the labelled tokens and holds the logits of one tile at a time.
 
-The vocabulary is split over tensor-parallel ranks. Each rank walks over its columns tile by tile and keeps
-three numbers per labelled token: the largest logit, the sum of exponentials below it, and the label's own
-logit. One MAX and one SUM all-reduce, for all models of the micro-batch together, turn them into log-probs.
-Backward computes the logits again, tile by tile, and from the saved log-sum-exp the probabilities; where all columns
-fit one tile, its exponentials are kept instead.
+The vocabulary is split over the tensor-parallel ranks, and each rank splits its columns into tiles. It goes over the
+tiles and keeps three numbers for each labelled token: the largest logit m, the sum of exp(logit − m), and the logit of
+the label. One MAX and one SUM all-reduce, for all models of the micro-batch together, turn these into log-probs.
 
-    ∂ log p(label) / ∂z = onehot(label) − p,  so with g the gradient of each log-prob and q = p − onehot
-    ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
+Backward computes the logits of each tile again, and the probabilities from the logits and the saved log-sum-exp. Where
+all columns of the rank fit in one tile, forward keeps the exponentials, and backward uses them instead.
 
-g is multiplied into rows of H numbers, not of V; on a GPU 16-bit logits go to fp32 in the subtraction, not in a copy.
+With g the gradient of each log-prob, p the probabilities and q = p − onehot(label):
 
-Columns that only pad the vocabulary are never computed, which is the same as a logit of −inf.
+    ∂ log p(label) / ∂z = −q,  ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
 
-Legend: R labelled tokens, H hidden size, V vocabulary columns of this rank, k models, S hidden states.
+g multiplies rows of H numbers instead of rows of V numbers, which is less work. On a GPU, subtracting an fp32 number
+turns 16-bit logits into fp32, so that no separate fp32 copy of the logits is made.
+
+Columns that only pad the vocabulary are never computed. The result is the same as with a logit of −inf.
+
+Legend: R labelled tokens, H hidden size, V vocabulary columns of this rank, k models, S tokens of the micro-batch.
 """
 
 from __future__ import annotations
@@ -46,18 +49,19 @@ def labelled_logprobs(
     """Log-prob of each label under each model, nats.
 
     Args:
-        models: (hidden states, output weight) of the policy, then of frozen models. Hidden states are
-            [S, 1, H], S cut over the tensor-parallel ranks under sequence parallelism; weights [V, H].
-            Gradient flows to the first model alone.
-        predictors: Which hidden state predicts each label. [R] int64.
+        models: Hidden states and output weight of the policy, then of each frozen model. Hidden states are [S, 1, H];
+            under sequence parallelism S is split over the tensor-parallel ranks. Weights are [V, H]. Gradient flows to
+            the policy only.
+        predictors: Index of the hidden state that predicts each label. [R] int64.
         labels: Token ids. [R] int64.
-        vocab_size: Real vocabulary size; columns beyond it are padding.
-        sequence_parallel: Whether hidden states are cut along S.
+        vocab_size: Vocabulary size without padding; columns beyond it are padding.
+        sequence_parallel: Whether hidden states are split along S.
         group: Tensor-parallel process group.
-        divergence: Add a row: the divergence of the first model from the second, over the whole vocabulary, nats.
+        divergence: Whether to add a row with the divergence of the first model from the second over the whole
+            vocabulary, nats.
 
     Returns:
-        [k, R] fp32, or [k + 1, R]. Only row 0, and the divergence, carry gradient.
+        [k, R] fp32, or [k + 1, R] with the divergence as the last row. Only row 0 and the divergence carry gradient.
     """
     (states, weight), *others = models
     frozen = [
@@ -84,7 +88,7 @@ def _labelled_states(states: Tensor, predictors: Tensor, sequence_parallel: bool
 
 
 class LabelledLogProbs(torch.autograd.Function):
-    """Log-probs of the policy (with gradient) and of frozen models (without), reduced together; and log-sum-exps."""
+    """Log-probs of the policy, with gradient, and of frozen models, without, and the log-sum-exps of all of them."""
 
     @staticmethod
     def forward(
@@ -96,7 +100,7 @@ class LabelledLogProbs(torch.autograd.Function):
         shard: VocabShard,
         backward_follows: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The policy last: what is kept for backward is not there yet while the others are scanned.
+        # The policy is scanned last: what it keeps for backward takes no memory while the frozen models are scanned.
         others = [_scan(states, matrix, labels, shard)[0] for states, matrix in frozen]
         scan, exponentials = _scan(hidden, weight, labels, shard, keep=backward_follows)
         largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, R]
@@ -118,7 +122,8 @@ class LabelledLogProbs(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         descent = -grad[:, None]
         scaled = (descent * hidden).to(hidden.dtype)
-        # p − 1 of the label. Made from its log-prob: a p near 1 that was rounded to 16 bits would leave nothing of it.
+        # q of the label is p − 1. It is computed from the log-prob, because a p near 1 can round to 1 in 16 bits, and
+        # p − 1 would then be 0.
         at_label = torch.expm1(logps)[:, None].to(hidden.dtype)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = WeightGradient(weight)
@@ -141,23 +146,25 @@ class LabelledLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[R, H] and [tile, H] -> [R, tile], in their dtype; on a CPU, which is slow where dtypes mix, in fp32."""
+    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow."""
     logits = torch.mm(hidden, weight.t())
     return logits.float() if logits.device.type == "cpu" else logits
 
 
 def _below(logits: Tensor, level: Tensor) -> Tensor:
-    """logits − level, in fp32; over the logits where they are fp32 already. [R, tile] and [R] -> [R, tile]"""
+    """logits − level in fp32. Logits that are fp32 already are overwritten. [R, tile] and [R] -> [R, tile]."""
     return logits.sub_(level[:, None]) if logits.dtype == torch.float32 else logits - level[:, None]
 
 
 def _scan(
     hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Largest logit, sum of exponentials below it, and label's logit over this rank's columns. [3, R] fp32.
+    """Go over this rank's columns tile by tile.
 
-    And, with `keep`, where those columns fit one tile, the exponentials themselves, [R, V] fp32: backward need not
-    repeat them.
+    Returns:
+        For each label the largest logit m, the sum of exp(logit − m), and the label's logit, which is 0 on ranks that
+        do not hold the label's column. [3, R] fp32. Then, with `keep` and where all columns fit in one tile, every
+        exp(logit − m) for backward, [R, V] fp32; otherwise None.
     """
     largest = torch.full(labels.shape, float("-inf"), device=labels.device)
     total = torch.zeros(labels.shape, device=labels.device)

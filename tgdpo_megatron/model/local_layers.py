@@ -1,4 +1,4 @@
-"""Megatron layers for machines without Transformer Engine: our norm and core attention, through ModuleSpec."""
+"""Megatron's layers without Transformer Engine, with this project's norm, core attention and activation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that works under sequence parallelism.
 
-    There each tensor-parallel rank sees only its tokens, so the weight's gradient must be summed over
-    ranks; the mark tells Megatron to do so.
+    Each tensor-parallel rank then sees only its share of the tokens, so the gradient of the norm's weight must be
+    summed over the ranks. The weight's attribute `sequence_parallel` tells Megatron to do so.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class Segments(PackedSeqParams):  # type: ignore[misc]
-    """Segment lengths on the host, where attention can read them without a device synchronisation."""
+    """Segment lengths, kept on the host so that attention can read them without waiting for the device."""
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         super().__init__(qkv_format="sbhd")
@@ -36,7 +36,7 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
 
 
 class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each segment, by torch's scaled_dot_product_attention; grouped queries."""
+    """Causal attention within each segment, with grouped queries, by torch's scaled_dot_product_attention."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         """[T, 1, heads, channels] each (fewer heads in key and value) -> [T, 1, heads · channels]."""
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
         tokens, batch = query.shape[:2]
-        # Cut and joined along the tokens, which lie one after another in memory: heads first would be copied twice.
+        # Segments are split and joined along the first axis, the tokens, where a split needs no copy. With the heads
+        # as the first axis, everything would be copied twice.
         segments = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
         attended = [
             F.scaled_dot_product_attention(
@@ -85,12 +86,13 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
 
 
 class SwiGlu:
-    """silu(gate) · up of [T, 1, 2 F] -> [T, 1, F]. Megatron's unfused form reads `up` once more, to add a zero.
+    """silu(gate) · up. [T, 1, 2 F] -> [T, 1, F].
 
-    Not a Module: it has no weights, and checkpoints shall not ask it for any.
+    Megatron's unfused SwiGLU reads `up` a second time to add an offset of 0. This class is no torch Module, so that
+    checkpoints look for no weights in it.
     """
 
-    def __init__(self, config: Any) -> None: ...  # Megatron hands every activation its configuration
+    def __init__(self, config: Any) -> None: ...  # Megatron passes its configuration to every activation
 
     def __call__(self, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
@@ -98,7 +100,7 @@ class SwiGlu:
 
 
 def local_block_spec(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with this module's norm and core attention in it."""
+    """Megatron's local layer spec with the norm, core attention and activation of this file."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention

@@ -1,8 +1,8 @@
-"""How HuggingFace's tensors make Megatron's, and back.
+"""How HuggingFace's tensors are joined to Megatron's tensors, and taken apart again.
 
-Megatron keys are global: one per logical tensor, whatever the layout. Each entry joins one or more HuggingFace tensors;
-joining and parting only move elements, so a round trip is bit-exact. torch is imported where tensors are joined: the
-memory planner reads the lists of tensors without it.
+A Megatron checkpoint has one key for each tensor of the whole model, at any parallel layout. Each entry joins one or
+more HuggingFace tensors to one Megatron tensor. Joining and taking apart only move elements, so a round trip is
+bit-exact. torch is imported only where tensors are joined, because the memory planner imports this file without torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """One Megatron tensor and the HuggingFace tensors it is joined from; as it stands, a single equal one.
+    """One Megatron tensor and the HuggingFace tensors it is joined from.
+
+    This base class is for a tensor that is the same in HuggingFace and in Megatron.
 
     Attributes:
         key: Megatron's checkpoint key.
         shape: Shape of the Megatron tensor, without vocabulary padding.
-        names: HuggingFace names, in the order `join` takes and `part` returns.
-        shapes: Their shapes.
+        names: Names of the HuggingFace tensors, in the order that `join` takes and `part` returns.
+        shapes: Shapes of the HuggingFace tensors.
     """
 
     key: str
@@ -41,7 +43,7 @@ class TensorMap:
 
 
 class Stacked(TensorMap):
-    """HuggingFace's tensors one after another. Megatron cuts each on its own over tensor-parallel ranks."""
+    """HuggingFace tensors one after another. Megatron splits each of them on its own over tensor-parallel ranks."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         import torch
@@ -54,7 +56,7 @@ class Stacked(TensorMap):
 
 @dataclass(frozen=True)
 class ByGroup(TensorMap):
-    """HuggingFace's tensors interleaved: for each of `groups` the rows of the first, then those of the second, …"""
+    """HuggingFace tensors interleaved: for each of `groups`, its rows of the first tensor, then of the second, …"""
 
     groups: int
 
@@ -73,7 +75,7 @@ class ByGroup(TensorMap):
 
 
 def same(key: str, name: str, shape: tuple[int, ...]) -> TensorMap:
-    """One tensor that is the same on both sides."""
+    """One tensor that is the same in HuggingFace and in Megatron."""
     return TensorMap(key, shape, (name,), (shape,))
 
 

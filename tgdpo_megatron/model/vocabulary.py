@@ -1,4 +1,4 @@
-"""One rank's columns of the vocabulary: which they are, how to walk over them, and where their gradient goes."""
+"""One rank's columns of the vocabulary: which they are, how they are split into tiles, where their gradient goes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class VocabShard:
     """The vocabulary columns of one tensor-parallel rank.
 
     Attributes:
-        start: First column's token id.
-        columns: Real columns, without padding; may be 0.
+        start: Token id of the first column.
+        columns: Number of columns, without padding; may be 0.
         group: Tensor-parallel process group, or None for an unsplit vocabulary.
     """
 
@@ -31,7 +31,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, weight: Tensor, vocab_size: int, group: Any) -> VocabShard:
-        """The shard that `weight` [V, H] is, given the real vocabulary size."""
+        """The shard that a rank's output weight [V, H] holds, given the vocabulary size without padding."""
         rank = group.rank() if group is not None else 0
         start = rank * weight.size(0)
         return cls(start, max(0, min(weight.size(0), vocab_size - start)), group)
@@ -42,20 +42,20 @@ class VocabShard:
             dist.all_reduce(values, op=op, group=self.group)
 
     def tiles(self, tokens: int, device: torch.device) -> Iterator[slice]:
-        """Column ranges whose logits for so many `tokens` fit the tile budget."""
+        """Ranges of columns, as wide as the tile budget allows for this number of tokens."""
         width = max(MIN_TILE_COLUMNS, TILE_ELEMENTS[device.type] // max(1, tokens))
         for first in range(0, self.columns, width):
             yield slice(first, min(first + width, self.columns))
 
     def owned(self, labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-        """Which labels lie in a tile, and their column in it (0 where not). Both [R]."""
+        """Which labels lie in a tile, [R] bool, and their columns in the tile, 0 for other labels, [R] int64."""
         column = labels - (self.start + tile.start)
         inside = (column >= 0) & (column < tile.stop - tile.start)
         return inside, column.where(inside, 0)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target += left @ right. The product is rounded to the dtype of `left`; the sum is kept in that of `target`."""
+    """target += left @ right. The product is rounded to the dtype of `left`; the sum has the dtype of `target`."""
     if left.dtype == target.dtype:
         target.addmm_(left, right)
     else:
@@ -63,9 +63,9 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class WeightGradient:
-    """Where the output weight's gradient goes: straight into Megatron's fp32 `main_grad` where there is one.
+    """Collects the gradient of the output weight, directly in Megatron's fp32 `main_grad` where the weight has one.
 
-    Megatron's data-parallel hook then only has to be told that it is there.
+    Megatron's data-parallel hook then only has to be told that the gradient is in `main_grad` already.
     """
 
     def __init__(self, weight: Any) -> None:
@@ -78,11 +78,12 @@ class WeightGradient:
         add_product(self.total[tile], grad_logits.t(), hidden)
 
     def result(self) -> Tensor | None:
-        """What autograd is given: nothing, if the gradient is in `main_grad` already."""
+        """The gradient to return to autograd; None if the gradient is in `main_grad` already."""
         if not self.into_main_grad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
-        if not getattr(self.weight, "zero_out_wgrad", False):  # a tied embedding's own gradient follows
-            # Megatron's hook wants to see a gradient before it looks at the mark: one without storage will do.
+        if not getattr(self.weight, "zero_out_wgrad", False):  # set where a tied embedding's gradient follows
+            # Megatron's hook looks for a gradient before it reads `grad_added_to_main_grad`. A single zero, expanded
+            # to the weight's shape, is enough and takes no memory.
             self.weight.grad = self.weight.new_zeros(()).expand_as(self.weight)
         return None

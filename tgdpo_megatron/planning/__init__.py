@@ -1,1 +1,1 @@
-"""What memory a configuration needs, what lowers it, and what is said when it runs out."""
+"""The memory planner: how much a configuration needs, what lowers it, and the message when memory runs out."""

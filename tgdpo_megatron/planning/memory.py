@@ -1,11 +1,13 @@
-"""How much memory a configuration needs on its fullest rank, phase by phase, before anything is built.
+"""How much memory a configuration needs on its fullest rank, phase by phase. Computed before anything is built.
 
-Sums of what this program really holds, compared with tensors counted on a CPU (tests/distributed/test_memory.py). What
-differs on a GPU, or with Transformer Engine, whose layers keep less, is from their source, not measured. Left out: the
-CUDA context, libraries' workspaces, communication buffers, gaps of the allocator.
+The planner adds up the tensors that the programs hold. A test compares the sums with tensors counted on a CPU
+(tests/distributed/test_memory.py). What differs on a GPU or with Transformer Engine, whose layers keep less, was read
+from their source code and not measured. Not counted are the CUDA context, workspaces of libraries, communication
+buffers and gaps in the allocator.
 
-Legend: T tokens of a micro-batch, R labelled ones, H hidden size, F feed-forward channels, A query and K key (or value)
-channels of a layer, V vocabulary, n parameters of a rank. F, A, K and V are one tensor-parallel rank's.
+Legend: T tokens of a micro-batch, R labelled tokens of a micro-batch, H hidden size, F feed-forward channels, A query
+channels and K key (or value) channels of a layer, V vocabulary, n parameters of a rank. F, A, K and V are the share of
+one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ Device = Literal["cpu", "cuda"]
 
 GIB = 1 << 30
 ROOM = 0.88
-"""Share of a card that a plan may take: the rest is CUDA's, the libraries', and gaps of the allocator. A judgement."""
+"""Share of a GPU's memory that a plan may take, by estimate. CUDA, libraries and allocator gaps take the rest."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is there at once in one phase of a program.
+    """The memory in use at one moment of a program.
 
     Attributes:
-        parts: Bytes by name.
+        parts: Name of a part -> bytes.
     """
 
     name: str
@@ -41,18 +43,18 @@ class Phase:
 
     @property
     def bytes(self) -> int:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one rank.
+    """The memory that one rank needs.
 
     Attributes:
-        stage: Its place in the pipeline.
+        stage: Index of the rank's pipeline stage.
         tokens: T, the tokens of a micro-batch.
-        phases: What is there at rest, and at the peak of each phase.
+        phases: The memory at rest, and at the peak of each later phase.
     """
 
     stage: int
@@ -66,22 +68,22 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What the rank needs."""
+        """Bytes of the fullest phase."""
         return self.fullest.bytes
 
     def phase(self, name: str) -> Phase:
-        """The phase of that name."""
+        """The phase with this name."""
         return next(phase for phase in self.phases if phase.name == name)
 
     def sentence(self) -> str:
-        """The need and its parts in words, largest first."""
+        """The bytes of the fullest phase and of its parts in words, the largest part first."""
         parts = sorted(self.fullest.parts.items(), key=lambda part: -part[1])
         named = ", ".join(f"{name} {size(amount)}" for name, amount in parts if amount >= 0.005 * self.bytes)
         return f"up to {size(self.bytes)} in '{self.fullest.name}' with {self.tokens} tokens at once ({named})"
 
 
 def size(amount: float) -> str:
-    """Bytes in words, three digits."""
+    """Bytes in words, to three digits."""
     for unit, bytes_ in {"GiB": GIB, "MiB": 1 << 20}.items():
         if amount >= bytes_:
             return f"{amount / bytes_:.{max(0, 2 - int(math.log10(amount / bytes_)))}f} {unit}"
@@ -89,7 +91,7 @@ def size(amount: float) -> str:
 
 
 def most_tokens(config: Config, description: ModelDescription, program: Program = "train") -> int:
-    """The most tokens that the configuration lets through the model at once. The last of a sequence is not read."""
+    """The largest number of tokens that go through the model at once. The last token of a sequence never does."""
     pairs = config.train.micro_batch_size if config.train.micro_batch_tokens is None else SCORED_AT_ONCE
     if program == "score":
         pairs = min(pairs, SCORED_AT_ONCE)
@@ -100,7 +102,7 @@ def most_tokens(config: Config, description: ModelDescription, program: Program 
 
 
 def longest_pair(config: Config, description: ModelDescription) -> int:
-    """The most tokens that one pair can have."""
+    """The largest number of tokens of one pair that go through the model."""
     sequences = len(config.loss.method.sides)
     return sequences * (min(config.data.max_length, description.max_position_embeddings) - 1)
 
@@ -118,23 +120,26 @@ def plan(
     micro_batches: int | None = None,
     stage: int | None = None,
 ) -> Plan:
-    """The memory of the fullest rank, or of the ranks of one pipeline stage. Frozen models have the policy's shape.
+    """The memory of the fullest rank, or of a rank of one pipeline stage.
+
+    Frozen models are assumed to have the policy's shape.
 
     Args:
-        world_size: Ranks.
-        transformer_engine: Whether the layers are Transformer Engine's, and the optimizer its or apex's.
-        tokens: T. Default: the most that the configuration allows.
+        world_size: Number of ranks.
+        transformer_engine: Whether the layers are Transformer Engine's, and the optimizer is its own or apex's.
+        tokens: T. Default: the largest number that the configuration allows.
         labelled: R. Default: all of T.
-        micro_batches: Of a data-parallel rank, per step. Default: as many as it takes if every pair is a longest one.
-        stage: Pipeline stage. Default: the fullest.
+        micro_batches: Micro-batches of a data-parallel rank per step. Default: as many as needed if all pairs have the
+            greatest length.
+        stage: Index of a pipeline stage. Default: the fullest stage.
 
     Returns:
-        In training three phases: `weights and optimizer`, what stays between steps once Adam's moments are there (after
-        the first); `forward and backward` and `optimizer step`, the peaks of a later step. In scoring two: `weights`
-        and `scoring`.
+        For training three phases. `weights and optimizer` is what stays in memory between steps, once the first update
+        has made Adam's moments. `forward and backward` and `optimizer step` are the peaks of any step after the first.
+        For scoring two phases: `weights` and `scoring`.
 
     Raises:
-        UserError: As check_layout.
+        UserError: The layout does not fit the number of ranks, as in check_layout.
     """
     rank = Sizes(
         config,
@@ -153,7 +158,7 @@ def plan(
 
 
 class Sizes:
-    """Sizes of one rank's tensors. Elements, unless said otherwise."""
+    """Sizes of one rank's tensors, in elements unless stated otherwise."""
 
     def __init__(
         self,
@@ -202,10 +207,10 @@ class Sizes:
         self.streams = self.hidden / tensor if parallel.sequence_parallel else self.hidden
         """Hidden channels per token that one rank holds between matrix products."""
         self.gathered = self.hidden if parallel.sequence_parallel else 0
-        """What sequence parallelism gathers for a matrix product."""
+        """Hidden channels per token that sequence parallelism gathers for a matrix product; 0 without it."""
 
     def parameters(self, stage: int) -> float:
-        """n, of one model."""
+        """n: parameters of one model on a rank of a pipeline stage."""
         hidden = self.hidden
         total = self.layers * (self.layer_matrices + family_of(self.description).layer_vectors(self.description))
         matrices = int(stage == 0) + int(stage == self.pipeline - 1)
@@ -215,18 +220,21 @@ class Sizes:
 
     @property
     def layer_matrices(self) -> float:
-        """This rank's parameters of a layer's linear products."""
+        """This rank's share of the parameters in one layer's matrices."""
         return family_of(self.description).layer_matrices(self.description) / self.tensor
 
     @property
     def largest_matrix(self) -> float:
-        """Parameters of the largest single weight."""
+        """Parameters in the largest single weight of this rank."""
         return self.hidden * max(2 * self.feed_forward, self.queries + 2 * self.keys, self.padded_vocabulary)
 
     @property
     def norm(self) -> float:
-        """Bytes per hidden channel that a norm keeps: its input, and its output (FP8 for an FP8 layer); on a CPU, where
-        torch composes it of smaller operations, also the normalised input, in fp32."""
+        """Bytes per hidden channel that a norm keeps for backward: its input and its output.
+
+        The output is in FP8 where an FP8 layer reads it. On a CPU torch composes the norm of smaller operations, which
+        keep the input and the normalised input, both in fp32, and the output.
+        """
         if self.fp8:
             return self.width + 1
         if self.device == "cuda":
@@ -235,7 +243,7 @@ class Sizes:
 
     @property
     def layer_input(self) -> float:
-        """Bytes per token of what a layer is given."""
+        """Bytes per token of the input of a layer."""
         return self.streams * self.width
 
     def layer(self, recompute: str) -> float:
@@ -246,24 +254,26 @@ class Sizes:
         statistics = 4 * self.heads
         if self.transformer_engine:
             attention = (2 * self.queries + 2 * self.keys) * self.width + (statistics if recompute == "none" else 0)
-            if self.fp8:  # linear layers keep their input in FP8; attention keeps its result, which is one, in bf16
+            # Linear layers keep their input in FP8. Attention keeps its result, the output matrix's input, in bf16 too.
+            if self.fp8:
                 return norms + attention + self.queries + 5 * self.feed_forward
             return norms + attention + 3 * self.feed_forward * self.width
-        # Queries and keys before (the values are a view of the same matrix product) and after the rotation, the
-        # rotation's cosines and sines for both, and attention's result joined for the output matrix.
+        # Queries and keys before the rotation, with the values, which are a view of the same matrix product; queries
+        # and keys after the rotation; the rotation's cosines and sines for both; and attention's joined result, which
+        # is the input of the output matrix.
         attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width
-        if recompute == "none":  # and each segment's result, with its log-sum-exps
+        if recompute == "none":  # attention also keeps the result of each segment and its log-sum-exps
             attention += self.queries * self.width + statistics
         return norms + attention + 4 * self.feed_forward * self.width
 
     @property
     def scan(self) -> int:
-        """Bytes per logit while the head goes forward over a tile: the logits, and, where these have 16 bits, their
-        exponentials in fp32."""
+        """Bytes per logit while the head's forward works on a tile: the logits, and the exponentials in fp32 where the
+        logits have 16 bits."""
         return 4 if self.width == 4 else 6
 
     def in_flight(self, stage: int) -> float:
-        """Micro-batches, of all of the rank's layers, that wait for their backward at once."""
+        """Largest number of micro-batches that wait for backward at once, each counted over all layers of the rank."""
         behind = self.pipeline - stage - 1
         if self.virtual == 1:
             return min(self.micro_batches, behind + 1)
@@ -284,13 +294,13 @@ def _phases(rank: Sizes, stage: int, program: Program) -> Iterable[Phase]:
     resting = {
         "policy weights": parameters * rank.width,
         "gradients": parameters * 4,
-        # Adam's two moments, and a master copy of bf16 weights.
+        # Adam's two moments and, for bf16 weights, a master copy in fp32.
         "optimizer state": parameters * (12 if rank.width == 2 else 8) / shards,
         "frozen weights": (rank.models - 1) * parameters * rank.width,
-        # Weights of linear layers as the products take them, one as they are, one transposed.
+        # FP8 copies of the linear layers' weights: one as they are and one transposed.
         "FP8 weights": 2 * rank.layers * rank.layer_matrices if rank.fp8 else 0,
     }
-    left_over = {"left of the last pass": _left_over(rank, stage)}
+    left_over = {"kept from the last pass": _left_over(rank, stage)}
     yield _phase("weights and optimizer", resting | left_over)
     moving = {
         "activations": rank.tokens * _kept(rank, stage),
@@ -307,50 +317,52 @@ def _phase(name: str, parts: dict[str, float]) -> Phase:
 
 
 def _receiving_chunks(rank: Sizes, stage: int) -> int:
-    """Chunks of the model on this stage that get hidden states from another."""
+    """Number of chunks of the model on this stage that receive hidden states from another stage."""
     return rank.virtual - (1 if stage == 0 else 0) if rank.pipeline > 1 else 0
 
 
 def _left_over(rank: Sizes, stage: int) -> float:
-    """Bytes that Megatron holds on to between steps: what the last micro-batch received, and its gradient; and the
-    buffer in which sequence parallelism gathers."""
+    """Bytes that Megatron keeps between steps: the hidden states that the last micro-batch received, their gradient,
+    and the buffer in which sequence parallelism gathers."""
     received = _receiving_chunks(rank, stage) * rank.models * rank.layer_input
     return rank.tokens * (2 * received + rank.gathered * rank.width)
 
 
 def _batches(rank: Sizes) -> float:
-    """Tokens, positions, rows, labels, pairs and sides of all micro-batches, 8 bytes each, and cached scores."""
+    """Bytes of tokens, positions, predictors, labels, pairs and sides of all micro-batches, and of cached scores."""
     scores = len(rank.config.loss.scores) if rank.config.scores.source == "cached" else 0
+    # 8 bytes for each number but the scores.
     return rank.micro_batches * (16 * rank.tokens + (32 + 4 * scores) * rank.labelled)
 
 
 def _kept(rank: Sizes, stage: int) -> float:
-    """Bytes per token that wait for backward on a stage, for all micro-batches in flight."""
+    """Bytes per token that a stage keeps for backward, for all micro-batches in flight."""
     recompute = rank.config.train.recompute
     kept = rank.layers * rank.layer(recompute)
     if recompute == "full":
         kept += 4 * rank.channels  # the rotary table, which all layers share
-    # What came in from another stage; the policy's part of it is its first layer's input.
+    # Hidden states of frozen models that came from another stage. The policy's are counted as its first layer's input.
     kept += _receiving_chunks(rank, stage) * (rank.models - 1) * rank.layer_input
-    if rank.device == "cpu" and rank.pipeline > 1:  # what went out; on a GPU Megatron frees it
+    if rank.device == "cpu" and rank.pipeline > 1:  # hidden states that were sent; on a GPU Megatron frees them
         sending = rank.virtual - (1 if stage == rank.pipeline - 1 else 0)
         kept += sending * rank.models * rank.layer_input
     return kept * rank.in_flight(stage)
 
 
 def _training_peak(rank: Sizes, stage: int) -> float:
-    """Bytes for a moment, beside what waits for backward, at the worst moment of a training pass."""
+    """Temporary bytes at the worst moment of a training pass, beside what is kept for backward."""
     tokens, width, hidden = rank.tokens, rank.width, rank.hidden
     recompute = rank.config.train.recompute
-    # Computed again in backward: what a layer would have kept, and its output.
+    # Backward computes again what one layer would have kept, and its output.
     again = rank.layer("none") if recompute == "full" else 0.0
     if recompute == "selective":
         again = rank.layer("none") - rank.layer("selective")
     gradient = tokens * rank.layer_input
     gather = tokens * rank.gathered * width
     last = stage == rank.pipeline - 1
-    # Backward of the output matrix of a feed-forward block, of its activation, of its input matrix: gradients of what
-    # the block keeps, which is freed on the way, and of weights, before they are added to Megatron's.
+    # Backward of a feed-forward block: of its output matrix, of its activation, and of its input matrix. Each holds the
+    # gradients of what the block keeps, and of weights before they are added to Megatron's gradients. What the block
+    # keeps is freed on the way.
     wide = tokens * rank.feed_forward * width
     kept_products = 3 if rank.transformer_engine else 4
     matrix = hidden * rank.feed_forward * width
@@ -361,25 +373,27 @@ def _training_peak(rank: Sizes, stage: int) -> float:
     )
     moments = [tokens * again + backward + gather]
     kept = tokens * _kept(rank, stage)
-    if stage == 0:  # the embedding's gradient, when one micro-batch is through
+    if stage == 0:  # the embedding's gradient, at the end of a micro-batch's backward
         moments.append(rank.padded_vocabulary * hidden * width + gradient - kept / rank.in_flight(stage))
     if rank.device == "cpu" and rank.config.optimizer.use_distributed_optimizer:
-        moments.append(4 * rank.parameters(stage) - kept)  # gloo reduces a copy of the gradients, at the end
+        moments.append(4 * rank.parameters(stage) - kept)  # gloo reduces a copy of the gradients after backward
     if rank.models > 1:
         policys = tokens * rank.norm * rank.streams if last else gradient
         others = (rank.models - 2) * gradient
-        if rank.models > 2 and _receiving_chunks(rank, stage):  # the last model still has what the pass before received
+        # What the previous pass received is still held while the last model runs.
+        if rank.models > 2 and _receiving_chunks(rank, stage):
             others += 2 * rank.models * gradient
         moments.append(policys + _layers_forward(rank) + others)
     if last:
         moments += [gather + moment for moment in _head(rank)]
-    # Interleaved chunks receive ahead, both ways, and what another chunk received in the pass before is still there.
+    # Interleaved chunks receive ahead in both directions, and what another chunk received in the previous pass is
+    # still held.
     ahead = 4 * rank.models * gradient if rank.virtual > 1 else 0
     return max(moments) + ahead + gather  # Megatron keeps the buffer in which it gathers
 
 
 def _forward_peak(rank: Sizes, stage: int, models: int) -> float:
-    """Bytes for a moment in a pass without backward."""
+    """Temporary bytes at the worst moment of a pass without backward."""
     outputs = (models - 1 + (models if rank.pipeline > 1 else 0)) * rank.tokens * rank.layer_input
     moments = [outputs + _layers_forward(rank)]
     if stage == rank.pipeline - 1:
@@ -389,21 +403,21 @@ def _forward_peak(rank: Sizes, stage: int, models: int) -> float:
 
 
 def _layers_forward(rank: Sizes) -> float:
-    """Bytes of one layer's forward without a graph, in its feed-forward block, with the states around it."""
+    """Bytes of one layer's forward without a graph, in its feed-forward block, together with the hidden states."""
     products = 3 if rank.transformer_engine else 4
     return rank.tokens * (products * rank.feed_forward * rank.width + 5 * rank.layer_input)
 
 
 def _tile(rank: Sizes) -> float:
-    """Logits that the head has at once."""
+    """Number of logits that the head holds at once."""
     return min(rank.labelled * rank.vocabulary, max(VOCAB_MULTIPLE * rank.labelled, TILE_ELEMENTS[rank.device]))
 
 
 def _head(rank: Sizes) -> list[float]:
-    """Bytes of the final norm and the head at their worst moments, forward and backward."""
+    """Bytes of the final norm and the head at each of their worst moments, in forward and in backward."""
     states = rank.labelled * rank.hidden * rank.width  # hidden states of labelled tokens
     tile = _tile(rank)
-    whole = tile == rank.labelled * rank.vocabulary  # then it is kept
+    whole = tile == rank.labelled * rank.vocabulary  # then forward keeps the tile for backward
     narrow = rank.width == 2
     norms = rank.models * rank.tokens * rank.layer_input + rank.tokens * (rank.norm - rank.width) * rank.streams
     divergence = "divergence" in rank.config.loss.method.reads
@@ -419,7 +433,7 @@ def _head(rank: Sizes) -> list[float]:
 
 
 def _update(rank: Sizes, stage: int, shards: int) -> float:
-    """Bytes of Adam's copies for a moment."""
+    """Temporary bytes of Adam's update."""
     if rank.transformer_engine:
         return 0.0
     if rank.device == "cuda":  # torch's AdamW takes the root of all second moments at once

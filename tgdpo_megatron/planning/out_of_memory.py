@@ -1,4 +1,4 @@
-"""What a program says when memory runs out: what it needs, what there is, and what would help."""
+"""The message when memory runs out: what the configuration needs, what the rank can have, and what would help."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tgdpo_megatron.platform.processes import Ranks
 
 @contextlib.contextmanager
 def explained(program: Program, config: Config, ranks: Ranks) -> Iterator[None]:
-    """Turn the end of memory inside the block into a sentence.
+    """Turn an out-of-memory error inside the block into a sentence.
 
     Raises:
-        UserError: With the planner's numbers for this configuration, and the three cheapest remedies.
+        UserError: Memory ran out. The sentence holds the planner's numbers and the three cheapest remedies.
     """
     try:
         yield
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what there is no memory for
+        traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that fill the memory
         raise UserError(sentence(program, config, ranks)) from None
 
 
 def sentence(program: Program, config: Config, ranks: Ranks) -> str:
-    """Which rank, its need and parts, what there is, and what would help."""
+    """Say which rank ran out, what its configuration needs, what the rank can have, and what would help."""
     asked = f"rank {ranks.rank} ran out of memory"
     folder = config.model.checkpoint if program == "train" else config.reference_checkpoint
     if folder is None:
@@ -51,20 +51,21 @@ def sentence(program: Program, config: Config, ranks: Ranks) -> str:
         "device": "cuda" if cuda else "cpu",
         "transformer_engine": HAVE_TRANSFORMER_ENGINE,
     }
-    # Ranks are laid out with the pipeline outermost.
+    # Megatron numbers the ranks stage by stage: all ranks of the first pipeline stage come first.
     stage = ranks.rank * config.parallel.pipeline_model_parallel_size // ranks.world_size
     needs = plan(config, description, stage=stage, **where)  # type: ignore[arg-type]
     help_ = remedies(config, description, available=there, **where)  # type: ignore[arg-type]
-    said = f"{asked}: by the planner's arithmetic its configuration needs {needs.sentence()}; it can have {size(there)}"
+    said = f"{asked}: by the planner's arithmetic its configuration needs {needs.sentence()}"
+    said += f"; the rank can have {size(there)}"
     if needs.bytes <= there:
-        said += ", which should do: other programs, or gaps between tensors, take the rest"
+        said += ", which should be enough: other programs or gaps between tensors take the rest"
     if not help_:
         return f"{said}; lower data.max_length, or take a smaller model."
     return f"{said}; what would help: {'; '.join(remedy.sentence() for remedy in help_)}."
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process can have at most: the card's, or its share of the machine's, within its own limit."""
+    """Bytes that this process can have: those of its GPU, or its share of the machine's, at most its own limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What would lower a configuration's memory, and what it costs in time: single changes, and whole layouts."""
+"""Changes that lower the memory of a configuration, and what they cost in time: single settings and whole layouts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Remedy:
 
     Attributes:
         change: `key=value`, as on the command line.
-        frees: Bytes, on the fullest rank.
-        slower: Time of a step, relative to now; below 1 where it gets faster. An estimate from operation counts.
-        cost: The same in words.
-        world_size: Ranks it takes.
+        frees: Bytes that the fullest rank needs less.
+        slower: Time of a step with the change, divided by the time without it. Estimated from operation counts.
+        cost: The cost in words.
+        world_size: Number of ranks that the change needs.
     """
 
     change: str
@@ -47,11 +47,13 @@ def remedies(
     device: Device = "cuda",
     transformer_engine: bool = False,
 ) -> list[Remedy]:
-    """The three cheapest single changes that save memory: first those that suffice, by the time that they cost.
+    """The three cheapest single changes that save memory.
+
+    Changes that are enough on their own come first, ordered by the time that they cost. The others follow, ordered by
+    the time that they cost for each byte saved. Changes that need more ranks come last.
 
     Args:
-        available: Bytes that a rank may use. Those that do not suffice, or all without this, are ordered by time for
-            each byte saved; what takes more ranks comes last.
+        available: Bytes that a rank may use. None: no change counts as enough.
     """
     where: dict[str, Any] = {"program": program, "device": device, "transformer_engine": transformer_engine}
     now = plan(config, description, world_size=world_size, **where).bytes
@@ -77,7 +79,7 @@ def remedies(
 def _candidates(
     config: Config, description: ModelDescription, program: Program, world_size: int
 ) -> Iterator[tuple[str, str, int]]:
-    """Changes that may help: `key=value`, what to say of it, ranks it takes."""
+    """Changes that may help: `key=value`, words about the cost, and the number of ranks that the change needs."""
     parallel, train = config.parallel, config.train
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if program == "train":
@@ -102,7 +104,7 @@ def _candidates(
     for name, factor in {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}.items():
         fits = world_size % (2 * parallel.model_parallel_size) == 0
         ranks = world_size if fits else 2 * world_size
-        yield f"parallel.{name}={2 * factor}", "" if fits else f"takes {ranks} ranks", ranks
+        yield f"parallel.{name}={2 * factor}", "" if fits else f"needs {ranks} ranks", ranks
 
 
 def _changed(config: Config, change: str) -> Config:
@@ -130,10 +132,11 @@ def _cost(words: str, slower: float, program: Program) -> str:
 
 
 def step_time(config: Config, description: ModelDescription, *, world_size: int) -> float:
-    """Time of a training step, to compare settings by: an estimate, not a measurement.
+    """Estimated time of a training step. It is not measured and serves only to compare settings.
 
-    Operations of a rank, times the idle share of the pipeline, times the traffic of tensor parallelism with nothing
-    hidden (370 GB/s against half of 989 TFLOP/s). FLOPs of all layers per token and step.
+    The time is counted in a rank's floating-point operations per token of the step. Operations of the layers are
+    increased by the traffic of tensor parallelism, at 370 GB/s against half of 989 TFLOP/s and without overlap. The sum
+    is increased by the time in which the pipeline is idle.
     """
     rank = Sizes(config, description, "train", world_size)
     hidden, tensor = rank.hidden, config.parallel.tensor_model_parallel_size
@@ -157,9 +160,9 @@ def layouts(
     device: Device = "cuda",
     transformer_engine: bool = False,
 ) -> list[tuple[str, Plan]]:
-    """Layouts of the same ranks that fit, fastest first: what is to change, `key=value ...`, and what each needs.
+    """Layouts of the same ranks that fit, fastest first: the changes to make, `key=value ...`, and the layout's plan.
 
-    Tensor and pipeline sizes and recomputation are tried; everything else stays as it is.
+    Tensor-parallel size, pipeline size and recomputation are varied. Every other setting stays as it is.
     """
     found = []
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -181,7 +184,7 @@ def layouts(
 
 
 def _difference(config: Config, changes: dict[str, dict[str, Any]]) -> str:
-    """What of some changes is not so already, as on the command line."""
+    """The changes that differ from the configuration, as on the command line."""
     different = [
         f"{group}.{name}={value if isinstance(value, str) else json.dumps(value)}"
         for group, values in changes.items()

@@ -1,1 +1,1 @@
-"""Running megatron-core where we run it: version checks, CPU under gloo, processes."""
+"""Running megatron-core: checks of installed packages, support for CPUs, patches of the optimizer, processes."""

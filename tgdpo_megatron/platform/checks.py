@@ -18,10 +18,10 @@ CHECKED_MEGATRON_VERSIONS = ("0.16.1",)
 
 
 def check_packages() -> None:
-    """Refuse a megatron-core that was not checked, a Transformer Engine it does not take, a foreign `apex`.
+    """Refuse a megatron-core that was not checked, a Transformer Engine that it does not accept, and a foreign `apex`.
 
     Raises:
-        UserError: Naming the package found and the one to install.
+        UserError: A package is refused; the sentence names the package found and the one to install.
     """
     try:
         version = metadata.version("megatron-core")
@@ -37,10 +37,10 @@ def check_packages() -> None:
 
 
 def check_transformer_engine() -> None:
-    """Refuse a Transformer Engine that is not one the installed megatron-core names in its metadata, or does not load.
+    """Refuse a Transformer Engine that fails to load, or that megatron-core's metadata does not accept.
 
     Raises:
-        UserError: Naming the version found and those accepted, or why it does not load.
+        UserError: With the version found and those accepted, or the reason why it does not load.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return
@@ -52,29 +52,29 @@ def check_transformer_engine() -> None:
         accepted = requirement.specifier
         if requirement.name == "transformer-engine" and not accepted.contains(found, prereleases=True):
             raise UserError(
-                f"Transformer Engine {found} is not one that megatron-core {metadata.version('megatron-core')} takes "
-                f"({accepted}); install one of those, or uninstall it to run on Megatron's local layers."
+                f"megatron-core {metadata.version('megatron-core')} does not accept Transformer Engine {found}, only "
+                f"{accepted}; install one of those, or uninstall it to run on Megatron's local layers."
             )
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # Megatron would end in a traceback, or go on with mocks of its layers
+    except Exception as error:  # Megatron would fail with a traceback, or use mocks of the layers
         why = (str(error) or type(error).__name__).strip().splitlines()[-1]
         raise UserError(
-            f"Transformer Engine is installed but does not load ({why}); mend it, or uninstall it and its core and "
+            f"Transformer Engine is installed but does not load ({why}); repair it, or uninstall it with its core and "
             "torch parts to run on Megatron's local layers."
         ) from None
 
 
 def check_apex() -> None:
-    """Refuse a foreign `apex`: megatron-core tests a bare `import apex` and then builds the wrong norms.
+    """Refuse a package `apex` that is not NVIDIA's. megatron-core only tries `import apex` and would build wrong norms.
 
     Raises:
-        UserError: Where anything importable as `apex` lacks NVIDIA's multi_tensor_apply.
+        UserError: A package that can be imported as `apex` lacks NVIDIA's multi_tensor_apply or optimizers.
     """
     found = importlib.util.find_spec("apex")
     if found is None:
         return
-    # Looked for on disk: importing a foreign apex to ask it may fail in ways of its own.
+    # The package is only looked at on disk, because importing a foreign apex may fail in its own ways.
     folders = [Path(folder) for folder in found.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() and (folder / "optimizers").is_dir() for folder in folders):
         place = found.origin or next(iter(folders), "?")
@@ -87,8 +87,8 @@ def check_attention(precision: str, *, transformer_engine: bool) -> None:
     """Refuse an attention that packed sequences cannot use.
 
     Raises:
-        UserError: fp32 with Transformer Engine, which then has only an attention whose memory grows with the square of
-            a pack; or one of its kernels switched off, which Megatron asserts against.
+        UserError: fp32 with Transformer Engine, which in fp32 has only an attention whose memory grows with the square
+            of the tokens. Or one of its kernels is switched off, against which Megatron has an assertion.
     """
     if transformer_engine and precision == "fp32":
         raise UserError(
@@ -97,14 +97,14 @@ def check_attention(precision: str, *, transformer_engine: bool) -> None:
         )
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         if (value := os.environ.get(name, "1")) != "1":
-            raise UserError(f"{name}={value}: megatron-core wants to choose among all attention kernels; unset {name}.")
+            raise UserError(f"{name}={value}: megatron-core needs all attention kernels to choose from; unset {name}.")
 
 
 def check_fp8(train: TrainConfig) -> None:
-    """Refuse FP8 that this process cannot compute. Without Transformer Engine, Megatron would leave it out in silence.
+    """Refuse FP8 that this process cannot compute. Without Transformer Engine, Megatron would silently leave FP8 out.
 
     Raises:
-        UserError: Naming what is missing.
+        UserError: FP8 cannot be computed here; the sentence says why.
     """
     if train.fp8 is None:
         return
@@ -124,40 +124,41 @@ def check_fp8(train: TrainConfig) -> None:
 def why_no_fp8(
     recipe: str | None, *, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: bool
 ) -> str | None:
-    """What keeps an FP8 recipe from running, or None. The limits are those of Transformer Engine 2.11's own checks.
+    """Why an FP8 recipe cannot run, or None if it can. The limits are those that Transformer Engine 2.11 itself checks.
 
     Args:
         capability: The GPU's compute capability; None without a GPU.
-        cuda: The CUDA version torch was built for.
+        cuda: The CUDA version that torch was built for.
     """
     if capability is None:
         return "there is no GPU"
     if not transformer_engine:
-        return "its layers are Transformer Engine's, which is not installed"
+        return "FP8 layers are Transformer Engine's, which is not installed"
     numbers = ".".join(map(str, capability))
     if capability < (8, 9):
-        return f"the GPU's compute capability is {numbers}, FP8 needs 8.9 (Ada) or more"
+        return f"the GPU's compute capability is {numbers}, but FP8 needs 8.9 (Ada) or more"
     if recipe == "blockwise":
         if capability < (9, 0):
-            return f"the GPU's compute capability is {numbers}, train.fp8_recipe=blockwise needs 9.0 (Hopper) or more"
+            return (
+                f"the GPU's compute capability is {numbers}, but train.fp8_recipe=blockwise needs 9.0 (Hopper) or more"
+            )
         if tuple(map(int, (cuda or "0.0").split("."))) < (12, 9):
-            return f"torch was built for CUDA {cuda}, train.fp8_recipe=blockwise needs 12.9 or more"
+            return f"torch was built for CUDA {cuda}, but train.fp8_recipe=blockwise needs 12.9 or more"
     return None
 
 
 def refuse_silent_traps(config: Any) -> None:
     """Refuse settings of a megatron TransformerConfig that give wrong numbers without an error.
 
-    Each was seen to, on gloo with megatron-core 0.16.1:
-    freeing a stage's output while an asynchronous send still reads it; two sends between the same two
-    pipeline ranks matched in the wrong order; tensor-parallel attributes never set, so that the gradient
-    norm counts shards as copies.
+    Each was observed on gloo with megatron-core 0.16.1. A stage's output is freed while an asynchronous send still
+    reads it. Two sends between the same two pipeline ranks are matched in the wrong order. The tensor-parallel
+    attributes of weights are never set, so that the gradient norm takes shards for copies.
 
     Args:
         config: megatron.core TransformerConfig.
 
     Raises:
-        UserError: Naming the field and the value to use.
+        UserError: With the field and the value to use.
     """
     import torch
 
@@ -172,6 +173,6 @@ def refuse_silent_traps(config: Any) -> None:
         )
     if not config.perform_initialization:
         raise UserError(
-            "perform_initialization=False leaves tensor-parallel weights unmarked, and the gradient norm wrong; "
+            "perform_initialization=False leaves tensor-parallel weights unmarked and makes the gradient norm wrong; "
             "set it to True."
         )

@@ -1,13 +1,13 @@
 """Lets the unmodified megatron-core wheel run without CUDA, under gloo.
 
-megatron-core names the device "cuda" in a few dozen places. :func:`install` redirects exactly those,
-and nothing where CUDA exists:
+megatron-core names the device "cuda" in a few dozen lines. :func:`install` redirects these to the CPU, and changes
+nothing where CUDA is available:
 
-- `torch.cuda` functions that can only raise on a CPU build return the CPU or do nothing;
-- inside the listed megatron modules, tensor factories asked for `device="cuda"` use the CPU;
-- `Tensor.cuda()` returns the tensor, and `Tensor.type()` answers callers inside megatron.core in the
-  CUDA spelling they compare with;
-- the random-state tracker keeps CPU states.
+- Functions of `torch.cuda` that can only raise on a CPU build return the CPU or do nothing.
+- In the Megatron modules listed below, tensor factories called with `device="cuda"` use the CPU.
+- `Tensor.cuda()` returns the tensor. `Tensor.type()`, called from megatron.core, returns the name of the CUDA type,
+  because megatron.core compares it with such names.
+- The random-state tracker keeps CPU states.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-# Modules whose code says device="cuda" on a path we use.
+# Megatron modules that name device="cuda" in code that this project runs.
 _MODULES_NAMING_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.utils",
@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Redirect megatron-core to the CPU, once per process; does nothing where CUDA is available."""
+    """Redirect megatron-core to the CPU, once per process. Does nothing where CUDA is available."""
     cuda: Any = torch.cuda
     if cuda.is_available() or cuda.current_device is _current_device:
         return
@@ -63,12 +63,12 @@ def _redirect_torch_cuda() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # A function of our own: torch.compile's tables take no function of torch under a second name.
+    # A new function, because torch.compile's tables accept no function of torch under a second name.
     cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch`, with factories that put "cuda" tensors on the CPU."""
+    """`torch` with factories that put "cuda" tensors on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -1,12 +1,12 @@
-"""Makes megatron-core's DistributedOptimizer checkpoint torch's AdamW correctly.
+"""Makes megatron-core's DistributedOptimizer save and load the state of torch's AdamW correctly.
 
-Without Transformer Engine or apex, megatron-core 0.16.1 falls back to torch.optim.AdamW, whose state
-differs from theirs in two ways its checkpoint code does not expect: it is empty before the first
-step, and every parameter has its own `step` tensor. Loaded unchanged, all parameters share *one*
-`step`, which then advances once per parameter in each update: training goes on with wrong numbers.
+Without Transformer Engine or apex, megatron-core 0.16.1 uses torch.optim.AdamW. Its state differs from theirs in two
+ways that the checkpoint code does not expect: it is empty before the first step, and every parameter has a `step`
+tensor of its own. Without this patch, all parameters share *one* `step` after loading. That `step` then advances once
+for each parameter in every update, and training continues with wrong numbers.
 
-A run may also go on under another implementation than it began with: theirs and torch's name different
-options in the state, of which Megatron keeps only the saved ones.
+A run may also continue with another implementation of Adam than it began with. Each implementation has options that the
+others lack, and Megatron keeps only the saved ones.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def install() -> None:
 
 
 def complete_options(groups: list[dict[str, Any]], defaults: dict[str, Any], *, torchs: bool) -> None:
-    """Give saved groups, in place, the options that this optimizer has and the one they were saved from had not.
+    """Add the options that saved parameter groups lack, in place, where another implementation of Adam saved them.
 
     Args:
-        defaults: This optimizer's own options.
-        torchs: Whether it is torch's, whose `step` may have a fraction; the others' kernels take integers alone.
+        groups: The saved parameter groups.
+        defaults: Options of the optimizer that loads the groups.
+        torchs: Whether that optimizer is torch's. The other implementations accept only an integer as `step`.
     """
     for group in groups:
         for option, value in defaults.items():

@@ -1,7 +1,7 @@
-"""Measures and clips gradients without waiting for the device once per parameter.
+"""Computes the gradient norm and clips gradients without waiting for the device once per parameter.
 
-Without Transformer Engine or apex, megatron-core 0.16.1 reads the norm of every parameter's gradient on its own, and
-clips by making a scaled copy of each. torch does both for all of them at once.
+Without Transformer Engine or apex, megatron-core 0.16.1 reads the norm of each parameter's gradient separately, and
+clips by making a scaled copy of each gradient. torch can do both for all gradients at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Replace Megatron's own fallbacks; does nothing where Transformer Engine or apex gave it better."""
+    """Replace Megatron's own functions. Does nothing where Megatron uses those of Transformer Engine or apex."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -27,5 +27,5 @@ def _l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per
 
 
 def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], scale: Any) -> None:
-    """Scale gradients in place: Megatron's clipping gives the same list as source and as target."""
+    """Scale gradients in place: Megatron passes the same list as source and as target."""
     torch._foreach_mul_(tensors[1], scale)

@@ -1,1 +1,1 @@
-"""What a run shows: metrics, plots, the HTML page."""
+"""What is reported of a run: metrics, charts and HTML pages."""

@@ -1,8 +1,8 @@
-"""Metrics: sums over a micro-batch, added over the step and all ranks, divided once.
+"""Metrics: each is a sum over a micro-batch, added over the step and all ranks, and divided once.
 
-Names are TRL's; rewards include β. `rewards/*` are plain DPO rewards for every method with a reference, β times the
-mean log-prob for the others. Token rewards are under `token_rewards/*`; what single losses report beside is declared
-with the loss.
+Names are TRL's. Rewards include β: `rewards/*` are plain DPO rewards for every loss that reads the reference, and β
+times the mean log-prob for the others. Metrics of token rewards begin with `token_rewards/`. Metrics of single losses
+are declared with the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgdpo_megatron.losses import LOSSES, Pairs
 Sums = dict[str, Tensor]
 
 _DECLARED = {name: metric for loss in LOSSES.values() for name, metric in loss.metrics.items()}
-"""What single losses report."""
+"""The metrics that single losses declare."""
 
 
 @torch.no_grad()
@@ -38,15 +38,15 @@ def micro_batch_sums(
     *,
     padding: int = 0,
 ) -> Sums:
-    """Sums of everything reported, over one micro-batch. Scalars, on the device.
+    """Sums over one micro-batch of everything that is reported. Scalars, on the device.
 
     Args:
-        inputs: What the method read beside the policy's token log-probs, each [R].
-        padding: Tokens that only fill the micro-batch.
+        inputs: What the formula read beside the policy's token log-probs, each [R].
+        padding: Number of tokens that only fill the micro-batch.
     """
     logps = pairs.sums(policy)
     sums = {
-        # Filled on the device: a tensor made of a Python number would be copied there, and waited for.
+        # Filled on the device. The host would have to wait while a tensor made of a Python number is copied there.
         "pairs": losses.new_full((), pairs.num_pairs),
         "tokens": losses.new_full((), len(policy)),
         "padding": losses.new_full((), padding),
@@ -75,7 +75,7 @@ def micro_batch_sums(
 
 
 def implicit_rewards(loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """β (ℓ − ℓ_ref) of each token; for a method without reference its share of β times the mean log-prob. [R]"""
+    """β (ℓ − ℓ_ref) of each token. Without a reference: the token's share of β times the mean log-prob. [R]."""
     scale = loss.options.get("beta", loss.options.get("gamma", 1.0))
     if "reference" in inputs:
         return scale * (policy - inputs["reference"])
@@ -83,7 +83,7 @@ def implicit_rewards(loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Map
 
 
 def _token_rewards(loss: LossConfig, rewards: Tensor, implicit: Tensor) -> Sums:
-    """The health of r̂: its spread, how much of it says nothing or is cut off, whether the policy follows it."""
+    """Sums about r̂: its spread, its share at 0 and at the limit, and its correlation with the policy's reward."""
     limit = min(loss.reward_options.get("reward_clip") or math.inf, _squashed_limit(loss))
     sums = {
         "token_rewards/mean": rewards.sum(),
@@ -101,7 +101,7 @@ def _token_rewards(loss: LossConfig, rewards: Tensor, implicit: Tensor) -> Sums:
 
 
 def _squashed_limit(loss: LossConfig) -> float:
-    """Where σ(x) − ½ is as good as flat: |x| > 4.6."""
+    """The value at which σ(x) − ½ is nearly flat, |x| > 4.6. Infinite where r̂ is not squashed."""
     return 0.49 if loss.reward_options.get("reward_squash") else math.inf
 
 
@@ -110,8 +110,8 @@ def add_up(parts: Sequence[Sums], *, names: Sequence[str], counts_here: bool, de
 
     Args:
         parts: One per micro-batch on the last pipeline stage, else empty.
-        names: What is summed, in order: the same on every rank.
-        counts_here: False on ranks that hold a copy (other tensor-parallel ranks), which add zero.
+        names: Names of the sums, in the same order on every rank.
+        counts_here: Whether this rank's sums count. Other tensor-parallel ranks hold copies and add zero.
     """
     vector = torch.zeros(len(names), device=device, dtype=torch.float64)
     if counts_here and parts:
@@ -121,7 +121,7 @@ def add_up(parts: Sequence[Sums], *, names: Sequence[str], counts_here: bool, de
 
 
 def names_for(loss: LossConfig) -> list[str]:
-    """The names micro_batch_sums reports for a method, in order."""
+    """The names that micro_batch_sums reports for a loss, in order."""
     empty = torch.zeros(0)
     none = torch.zeros(0, dtype=torch.int64)
     inputs = dict.fromkeys(loss.method.reads, empty)
@@ -129,7 +129,7 @@ def names_for(loss: LossConfig) -> list[str]:
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Divide sums by pairs, or by tokens, and finish what needs two moments."""
+    """Divide sums by pairs or by tokens, and compute standard deviations and the correlation."""
     pairs, tokens = max(1.0, sums["pairs"]), max(1.0, sums["tokens"])
     skipped = ("pairs", "tokens", "padding", "not_finite")
     metrics = {
@@ -148,7 +148,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def _is_per_token(name: str) -> bool:
-    """Whether a sum is divided by the number of response tokens; every other one is divided by the number of pairs."""
+    """Whether a sum is divided by the number of response tokens. The others are divided by the number of pairs."""
     if name in _DECLARED:
         return _DECLARED[name].per_token
     return name.startswith(("token_rewards/", "divergence/"))
@@ -159,19 +159,19 @@ def _deviation(mean: float, square: float) -> float:
 
 
 def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
-    """What is wrong with the token rewards, in words, by the metric that shows it; empty where they look healthy."""
+    """Warnings about the token rewards, by the metric that shows the problem. Empty where no problem shows."""
     found = {}
     if metrics.get("token_rewards/zero_frac", 0) > 0.999 and not metrics["token_rewards/std"]:
         reasons = {
-            "guidance": "the guidance gives the reference's own log-probs; check model.guidance",
-            "contrastive": "the reference answers both prompts alike; check scores.contrastive_prompts",
+            "guidance": "the guidance gives the same log-probs as the reference; check model.guidance",
+            "contrastive": "both prompts give the same log-probs; check scores.contrastive_prompts",
         }
         reason = reasons.get(loss.reward_source or "", "check scores.reward_file")
-        found["token_rewards/zero_frac"] = f"all token rewards are 0, and guide nothing: {reason}."
+        found["token_rewards/zero_frac"] = f"all token rewards are 0 and have no effect: {reason}."
     if (share := metrics.get("token_rewards/limit_frac", 0)) > 0.5:
         remedy = " or raise loss.reward_clip" if loss.reward_options.get("reward_clip") else ""
         found["token_rewards/limit_frac"] = (
-            f"{share:.0%} of the token rewards are at their limit, and only their signs are left; lower "
+            f"{share:.0%} of the token rewards are at their limit, so that only their signs still differ; lower "
             f"loss.beta_r{remedy}."
         )
     for name, metric in loss.method.metrics.items():
@@ -181,10 +181,11 @@ def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 class Logger:
-    """Writes metrics.jsonl, and TensorBoard where it is installed, on one rank; does nothing on the others.
+    """Writes metrics.jsonl, and TensorBoard files where TensorBoard is installed. Only one rank writes.
 
     Args:
-        first: Optimizer steps done before this process; what an interrupted run wrote after them is dropped.
+        active: Whether this is the rank that writes.
+        first: Optimizer steps done before this process. Lines that an interrupted run wrote after them are dropped.
     """
 
     def __init__(self, output: Path, *, active: bool, first: int = 0) -> None:
@@ -203,7 +204,7 @@ class Logger:
             self.tensorboard = SummaryWriter(str(output / "tensorboard"))
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of an optimizer step (1-based)."""
+        """Record the metrics of an optimizer step, counted from 1."""
         if not self.active:
             return
         self.lines.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
@@ -213,7 +214,7 @@ class Logger:
                 self.tensorboard.add_scalar(name, value, iteration)
 
     def new_warnings(self, loss: LossConfig, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings not given before, on the rank that writes."""
+        """The warnings that were not given before. Empty on ranks that do not write."""
         found = {name: sentence for name, sentence in warnings(loss, metrics).items() if name not in self.warned}
         self.warned |= found.keys()
         return list(found.values()) if self.active else []
@@ -227,7 +228,7 @@ class Logger:
 
 
 def _lines_until(iteration: int, path: Path) -> list[str]:
-    """Metric lines up to an iteration; a line cut short by a killed run is left out."""
+    """The lines of metrics up to an iteration. A line that a killed run left incomplete is dropped."""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:

@@ -1,6 +1,6 @@
-"""One HTML page about a run: everything inline, so it opens anywhere and can be mailed.
+"""One HTML page about a run. Everything is inline, so the page opens anywhere and can be sent by mail.
 
-The page takes plain data and knows nothing of how it came about.
+The page takes plain data and does not depend on where the data comes from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tgdpo_megatron.report.plots import Bars, Chart, Token, chart_svg, reward_co
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of ready-made text under a header; the first column names the row."""
+    """Rows of text under a header. The first column names the row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -32,7 +32,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model answered, and whether that is the expected text."""
+    """What one model answered, and whether the answer is the expected text."""
 
     model: str
     text: str
@@ -50,11 +50,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the page shows, in its order. A part that is empty is left out."""
+    """Everything that the page shows, in this order. Empty parts are left out."""
 
     title: str
     summary: Sequence[str]
-    """Sentences: what was done, what came out."""
+    """Sentences on what was done and what came out of it."""
     tables: Sequence[tuple[str, Table]] = ()
     """Heading and table."""
     charts: Sequence[Chart | Bars] = ()
@@ -63,7 +63,7 @@ class Page:
     """Sentences about the coloured tokens."""
     samples: Sequence[Sample] = ()
     data_notes: Sequence[str] = ()
-    """What was read, how many rows were dropped and why."""
+    """Sentences on the data: what was read, how many rows were dropped and why."""
     commands: Sequence[str] = ()
     settings: Sequence[tuple[str, str]] = ()
     """Name and value: versions, seeds, sizes."""

@@ -1,6 +1,6 @@
-"""Pictures for reports: line charts and coloured tokens, as SVG text without external resources.
+"""Pictures for reports: line charts, bars and coloured tokens, as SVG text without external resources.
 
-Figures are made object by object: pyplot's global state would leak between reports of one process.
+Figures are made without pyplot, whose global state would be shared by all reports of a process.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with any common colour vision deficiency.
+# Okabe and Ito's colours, which people with any common colour vision deficiency can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _BLUE, _ORANGE = (86, 160, 214), (240, 150, 70)
 _FEW = 6
-"""More lines than this have their legend below the axes."""
+"""A chart with more lines than this has its legend below the axes."""
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "tgdpo"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. Training curves are thin beside held-out ones, which are thick and marked at each measurement."""
+    """One curve. Held-out curves are thick and marked at each measurement; training curves beside them are thin."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     held_out: bool = False
     colour: int = 0
-    """Lines of one model share a number; from the seventh on, they are dashed."""
+    """Lines of one model share a number. Lines with a number of 7 or more are dashed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One bar of every group: its length and the spread that its whisker shows (nan: none)."""
+    """One bar of every group: its length, and the spread that its whisker shows (nan for no whisker)."""
 
     name: str
     values: Sequence[float]
@@ -55,14 +55,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, a group for each name; the label names the unit."""
+    """Horizontal bars, one group for each name. The label names the unit."""
 
     title: str
     x_label: str
     names: Sequence[str]
     series: Sequence[Series]
     mark: float = 0.0
-    """Where a line stands to compare with."""
+    """Where a vertical line stands, for comparison."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def grid_svg(charts: Sequence[Chart | Bars], columns: int) -> str:
     heights = [max(map(_height, row)) for row in rows]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * columns, sum(heights)), layout="constrained")
-        # Figures of their own: the long names of one chart take no room from those above it.
+        # Each chart is a subfigure, so that long names in one chart take no room from the charts above it.
         grid = figure.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
         for line, row in enumerate(rows):
             for place, chart in enumerate(row):
@@ -101,8 +101,8 @@ def figure_svg(charts: Sequence[Chart], rows: Sequence[tuple[str, Sequence[Token
 
     Args:
         rows: A label and the tokens of each row.
-        limit: Reward shown in the strongest colour.
-        caption: Stands over the rows.
+        limit: Reward that is shown in the strongest colour.
+        caption: Text over the rows.
     """
     with matplotlib.rc_context(_STYLE):
         height = 2.9 + 0.35 * (len(rows) + 1)
@@ -122,14 +122,14 @@ def reward_colour(reward: float, limit: float) -> str:
 
 
 def _height(chart: Chart | Bars) -> float:
-    """Inches, enough for every name of the legend or the bars."""
+    """Height in inches, enough for every name in the legend or beside the bars."""
     if isinstance(chart, Bars):
         return 1.1 + len(chart.names) * (0.1 + 0.1 * len(chart.series))
     return 3.0 if len(chart.lines) <= _FEW else 2.6 + 0.15 * len(chart.lines)
 
 
 def _draw(axes: Any, chart: Chart | Bars) -> None:
-    below = isinstance(chart, Bars) and len(chart.series) > 1  # the legend stands between
+    below = isinstance(chart, Bars) and len(chart.series) > 1  # the legend stands between title and axes
     axes.set_title(chart.title, fontsize=10, loc="left", pad=16 if below else None)
     axes.set_xlabel(chart.x_label)
     if isinstance(chart, Bars):
@@ -164,14 +164,14 @@ def _draw_lines(axes: Any, chart: Chart) -> None:
         axes.plot(line.x, line.y, color=_COLOURS[line.colour % len(_COLOURS)], label=line.name, **style)
     axes.set_ylabel(chart.y_label)
     axes.grid(alpha=0.25, linewidth=0.5)
-    if len(chart.lines) > _FEW:  # they would hide the curves
+    if len(chart.lines) > _FEW:  # inside the axes, the legend would hide the curves
         axes.legend(frameon=False, fontsize=6.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     elif len(chart.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_rows(axes: Any, rows: Sequence[tuple[str, Sequence[Token]]], limit: float, caption: str) -> None:
-    """Tokens as coloured boxes in a fixed-width font, one data unit a character."""
+    """Tokens as coloured boxes in a fixed-width font. A character is one unit of the x-axis wide."""
     from matplotlib.patches import Rectangle
 
     margin = max((len(label) for label, _ in rows), default=0) + 2
@@ -194,7 +194,7 @@ def _draw_rows(axes: Any, rows: Sequence[tuple[str, Sequence[Token]]], limit: fl
 
 
 def _svg(figure: Any) -> str:
-    """The figure's `<svg>` element alone: no XML prologue, no document type, no metadata that names other sites."""
+    """The `<svg>` element of a figure, without XML prologue, document type and metadata that names other sites."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

@@ -1,7 +1,7 @@
 """One HTML page to read preference pairs token by token: both responses side by side, shaded by a number per token.
 
-The page takes plain data and knows nothing of how it came about. What it looks like and how it answers to keys is in
-`viewer.html` beside this file; this module puts the data into it.
+The page takes plain data and does not depend on where the data comes from. Its look and its keys are in `viewer.html`
+beside this file. This file puts the data into that template.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 
 _TEMPLATE = Path(__file__).with_name("viewer.html")
 _PERCENTILE = 99
-"""Of the magnitudes of a number; what lies beyond is drawn in the strongest colour."""
+"""Percentile of a number's magnitudes from which on tokens are drawn in the strongest colour."""
 
 
 @dataclass(frozen=True)
 class TokenNumber:
-    """A number known of every token, such as r̂.
+    """A number that tokens have, such as r̂.
 
     Attributes:
-        name: What it is called everywhere on the page.
-        meaning: A few words or a formula with the unit.
-        shades: Whether tokens can be shaded by it; the first that can is the default.
+        name: The name that the page shows.
+        meaning: A few words or a formula, with the unit.
+        shades: Whether tokens can be shaded by the number. The first number that can is the default.
     """
 
     name: str
@@ -43,8 +43,8 @@ class ViewedResponse:
     """A response token by token.
 
     Attributes:
-        tokens: Their texts; any Unicode, whitespace included.
-        numbers: Name of a TokenNumber -> one value per token. A number that is not known is left out.
+        tokens: Texts of the tokens, any Unicode, whitespace included.
+        numbers: Name of a TokenNumber -> one value per token. Unknown numbers are left out.
     """
 
     tokens: Sequence[str]
@@ -53,7 +53,7 @@ class ViewedResponse:
 
 @dataclass(frozen=True)
 class ViewedPair:
-    """A prompt and its two responses; the name says where it came from, such as "row 12 of pairs.jsonl"."""
+    """A prompt and its two responses. The name says where the pair comes from, such as "row 12 of pairs.jsonl"."""
 
     name: str
     prompt: str
@@ -70,21 +70,21 @@ def viewer_page(
     before: str | None = None,
     after: str | None = None,
 ) -> str:
-    """The whole HTML document: nothing in it is loaded from elsewhere.
+    """The whole HTML document. It loads nothing from elsewhere.
 
     Args:
-        numbers: In the order they are listed in.
-        before, after: Names of the numbers that are the policy's implicit reward per token before and after training;
-            their sums are shown as rewards and, chosen − rejected, as margins.
+        numbers: The numbers, in the order in which the page lists them.
+        before, after: Names of the numbers that are the policy's implicit reward per token before and after training.
+            Their sums are shown as rewards, and the difference chosen − rejected as margins.
 
     Raises:
-        ValueError: A name is not among `numbers`, none of them shades, or a response has more or fewer values than
+        ValueError: A name is not among `numbers`, no number shades tokens, or a response has more or fewer values than
             tokens.
     """
     _check(pairs, numbers, before, after)
     names = [number.name for number in numbers]
     counts = Counter(text for pair in pairs for side in (pair.chosen, pair.rejected) for text in side.tokens)
-    # Frequent texts first, so that most tokens are short numbers.
+    # Frequent texts come first, so that most tokens are written as short indices.
     places = {text: place for place, (text, _) in enumerate(counts.most_common())}
     data = {
         "numbers": [asdict(number) | {"limit": shade_limit(pairs, number.name)} for number in numbers],
@@ -108,7 +108,7 @@ def viewer_page(
 def shade_limit(pairs: Sequence[ViewedPair], name: str) -> float:
     """The magnitude drawn in the strongest colour: the 99th percentile over all tokens, to three digits.
 
-    The largest magnitude where that percentile is 0, and 0 where every value is.
+    Where that percentile is 0, the largest magnitude is taken.
     """
     values = [side.numbers[name] for pair in pairs for side in (pair.chosen, pair.rejected) if name in side.numbers]
     magnitudes = np.abs(np.concatenate([np.asarray(some, dtype=np.float64) for some in values] or [np.zeros(0)]))
@@ -138,18 +138,18 @@ def _check(pairs: Sequence[ViewedPair], numbers: Sequence[TokenNumber], before: 
 
 
 def _response(response: ViewedResponse, places: Mapping[str, int], names: Sequence[str]) -> dict[str, Any]:
-    """Texts as places in the list of texts; None for a number that is not known."""
+    """Texts as indices into the list of texts, and numbers by column, with None for an unknown number."""
     columns = [response.numbers.get(name) for name in names]
     return {
         "tokens": [places[text] for text in response.tokens],
         "numbers": [None if column is None else [_rounded(value, 4) for value in column] for column in columns],
-        # Summed before rounding.
+        # The sums are of the unrounded numbers.
         "sums": [None if column is None else _rounded(math.fsum(column), 6) for column in columns],
     }
 
 
 def _rounded(value: float, digits: int) -> float | None:
-    """A number that is short in JSON, which knows no infinities: those become None."""
+    """A number with few digits in JSON. Infinities and nan become None, because JSON has neither."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.{digits}g}")
@@ -157,13 +157,13 @@ def _rounded(value: float, digits: int) -> float | None:
 
 
 def _json_for_html(data: object) -> str:
-    """JSON that can stand in a <script> element and be written as UTF-8, whatever its strings hold."""
+    """JSON that is safe in a <script> element and in UTF-8, whatever its strings hold."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # "<" could end the element or open a comment; lone surrogates have no UTF-8; U+2028 and U+2029 are line ends to
-    # some tools. All of them can only be inside strings.
+    # "<" could end the element or open a comment. Lone surrogates cannot be written as UTF-8. Some tools take U+2028
+    # and U+2029 for line ends. All of these can only occur inside strings.
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _fill(parts: Mapping[str, str]) -> str:
-    """The template with its {{names}} replaced, in one pass: what is filled in is not looked at again."""
+    """The template with its {{names}} replaced. Text that is filled in is not searched for names."""
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _TEMPLATE.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Token scores on disk: log-probs of frozen models, one number per response token."""
+"""Token scores: log-probs of frozen models and token rewards from files, one number per response token."""

@@ -1,7 +1,8 @@
-"""T-REG's contrastive prompts: the same response under a prompt that asks for better and one that asks for worse.
+"""T-REG's contrastive prompts: the same response after a prompt for a better answer and one for a worse answer.
 
-The last user turn is replaced by a template that quotes it; the response's token ids follow unchanged, as in training.
-Prompt lengths differ from training's and from each other, so scores are kept per response token, never per position.
+A template that quotes the last user turn takes the place of that turn. The response's token ids follow unchanged, as in
+training. The two prompts differ in length from each other and from the prompt in training, so scores are stored by
+response token and never by position in the sequence.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from tgdpo_megatron.scores.texts import check_text
 
 DEFAULT = Path(__file__).parent / "prompts" / "refine.yaml"
 KINDS = ("better", "worse")
-"""Of prompts: one asks for a better response, one for a worse."""
+"""The two kinds of prompts: one asks for a better response, one for a worse response."""
 
 
 @dataclass(frozen=True)
 class ContrastivePrompts:
-    """Two templates for the last user turn, with {instruction} and, if they quote it, {response}."""
+    """Two templates for the last user turn, with {instruction} and, if they quote the response, {response}."""
 
     better: str
     worse: str
 
     @property
     def hash(self) -> str:
-        """SHA-256 of both."""
+        """SHA-256 of both templates."""
         return hashlib.sha256(f"{self.better}\0{self.worse}".encode()).hexdigest()
 
     def turn(self, kind: str, instruction: str, response: str) -> str:
@@ -48,10 +49,10 @@ class ContrastivePrompts:
 
 
 def read_prompts(path: Path | None) -> ContrastivePrompts:
-    """Read the templates of a YAML file; by default those in prompts/refine.yaml.
+    """Read the templates from a YAML file, by default prompts/refine.yaml.
 
     Raises:
-        UserError: An unreadable file, a template missing or without its placeholder.
+        UserError: The file cannot be read, or a template is missing, lacks a placeholder or has an unknown one.
     """
     path = path or DEFAULT
     if not path.is_file():
@@ -75,10 +76,11 @@ def read_prompts(path: Path | None) -> ContrastivePrompts:
             )
     if ("{response}" in content["better"]) != ("{response}" in content["worse"]):
         raise UserError(
-            f"{path}: one template quotes {{response}} and the other does not; they would not be comparable."
+            f"{path}: one template quotes {{response}} and the other does not, so their log-probs cannot be compared; "
+            "let both quote it, or neither."
         )
     if content["better"] == content["worse"]:
-        raise UserError(f"{path}: both templates are the same; every token reward would be 0.")
+        raise UserError(f"{path}: both templates are the same, so every token reward would be 0; make them differ.")
     return ContrastivePrompts(**content)
 
 
@@ -90,20 +92,21 @@ def contrastive_sequences(
     prompts: ContrastivePrompts,
     longest: int,
 ) -> tuple[PreparedPairs, list[Key], list[Key]]:
-    """Every response of some pairs under both prompts, as sequences of their own.
+    """Make a sequence of each response of some pairs under each of the two prompts.
 
-    Prompts are never cut here: a cut could take the instruction and leave the request.
+    Prompts are never cut here, because a cut could remove the instruction and keep only the request around it.
 
     Args:
-        texts: The pairs as text, in the same order.
-        longest: Tokens a sequence may have.
+        pairs: Indices of the pairs in `data`.
+        texts: The same pairs as text, in the same order.
+        longest: Largest number of tokens of a sequence.
 
     Returns:
-        The sequences, as the chosen responses of pairs without rejected ones; which scores each of them gives; and
-        which scores cannot be had, because the sequence would be too long.
+        The sequences, as the chosen responses of pairs that have no rejected response; the key of each sequence's
+        scores; and the keys of scores that cannot be computed, because their sequence would be too long.
 
     Raises:
-        UserError: A text that is not what was tokenised.
+        UserError: The text of a pair is not the text that was tokenised.
     """
     sequences: list[np.ndarray] = []
     prompt_lengths, rows, keys, too_long = [], [], [], []
@@ -118,7 +121,7 @@ def contrastive_sequences(
                 prompted[kind] = encode_prompt(tokenizer, [*before, turn])[1]
             names = [Key(data.hashes[pair].tobytes(), side, kind) for kind in KINDS]
             if max(map(len, prompted.values())) + len(ids) > longest:
-                too_long += names  # both: a reward is their difference
+                too_long += names  # both kinds, since a reward is their difference
                 continue
             for key, prompt in zip(names, prompted.values(), strict=True):
                 sequences.append(np.concatenate([np.asarray(prompt, dtype=np.int32), ids]))

@@ -1,12 +1,13 @@
-"""Token rewards from anywhere: a .jsonl file with a line for each pair.
+"""Token rewards from a .jsonl file with a line for each pair.
 
     {"row": 1, "chosen": [0.1, -0.3, 0.0], "rejected": [0.2, 0.0]}
     {"row": 2, "chosen": [[0, 4, 0.5], [4, 9, -1.0]], "rejected": []}
 
-`row` is the pair's row, or line, in the data file; lines of rows that are not trained on are not read. Either one
-number for each response token, the closing end-of-turn token included; or spans [first character, character after the
-last, number] of the response as the data file has it. A token then gets the mean over its characters; characters
-outside all spans, and the end-of-turn token, count 0.
+`row` is the number of the pair's row in the data file, or of its line in a .jsonl file. Lines for rows that are not
+trained on are skipped. The rewards of a response are either one number for each of its tokens, the closing end-of-turn
+token included, or spans [first character, character after the last, number] of the response as the data file has it.
+With spans a token gets the mean over its characters, where characters outside all spans count 0, and the end-of-turn
+token gets 0. An empty list gives 0 to all tokens of the response.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ _SIDES = ("chosen", "rejected")
 
 
 def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndarray:
-    """Rewards of every response token, in the order of the data, chosen before rejected. fp32.
+    """Rewards of all response tokens, in the order of the data, chosen before rejected. fp32.
 
     Raises:
-        UserError: An unreadable line, a pair without rewards, numbers that do not fit its tokens; says which.
+        UserError: A line cannot be read, a pair has no rewards, or rewards do not fit their response. The sentence
+            names the line or the pair.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such reward file.")
-    texts = cache(lambda: read_texts(data))  # for spans alone
+    texts = cache(lambda: read_texts(data))  # read only where a line has spans
     pair_of = {int(row): pair for pair, row in enumerate(data.rows)}
     starts = response_starts(data)
     rewards = np.zeros(starts[-1], np.float32)
@@ -47,7 +49,9 @@ def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndar
                 continue
             row, sides = _line(line, f"{path} line {number}")
             if row in line_of:
-                raise UserError(f"{path} line {number}: row {row} has rewards already, on line {line_of[row]}.")
+                raise UserError(
+                    f"{path} line {number}: row {row} has rewards already, on line {line_of[row]}; delete one line."
+                )
             line_of[row] = number
             if (pair := pair_of.get(row)) is None:
                 continue
@@ -60,12 +64,12 @@ def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndar
                 )
     for row, pair in pair_of.items():
         if row not in line_of:
-            raise UserError(f"{path}: no rewards for {data.name(pair)}.")
+            raise UserError(f"{path}: no rewards for {data.name(pair)}; add a line for that row.")
     return rewards
 
 
 def _line(line: bytes, where: str) -> tuple[int, tuple[list[Any], list[Any]]]:
-    """Row, and what is given for the chosen and the rejected response."""
+    """The row's number, and what the line gives for the chosen and for the rejected response."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
@@ -109,30 +113,31 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def _check_numbers(numbers: list[Any], where: str) -> None:
     for number in numbers:
-        # Compared before it is converted: an integer may be too large for any float.
+        # The number is compared before it is converted, because an integer may be too large for any float.
         if type(number) not in (int, float) or not -_LARGEST <= number <= _LARGEST:
             raise UserError(f"{where} has a reward that is not a finite number ({str(number)[:20]}).")
 
 
 def _from_spans(spans: list[Any], ids: np.ndarray, tokenizer: Any, response: str, where: str) -> np.ndarray:
-    """The mean over the characters of each token.
+    """Rewards of a response's tokens: the mean over the characters of each token. [tokens] fp32.
 
     Args:
-        response: The text the spans are counted in. The template may have taken blanks off its ends.
+        response: The text whose characters the spans count. The chat template may have removed blanks at its ends.
     """
     of_character, given = np.zeros(len(response)), np.zeros(len(response), bool)
     for start, end, number in spans:
         if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(response):
-            raise UserError(f"{where}: the span {start}–{end} is not within its {len(response)} characters.")
+            raise UserError(f"{where}: the span {start}–{end} is not within the response's {len(response)} characters.")
         if given[start:end].any():
-            raise UserError(f"{where}: the span {start}–{end} overlaps another.")
+            raise UserError(f"{where}: the span {start}–{end} overlaps another span.")
         of_character[start:end], given[start:end] = number, True
     learned: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     encoded = tokenizer(learned, add_special_tokens=False, return_offsets_mapping=True)
     before = response.find(learned)
     if before < 0 or encoded["input_ids"] != ids[: len(encoded["input_ids"])].tolist():
         raise UserError(
-            f"{where}: its text does not give its tokens back, so spans cannot be placed; give one number per token."
+            f"{where}: tokenising its text again gives other tokens, so spans cannot be used; give one number for each "
+            "token."
         )
     rewards = np.zeros(len(ids), np.float32)
     for place, (start, end) in enumerate(encoded["offset_mapping"]):

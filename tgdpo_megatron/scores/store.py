@@ -1,8 +1,9 @@
-"""Token scores on disk: log-probs of every response token under frozen models, written once.
+"""Token scores on disk: log-probs of every response token under frozen models, computed once.
 
-A folder holds `manifest.json`, what made the scores, and shards `scores-<SHA-256 of the file>.safetensors`. A shard
-holds responses, each found by the hash of its pair's token ids: the order of the data and the layout that wrote or
-reads the scores do not matter, a build that was stopped goes on where it was, and new pairs are added to old ones.
+A folder holds `manifest.json`, which says how the scores were made, and shards `scores-<CHECKSUM>.safetensors`, where
+CHECKSUM is the first 32 digits of the file's SHA-256. A shard holds the scores of some responses. A response is found
+by the hash of its pair's token ids, so the order of the data does not matter, nor the parallel layout that wrote the
+scores. Scoring that was stopped continues where it stopped, and new pairs are added to the pairs scored before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from tgdpo_megatron.losses.rewards import SCORE_NAMES
 
 
 class Key(NamedTuple):
-    """Which scores of which response: the pair's hash, the side, the name."""
+    """Names one kind of scores of one response.
+
+    Attributes:
+        pair: Hash of the pair's token ids.
+        side: CHOSEN or REJECTED.
+        name: One of SCORE_NAMES.
+    """
 
     pair: bytes
     side: int
@@ -33,10 +40,10 @@ class Key(NamedTuple):
 
 
 def write_shard(folder: Path, scores: Mapping[Key, np.ndarray]) -> None:
-    """Write some responses' scores, whole or not at all.
+    """Write the scores of some responses as one shard. The file appears whole or not at all.
 
     Args:
-        scores: Scores of a response's tokens. Each [tokens] fp32.
+        scores: Key -> scores of the response's tokens. Each [tokens] fp32.
     """
     keys = list(scores)
     content = save(
@@ -52,7 +59,7 @@ def write_shard(folder: Path, scores: Mapping[Key, np.ndarray]) -> None:
 
 
 def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
-    """Every response's scores.
+    """Read the scores of all responses in a folder, shard by shard.
 
     Raises:
         UserError: A shard that was altered or damaged.
@@ -61,8 +68,8 @@ def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
         content = path.read_bytes()
         if path.stem != f"scores-{_checksum(content)}":
             raise UserError(
-                f"{path}: was altered or damaged since it was written (another checksum); delete it and score again: "
-                "only what it held is computed anew."
+                f"{path}: was altered or damaged since it was written (its checksum differs); delete the file and run "
+                "python -m recipes.score again, which computes only the scores that it held."
             )
         shard = load(content)
         ends = np.cumsum(shard["lengths"])
@@ -74,13 +81,13 @@ def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
 
 
 def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> TokenScores:
-    """Read a store and check that every pair of `data` has all its scores.
+    """Read a folder of scores, and check that every pair of `data` has all its scores.
 
     Args:
         names: Which scores to read.
 
     Raises:
-        UserError: No store, a damaged shard, a pair without scores, a score that is not finite.
+        UserError: No scores in the folder, a damaged shard, a pair without scores, or a score that is not finite.
     """
     manifest = read_scores_manifest(folder)
     starts = response_starts(data)
@@ -89,8 +96,8 @@ def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> Toke
         if missing[name].any():
             pair = int(missing[name].argmax()) // 2
             raise UserError(
-                f"{folder}: no {name} scores for {data.name(pair)}; run python -m recipes.score again, it adds what "
-                "is missing."
+                f"{folder}: no {name} scores for {data.name(pair)}; run python -m recipes.score again, which adds "
+                "what is missing."
             )
         if not (finite := np.isfinite(values[name])).all():
             pair = (int(np.searchsorted(starts, finite.argmin(), side="right")) - 1) // 2
@@ -112,7 +119,7 @@ def missing_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> d
 def _collect(
     folder: Path, data: PreparedPairs, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Scores of all responses, laid out as `data` is, and which responses have none. One shard at a time."""
+    """Scores of all responses in the order of `data`, and which responses have none. Reads one shard at a time."""
     starts = response_starts(data)
     values = {name: np.full(starts[-1], np.nan, np.float32) for name in names}
     missing = {name: np.ones(2 * len(data), bool) for name in names}
@@ -134,21 +141,21 @@ def _collect(
 
 
 def write_scores_manifest(folder: Path, manifest: ScoresManifest) -> None:
-    """Write the manifest, before any shard: what is added later must be made in the same way."""
+    """Write the manifest. It is written before any shard, so that scores added later must be made in the same way."""
     _write_whole(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what a build that was killed was about to write."""
+    """Delete the unfinished files of a scoring that was killed."""
     for path in (*folder.glob("scores-*.tmp"), *folder.glob("manifest.tmp")):
         path.unlink(missing_ok=True)
 
 
 def read_scores_manifest(folder: Path) -> ScoresManifest:
-    """Read a store's manifest.
+    """Read the manifest of a folder of scores.
 
     Raises:
-        UserError: Not a store, or one of another version.
+        UserError: No scores in the folder, or scores of another format.
     """
     path = folder / "manifest.json"
     if not path.is_file():
@@ -157,8 +164,8 @@ def read_scores_manifest(folder: Path) -> ScoresManifest:
         content = json.loads(path.read_text())
         if content.get("format", FORMAT) != FORMAT:
             raise UserError(
-                f"{folder}: token scores of format {content['format']}, this version has {FORMAT}; score again into "
-                "another folder."
+                f"{folder}: the token scores have format {content['format']}, but this version reads format {FORMAT}; "
+                "score again into another folder."
             )
         return ScoresManifest(**content)
     except (AttributeError, TypeError, ValueError):
@@ -166,24 +173,24 @@ def read_scores_manifest(folder: Path) -> ScoresManifest:
 
 
 def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path) -> ScoresManifest:
-    """Refuse scores that were made from something else, naming what differs.
+    """Refuse scores that were made with other settings or models than this run has.
 
     A field that is None in `expected` is not compared.
 
     Returns:
-        `found`, with what it lacks taken from `expected`.
+        `found`, with the fields that are None in it taken from `expected`.
 
     Raises:
-        UserError: With the differing field and both values.
+        UserError: A field differs; the sentence names it and both values.
     """
     words = {
-        "tokenizer": "tokenizer",
-        "template": "chat template",
-        "max_length": "data.max_length",
-        "precision": "train.precision",
-        "reference": "weights of the reference",
-        "guidance": "weights of the guidance",
-        "prompts": "contrastive prompts",
+        "tokenizer": "another tokenizer",
+        "template": "another chat template",
+        "max_length": "another data.max_length",
+        "precision": "another train.precision",
+        "reference": "other weights of the reference",
+        "guidance": "other weights of the guidance",
+        "prompts": "other contrastive prompts",
     }
     lacks = {}
     for field, name in words.items():
@@ -192,14 +199,14 @@ def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path)
             lacks[field] = want
         elif want is not None and have != want:
             raise UserError(
-                f"{folder}: these scores were made with other {name} ({_short(have)}, this run has {_short(want)}); "
+                f"{folder}: these scores were made with {name} ({_short(have)}, this run has {_short(want)}); "
                 "score again with this run's settings, into another folder."
             )
     return replace(found, **lacks)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that no part of it is ever seen under its name."""
+    """Write a file so that it appears under its name only when it is whole."""
     part = path.with_suffix(".tmp")
     try:
         part.write_bytes(content)

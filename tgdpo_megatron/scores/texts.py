@@ -1,4 +1,4 @@
-"""The text of tokenised pairs, read again: what contrastive prompts quote and character spans are counted in."""
+"""The text of tokenised pairs, read again. Contrastive prompts quote it, and spans of rewards count its characters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def read_texts(data: PreparedPairs) -> list[TextPair]:
     """The text of every pair, in the order of the data.
 
     Raises:
-        UserError: The file is not there any more, or has lost a row.
+        UserError: The data file is gone, or a pair's row is gone from it.
     """
     source = Path(data.summary.source)
     if not source.exists():
         raise UserError(
-            f"{source}: the pairs were tokenised from there and their text is needed, but it is gone; put it back, or "
-            "prepare the pairs again from where it is now."
+            f"{source}: the pairs were tokenised from this data and their text is needed, but the data is gone; put it "
+            "back, or prepare the pairs again from its new place."
         )
     texts = {text.row: text for text in read_pairs(source, cast(FormatName, data.summary.format)).pairs}
     for pair in range(len(data)):
@@ -32,16 +32,16 @@ def read_texts(data: PreparedPairs) -> list[TextPair]:
 
 
 def check_text(data: PreparedPairs, pair: int, text: TextPair, tokenizer: Any) -> None:
-    """Check that a text still gives the ids that were made from it.
+    """Check that the text of a pair still gives the pair's token ids.
 
     Raises:
-        UserError: It was edited since.
+        UserError: The text was edited after it was tokenised.
     """
     prompt_text, prompt = encode_prompt(tokenizer, text.messages)
     for side, response in enumerate((text.chosen, text.rejected)):
         ids = data.sequence(pair, side).tolist()
         length = int(data.prompt_lengths[pair])
-        # A prompt that was cut has lost its start, but kept a BOS: all but the first id are its end.
+        # A prompt that was cut lost its start but kept its BOS, so all its ids but the first are the prompt's end.
         if ids[1:length] != prompt[len(prompt) - length + 1 :] or ids[length:] != encode_response(
             tokenizer, text.messages, prompt_text, response
         ):

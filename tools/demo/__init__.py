@@ -1,6 +1,6 @@
-"""The whole product on made-up data with known mistakes, the way a user runs it, ending in an HTML report.
+"""Run every program of this project on made-up data with known mistakes, as a user would, and write an HTML report.
 
-A small Llama is fine-tuned on examples of which many are wrong, then repaired with preference pairs: DPO gives the
-guidance model, TGDPO (tensor × pipeline parallel, four processes) the result. Every program is started as a process
-of its own; the commands are printed and can be run by hand.
+A small Llama is fine-tuned on examples of which many are wrong, and then corrected with preference pairs. DPO trains
+the guidance model. TGDPO, with tensor and pipeline parallelism on four processes, trains the result. Every program runs
+as a process of its own. The commands are printed and can be run by hand.
 """

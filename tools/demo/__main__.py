@@ -1,4 +1,4 @@
-"""python -m tools.demo: make the folder, run the stages."""
+"""The command line of the demo, `python -m tools.demo`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MARKER = ".made-by-tools-demo"
 
 
 def _claim(output: Path, *, overwrite: bool) -> None:
-    """Make the output folder, and delete an earlier demo's only where that was asked for.
+    """Make the output folder. The folder of an earlier demo is deleted first, but only with --overwrite.
 
     Raises:
-        UserError: The folder is in use, is not a demo's, or cannot be written.
+        UserError: The folder is in use, was not made by the demo, or cannot be written.
     """
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise UserError(f"{output}: is not empty; choose another --output, or give --overwrite to delete it.")
         if not (output / MARKER).is_file():
-            raise UserError(f"{output}: was not made by this demo and is not deleted; choose another --output.")
+            raise UserError(f"{output}: was not made by this demo, so it is not deleted; choose another --output.")
         shutil.rmtree(output)
     try:
         for name in ("hf", "logs"):
@@ -39,12 +39,14 @@ def main() -> None:
         parser.add_argument(
             "--output", type=Path, default=Path("runs/demo"), help="folder to make (default: %(default)s)"
         )
-        parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder")
+        parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in the output folder")
         parser.add_argument(
-            "--seed", type=int, default=0, help="of the data and the first weights (default: %(default)s)"
+            "--seed", type=int, default=0, help="seed of the data and of the initial weights (default: %(default)s)"
         )
         parser.add_argument(
-            "--fast", action="store_true", help="few steps: shows that everything runs, teaches nothing"
+            "--fast",
+            action="store_true",
+            help="use few steps, which shows that everything runs but trains no useful model",
         )
         parsed = parser.parse_args()
         _claim(parsed.output, overwrite=parsed.overwrite)

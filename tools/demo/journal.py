@@ -1,4 +1,4 @@
-"""What the demo keeps of itself: its settings, its commands, and how good each model turned out."""
+"""What the demo records: its settings, its commands, and the quality of each model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgdpo_megatron.errors import USER_ERROR, UserError
 SFT_LR = 4e-3
 BETA = 1.0
 BETA_R = 0.5
-# Gentle: with more steps or a higher rate the preference losses keep falling while both answers' log-probs sink.
+# Kept low: with more steps or a higher rate the preference losses keep falling, but so do both answers' log-probs.
 PREFERENCE_LR = 1e-4
 NOISE = 0.45
 VOCAB_SIZE = 1000
@@ -29,7 +29,7 @@ MODELS = {"sft": "SFT (before)", "dpo": "DPO (the guidance)", "tgdpo": "TGDPO (a
 
 @dataclass(frozen=True)
 class Effort:
-    """How much data and how many steps. Batches are 32 pairs."""
+    """Numbers of pairs and of optimizer steps. Batches hold 32 pairs."""
 
     train: int = 2000
     validation: int = 200
@@ -43,7 +43,7 @@ FAST = Effort(train=200, validation=20, sft=400, sft_iters=15, preference_iters=
 
 
 class PeakMemory(threading.Thread):
-    """Samples the memory of this process and all below it; shared pages count once (PSS)."""
+    """Measures the peak memory of this process and all its children. Shared pages count once (PSS)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -54,7 +54,7 @@ class PeakMemory(threading.Thread):
         while True:
             total = 0
             for process in [this, *this.children(recursive=True)]:
-                with suppress(psutil.Error):  # it ended in between
+                with suppress(psutil.Error):  # the process has ended
                     total += process.memory_full_info().pss
             self.peak = max(self.peak, total)
             time.sleep(0.5)
@@ -62,7 +62,7 @@ class PeakMemory(threading.Thread):
 
 @dataclass
 class Journal:
-    """What the demo did: the commands, how long each stage took, the folder everything is kept in."""
+    """What the demo did: its commands, the time of each stage, and the folder that holds everything."""
 
     output: Path
     seed: int
@@ -73,7 +73,7 @@ class Journal:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Number, name and time one stage."""
+        """Print the number and name of a stage, and measure its time."""
         print(f"\n{len(self.stages) + 1}. {name}", flush=True)
         started = time.monotonic()
         yield
@@ -81,7 +81,7 @@ class Journal:
         print(f"   took {self.stages[name]:.0f} s", flush=True)
 
     def run(self, module: str, *arguments: str | Path) -> None:
-        """Run one of the programs and keep what it says in the folder's `logs`.
+        """Run one of the programs, and keep its output in the folder `logs`.
 
         Raises:
             UserError: The program refused its input.
@@ -92,12 +92,12 @@ class Journal:
         print(f"   $ {self.commands[-1]}", flush=True)
         log = self.output / "logs" / f"{len(self.commands):02}-{module}.log"
         with log.open("w") as file:
-            # A person sees the progress bars; a pipe gets none.
+            # Progress bars are shown in a terminal only.
             errors = None if sys.stderr.isatty() else file
             code = subprocess.call([sys.executable, *command[1:]], stdout=file, stderr=errors)
         if code:
             print("".join(log.read_text().splitlines(keepends=True)[-40:]), file=sys.stderr)
-            sentence = f"{module} ended with exit code {code}; all it said is in {log}."
+            sentence = f"{module} ended with exit code {code}; its whole output is in {log}."
             if code == USER_ERROR:
                 raise UserError(sentence)
             sys.exit(f"error: {sentence}")
@@ -105,12 +105,12 @@ class Journal:
 
 @dataclass(frozen=True)
 class Quality:
-    """One exported model on the held-out pairs.
+    """The quality of one exported model on the held-out pairs, with one entry for each pair.
 
     Attributes:
-        margins: Log-prob of the chosen minus that of the rejected response, nats. One per pair.
-        answers: Greedy answers. One per pair.
-        exact: Whether the answer is the chosen response, to the letter. One per pair.
+        margins: Log-prob of the chosen minus log-prob of the rejected response, nats.
+        answers: Greedy answers.
+        exact: Whether the answer is exactly the chosen response.
     """
 
     margins: list[float]
@@ -119,7 +119,7 @@ class Quality:
 
     @property
     def accuracy(self) -> float:
-        """Share of pairs whose chosen response is the likelier one."""
+        """Share of pairs whose chosen response is more likely than the rejected one."""
         return mean([margin > 0 for margin in self.margins])
 
 

@@ -1,4 +1,4 @@
-"""The demo's report: what the three models answer, what training looked like, what the token rewards found."""
+"""The demo's report: the answers of the three models, the curves of training, and what the token rewards found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.marked_pairs import Row
 
 
 def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualities: dict[str, Quality]) -> str:
-    """Write report.html, figure.svg and demo.json; return the comparison as lines of text."""
+    """Write report.html, figure.svg and demo.json. Returns the comparison as lines of text."""
     output = journal.output
     comparison = _comparison(qualities)
     by_kind = _exact_match_by_kind(rows, qualities)
@@ -30,13 +30,13 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualitie
     page = Page(
         title="TGDPO on Megatron: the demo",
         summary=[
-            "A small language model, fine-tuned on question-and-answer examples of which "
-            f"{NOISE:.0%} were wrong, was corrected with preference pairs: DPO gave a guidance model, and TGDPO, "
-            "which weighs every token by that guidance, the final model, trained with tensor parallelism 2 × "
+            "A small language model was fine-tuned on question-and-answer examples of which "
+            f"{NOISE:.0%} were wrong, and then corrected with preference pairs. DPO trained a guidance model. TGDPO, "
+            "which weights every token by that guidance, trained the final model, with tensor parallelism 2 × "
             "pipeline parallelism 2 on four processes.",
-            f"On {len(rows)} held-out prompts, answers that match the expected text to the letter went from "
-            f"{mean(before.exact):.1%} to {mean(after.exact):.1%}, and pairs whose right answer is the likelier "
-            f"one from {before.accuracy:.1%} to {after.accuracy:.1%}.",
+            f"On {len(rows)} held-out prompts, the share of answers that match the expected text exactly went from "
+            f"{mean(before.exact):.1%} to {mean(after.exact):.1%}. The share of pairs whose right answer is likelier "
+            f"than the wrong one went from {before.accuracy:.1%} to {after.accuracy:.1%}.",
         ],
         tables=[
             ("Before and after", comparison),
@@ -46,8 +46,8 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualitie
         token_pairs=shown_pairs,
         token_notes=[
             f"The colour is the token reward r̂ = {BETA_R} × (log-prob under the guidance − log-prob under the SFT "
-            "model), in nats, of one held-out pair of each kind; TGDPO lets disliked tokens of rejected answers and "
-            "liked tokens of chosen ones weigh more.",
+            "model), in nats, for one held-out pair of each kind. TGDPO gives more weight to tokens of chosen answers "
+            "that the guidance likes, and to tokens of rejected answers that it dislikes.",
             f"Over the rejected answers of all {len(rows)} held-out pairs, −r̂ ranks a token known to be wrong above "
             f"one that is right with probability {auroc:.3f} (AUROC over {wrong} wrong and {right} right tokens; "
             "0.5 would be chance). Nothing told the models which tokens are wrong.",
@@ -95,7 +95,7 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], qualitie
 
 
 def read_token_pairs(output: Path, rows: Sequence[Row]) -> list[TokenPair]:
-    """The held-out pairs token by token, with r̂ from the cached scores and the known mistakes."""
+    """The held-out pairs token by token, with r̂ from cached scores and with the known mistakes marked."""
     from tgdpo_megatron.data.prepare import load_prepared
     from tgdpo_megatron.data.tokenizer import load_tokenizer
     from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -118,7 +118,7 @@ def read_token_pairs(output: Path, rows: Sequence[Row]) -> list[TokenPair]:
 
 
 def _marked(texts: Sequence[str], rewards: Sequence[float], spans: Sequence[Sequence[int]]) -> list[Token]:
-    """Tokens with their rewards; wrong are those that share a character with a span."""
+    """Tokens with their rewards. A token is wrong if it shares a character with a span."""
     tokens, start = [], 0
     for text, reward in zip(texts, rewards, strict=True):
         end = start + len(text)
@@ -128,7 +128,7 @@ def _marked(texts: Sequence[str], rewards: Sequence[float], spans: Sequence[Sequ
 
 
 def _how_well_rewards_find_mistakes(pairs: Sequence[TokenPair]) -> tuple[float, int, int]:
-    """AUROC of −r̂ for wrong against right tokens of rejected responses, and how many there are of each."""
+    """AUROC of −r̂ for wrong against right tokens of rejected responses, and the numbers of wrong and right tokens."""
     tokens = [token for pair in pairs for token in pair.rejected]
     wrong = [-token.reward for token in tokens if token.wrong]
     right = [-token.reward for token in tokens if not token.wrong]
@@ -136,14 +136,14 @@ def _how_well_rewards_find_mistakes(pairs: Sequence[TokenPair]) -> tuple[float, 
 
 
 def area_under_roc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores above a negative, ties counting half: the Mann-Whitney rank sum."""
+    """Probability that a positive scores above a negative, from the Mann-Whitney rank sum. Ties count half."""
     ranked = sorted([(value, True) for value in positive] + [(value, False) for value in negative])
     rank_sum, first = 0.0, 0
     while first < len(ranked):
         last = first
         while last < len(ranked) and ranked[last][0] == ranked[first][0]:
             last += 1
-        mean_rank = (first + 1 + last) / 2  # ranks count from 1; tied values share their mean
+        mean_rank = (first + 1 + last) / 2  # ranks count from 1, and equal values share their mean rank
         rank_sum += mean_rank * sum(is_positive for _, is_positive in ranked[first:last])
         first = last
     n = len(positive)
@@ -165,12 +165,13 @@ def _comparison(qualities: dict[str, Quality]) -> Table:
     return Table(
         ("model", "preference accuracy", "log-prob margin (nats)", "reward margin", "exact match"),
         rows,
-        "Held-out pairs, exported models in transformers, fp32. Accuracy: the chosen answer is likelier than the "
-        "rejected one. Margin: log-prob of the chosen minus log-prob of the rejected answer, mean over pairs; reward "
-        f"margin: β = {BETA} times how far that margin moved from the SFT model's. Exact match: the greedy answer is "
-        "the chosen one to the letter. The curves show reward accuracy instead: the share of pairs whose margin grew "
-        "over the SFT model's. Steps and rates were chosen by looking at the held-out pairs of seed 0; other seeds "
-        "(--seed) are the fairer measure, and one run cannot rank DPO and TGDPO.",
+        "Measured on held-out pairs, with the exported models in transformers, fp32. Preference accuracy: the share of "
+        "pairs whose chosen answer is more likely than the rejected one. Log-prob margin: log-prob of the chosen minus "
+        f"log-prob of the rejected answer, mean over pairs. Reward margin: β = {BETA} times the change of that margin "
+        "from the SFT model's. Exact match: the share of greedy answers that equal the chosen answer. The curves show "
+        "reward accuracy instead, the share of pairs whose margin is larger than the SFT model's. Steps and learning "
+        "rates were chosen by looking at the held-out pairs of seed 0, so other seeds (--seed) are a fairer measure. "
+        "One run cannot rank DPO and TGDPO.",
     )
 
 
@@ -199,7 +200,7 @@ def _kinds_table(by_kind: dict[str, dict[str, float]], rows: Sequence[Row]) -> T
 
 
 def _charts(output: Path) -> list[Chart]:
-    """Loss of all three runs, reward margin and accuracy of the two preference runs."""
+    """Losses of all three runs, and reward margin and accuracy of the two preference runs."""
     runs = {name: read_metrics(output / name) for name in MODELS}
     preference = {"DPO": runs["dpo"], "TGDPO": runs["tgdpo"]}
     return [
@@ -221,14 +222,14 @@ def _chart(title: str, y_label: str, metric: str, runs: dict[str, list[dict[str,
 
 
 def _write_figure(output: Path, charts: Sequence[Chart], pairs: Sequence[TokenPair]) -> None:
-    """The picture of the README: margin and accuracy over one rejected answer of each family."""
+    """Write the picture of the README: margin and accuracy, above one rejected answer of each kind."""
     labelled = [(pair.prompt, pair.rejected) for pair in pairs]
     caption = "Token reward of rejected answers (orange: the guidance dislikes it; underlined: known to be wrong)"
     (output / "figure.svg").write_text(figure_svg(charts[2:], labelled, reward_limit(pairs), caption))
 
 
 def _samples(rows: Sequence[Row], each: int = 2) -> list[int]:
-    """The first rows of each kind: taken by place, not by how well they came out."""
+    """The first rows of each kind, so that they are not picked by how good the answers are."""
     return [
         place
         for kind in sorted(set(_kinds(rows)))
@@ -241,7 +242,7 @@ def _kinds(rows: Sequence[Row]) -> list[str]:
 
 
 def _data_notes(output: Path) -> list[str]:
-    """What the trainers said about their data: rows kept, rows dropped and why."""
+    """Sentences on the data: how many rows were kept, and how many dropped and why."""
     from tgdpo_megatron.data.prepare import load_prepared
 
     folders = {

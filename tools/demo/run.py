@@ -1,4 +1,4 @@
-"""Every stage of the demo, from made-up data to the report."""
+"""All stages of the demo, from made-up data to the report."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def demo(output: Path, effort: Effort, seed: int) -> None:
 
 
 def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
-    """Load an exported model with transformers, compare its two responses' log-probs, let it answer greedily."""
+    """Load an exported model with transformers, compute log-probs of both responses, and generate greedy answers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +148,7 @@ def measure(hf_folder: Path, rows: Sequence[Row]) -> Quality:
 
 
 def _response_logps(model: Any, sequences: Sequence[list[int]], starts: Sequence[int]) -> Any:
-    """Log-prob of what follows position `start` in each sequence, nats. [n] fp32."""
+    """Log-prob of each sequence's tokens from its start position on, nats. [n] fp32."""
     import torch
 
     longest = max(map(len, sequences))
@@ -176,7 +176,7 @@ def _make_model(folder: Path, rows: Sequence[Row], seed: int) -> None:
     from tools.make_tiny_model import make_llama, train_tokenizer
 
     texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
-    # Digits apart, so that a wrong digit is a token of its own.
+    # Every digit is a token, so that a wrong digit is a token of its own.
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE, merge_digits=False)
     make_llama(folder, tokenizer, seed=seed)
     print(f"   {folder}: 4 layers of width 128, {len(tokenizer)} tokens")
@@ -187,7 +187,7 @@ def _last_checkpoint(run: Path, iteration: int) -> Path:
 
 
 def _headline(run: Path) -> str:
-    """Training and held-out loss of the last step, and held-out accuracy where there is one."""
+    """Training and held-out loss of the last step, with held-out accuracy and margin where there are any."""
     last = read_metrics(run)[-1]
     words = f"loss {last['loss']:.3f} nats, held out {last['eval/loss']:.3f}"
     if "eval/rewards/accuracies" in last:

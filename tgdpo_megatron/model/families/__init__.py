@@ -1,7 +1,8 @@
-"""The families of models that can be trained, one file each: what HuggingFace says of them and what Megatron is told.
+"""The families of models that can be trained, one file for each.
 
-A file of this folder that holds a :class:`Family` is all that conversion, training and the memory planner need. Nothing
-here imports torch, since the planner works without it.
+To support another family, add a file with a :class:`Family` to this folder. Conversion, training and the memory planner
+read everything they need from the Family. No file here imports torch when it is loaded, because the planner works
+without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["FAMILIES", "Family", "family_of", "read_description"]
 
 
 def _declared() -> dict[str, Family]:
-    """Every Family that a file of this folder holds, by the `model_type` it reads."""
+    """Every Family that a file of this folder holds, by its `model_type`."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{file}") for file in files]
     return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
@@ -39,7 +40,7 @@ def read_description(folder: Path) -> ModelDescription:
     """Read config.json of a HuggingFace model folder, and nothing else.
 
     Raises:
-        UserError: No config there, or an architecture or option this project does not build.
+        UserError: No readable config.json, or an architecture or option that is not supported.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -67,5 +68,5 @@ def read_description(folder: Path) -> ModelDescription:
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing.") from None
     except (TypeError, ValueError, AttributeError):
-        words = f"a field has a value of the wrong kind; it is not a {family.title} configuration"
+        words = f"a field has a value of the wrong kind; this is not a {family.title} configuration"
         raise UserError(f"{path}: {words}.") from None

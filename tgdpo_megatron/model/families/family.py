@@ -1,4 +1,4 @@
-"""What a family of models declares."""
+"""What the file of a family of models declares."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ class Family:
 
     Attributes:
         name: HuggingFace's `model_type`.
-        title: The family's name in sentences.
-        architecture: HuggingFace's class of its language models.
-        read: (config.json's content, its path) -> the model's shape. Raises UserError for an option that is not built;
-            a KeyError, TypeError, ValueError or AttributeError becomes a sentence in the caller.
-        tensors: Shape -> every tensor of a model, in the order of the layers.
-        megatron: Shape -> the settings of Megatron's TransformerConfig that are particular to the family.
-        layer_matrices: Shape -> parameters of one layer's linear products, which tensor-parallel ranks share.
-        layer_vectors: Shape -> parameters of one layer's norms and other vectors, which every rank holds whole.
+        title: The family's name in error messages.
+        architecture: HuggingFace's class of the family's language models.
+        read: (content of config.json, its path) -> shape of the model. Raises UserError for an option that is not
+            supported. The caller turns a KeyError, TypeError, ValueError or AttributeError into a sentence.
+        tensors: Shape of a model -> all its tensors, in the order of the layers.
+        megatron: Shape of a model -> the settings of Megatron's TransformerConfig that are particular to the family.
+        layer_matrices: Shape of a model -> number of parameters in one layer's matrices, which are split over the
+            tensor-parallel ranks.
+        layer_vectors: Shape of a model -> number of parameters in one layer's norms and other vectors, of which every
+            tensor-parallel rank holds a full copy.
     """
 
     name: str

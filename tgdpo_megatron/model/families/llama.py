@@ -19,7 +19,7 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     for name in (*sizes, "max_position_embeddings"):
         if not config[name] > 0:
-            raise UserError(f"{path}: {name}={config[name]} is not a size.")
+            raise UserError(f"{path}: {name}={config[name]} is not a size; it must be above 0.")
     base, factor = _rope(config, path)
     return ModelDescription(
         num_layers=config["num_hidden_layers"],
@@ -38,7 +38,7 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
 
 
 def _rope(config: dict[str, Any], path: Path) -> tuple[float, float | None]:
-    """RoPE base and Llama-3.1 factor, from the old keys (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    """RoPE base and Llama-3.1 factor, from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
