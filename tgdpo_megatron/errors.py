@@ -1,7 +1,7 @@
 """How a program ends when something goes wrong.
 
-A wrong input, or a refusal of the operating system, is one sentence and exit code 2. Any other exception is a mistake
-of this program: its traceback is shown, with the rank it happened on, and the exit code is 1.
+A wrong input, or a refusal of the operating system, is one sentence and exit code 2. Any other exception is one that
+nobody expected: its traceback is shown, with the rank it happened on, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from tgdpo_megatron.quiet import debugging, quiet
 
-PROGRAM_ERROR, USER_ERROR, RANK_DIED, RANK_SILENT, INTERRUPTED = 1, 2, 3, 4, 130
+UNEXPECTED, USER_ERROR, RANK_DIED, RANK_SILENT, INTERRUPTED = 1, 2, 3, 4, 130
 """Exit codes."""
 SHOW_STACKS = signal.SIGUSR2
 """A process that gets this signal writes to stderr where each of its threads is, and goes on."""
@@ -119,11 +119,11 @@ def one_sentence_errors() -> Iterator[None]:
         error = caught
     code, message = _verdict(error)
     in_a_rank, launched = "RANK" in os.environ, "TGDPO_LAUNCHED" in os.environ
-    if code == PROGRAM_ERROR and not in_a_rank:
+    if code == UNEXPECTED and not in_a_rank:
         raise error
-    if code == PROGRAM_ERROR or debugging():
+    if code == UNEXPECTED or debugging():
         _show_traceback(error)
-    if code != PROGRAM_ERROR and int(os.environ.get("RANK", 0)) > 0:
+    if code != UNEXPECTED and int(os.environ.get("RANK", 0)) > 0:
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if launched else 3)
     if launched:
@@ -148,7 +148,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if sentence := refusal(error):
         return USER_ERROR, sentence
     rank = f"rank {os.environ.get('RANK', 0)}"
-    return PROGRAM_ERROR, f"{rank} met a mistake of this program, {type(error).__name__}: {in_short(error)}"
+    return UNEXPECTED, f"{rank} failed with {type(error).__name__}: {in_short(error)}"
 
 
 def _show_traceback(error: BaseException) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
 from tgdpo_megatron.config import Config, LossConfig
-from tgdpo_megatron.errors import UserError, refusal
+from tgdpo_megatron.errors import UserError, in_short, refusal
 from tgdpo_megatron.quiet import debugging
 
 _FIXED_IN_A_RUN = {
@@ -92,13 +92,20 @@ def check_continues(start: Path | None, config: Config, identity: CheckpointMani
     for name, words in _IDENTITY.items():
         if getattr(before, name) != getattr(identity, name):
             raise UserError(f"{start}: the run had another {words} than now; start a new run.")
-    saved = yaml.safe_load((start.parent.parent / "config.yaml").read_text())
+    kept = start.parent.parent / "config.yaml"
+    try:
+        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{kept}: the settings of the run cannot be read ({in_short(error)}).") from error
+    if not isinstance(saved, dict) or not all(isinstance(group, dict) for group in saved.values()):
+        raise UserError(f"{kept}: the settings of the run were altered; they are no groups of settings any more.")
     current = config.model_dump(mode="json")
     for group, names in _FIXED_IN_A_RUN.items():
         for name in names:
-            if saved[group].get(name) != current[group][name]:
+            before_now = saved.get(group, {}).get(name)
+            if before_now != current[group][name]:
                 raise UserError(
-                    f"{start}: the run has {group}.{name}={saved[group].get(name)}, not {current[group][name]}; "
+                    f"{start}: the run has {group}.{name}={before_now}, not {current[group][name]}; "
                     "continue it as it was, or start a new run."
                 )
 

@@ -74,7 +74,7 @@ def test_a_mistake_in_the_first_ranks_work_keeps_its_traceback_and_the_run_folde
     assert traceback[-1] == "[rank 0] AssertionError: a planted mistake"
     assert not lines_of(1, said), said.err
     assert len(said.errors) == 1, said.err
-    assert said.errors[0].startswith("error: rank 0 met a mistake of this program, AssertionError: a planted mistake")
+    assert said.errors[0].startswith("error: rank 0 failed with AssertionError: a planted mistake")
     assert (tmp_path / "run").is_dir()
 
 
@@ -83,7 +83,7 @@ def test_a_mistake_on_another_rank_is_shown_by_that_rank(train: Callable[..., Sa
     assert said.code == 1, said.err
     assert lines_of(1, said)[-1] == "[rank 1] KeyError: 'a planted mistake'", said.err
     assert not lines_of(0, said), said.err
-    assert len(said.errors) == 1 and "rank 1 met a mistake of this program, KeyError" in said.errors[0], said.err
+    assert len(said.errors) == 1 and "rank 1 failed with KeyError" in said.errors[0], said.err
     assert "lines that begin with [rank 1]" in said.errors[0]
     assert (tmp_path / "run" / "data").is_dir()
 
@@ -95,6 +95,14 @@ def test_the_operating_system_refusing_the_first_ranks_work_is_one_sentence_and_
     """Files may have 1,200 bytes; the tokenised pairs have more."""
     said = train(NO_LARGE_FILES.format(bytes=1200), ranks=ranks)
     assert_refused(said, "the operating system refused with 'File too large'", "TGDPO_DEBUG=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_runs_out_in_the_first_ranks_work_is_explained_once_for_all(
+    train: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = train(A_BUG_IN_TOKENISING.replace("assert False, ", "raise MemoryError #"), ranks=2)
+    assert_refused(said, "rank 0 ran out of memory: by the planner's arithmetic its configuration needs ")
     assert not (tmp_path / "run").exists()
 
 

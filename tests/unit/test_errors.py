@@ -63,7 +63,7 @@ def test_every_line_of_a_ranks_traceback_names_the_rank() -> None:
     assert done.returncode == 1
     *traceback, last = done.stderr.splitlines()
     assert len(traceback) > 4 and all(line.startswith("[rank 3] ") for line in traceback), done.stderr
-    assert last == "error: rank 3 met a mistake of this program, AssertionError: ours"
+    assert last == "error: rank 3 failed with AssertionError: ours"
 
 
 @pytest.mark.parametrize(

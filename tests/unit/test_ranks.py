@@ -51,7 +51,7 @@ def left(exitcode: int, message: str) -> Failure:
     ("failures", "code", "said"),
     [
         ([left(RANK_DIED, "lost"), left(2, "a.jsonl: no such data file.")], 2, "a.jsonl: no such data file."),
-        ([left(RANK_DIED, "lost"), left(1, "rank 1 met a mistake")], 1, "rank 1 met a mistake; its traceback is above"),
+        ([left(RANK_DIED, "lost"), left(1, "rank 1 failed with E")], 1, "rank 1 failed with E; its traceback is above"),
         ([Failure(KILLED), left(RANK_DIED, "lost")], 1, "rank 0 was ended by SIGKILL; "),
         ([Failure(KILLED), left(RANK_SILENT, "rank 0 is silent.")], 1, "rank 1 stopped, because rank 0 is silent. All"),
     ],

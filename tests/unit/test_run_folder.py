@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
 from tgdpo_megatron.config import Config, OptimizerConfig, load
@@ -26,9 +27,7 @@ def stopped(tmp_path: Path) -> tuple[Path, Config]:
     config = load(Config(), {"train": {"output": str(tmp_path / "run"), "train_iters": 4}}, where="test")
     folder = tmp_path / "run" / "checkpoints" / "iter-0000002"
     (folder / WEIGHTS).mkdir(parents=True)
-    index = torch.distributed.checkpoint.metadata.Metadata(state_dict_metadata={})
-    import pickle
-
+    index = Metadata(state_dict_metadata={})
     (folder / WEIGHTS / ".metadata").write_bytes(pickle.dumps(index))
     write_manifest(folder, IDENTITY)
     record(tmp_path / "run", config, None)
@@ -84,6 +83,15 @@ def test_a_run_is_not_continued_with_another_setting(
     folder, config = stopped
     with pytest.raises(UserError, match=f"the run has {group}.{name}="):
         check_continues(folder, changed(config, group, name, value), IDENTITY)
+
+
+@pytest.mark.parametrize("content", ["a: [", "loss: 3", "- a", "", "\udcff"])
+def test_a_run_whose_settings_were_damaged_is_not_continued(stopped: tuple[Path, Config], content: str) -> None:
+    folder, config = stopped
+    kept = folder.parent.parent / "config.yaml"
+    kept.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"^{kept}: the settings of the run "):
+        check_continues(folder, config, IDENTITY)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
 from tgdpo_megatron.errors import (
-    PROGRAM_ERROR,
     RANK_DIED,
     RANK_SILENT,
     SHOW_STACKS,
+    UNEXPECTED,
     USER_ERROR,
     LostRankError,
     SilentRankError,
@@ -131,7 +131,7 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
         return USER_ERROR, _message(said[0]) or "a rank refused its input; see the lines above."
     for rank, failure in failures.items():
         if failure.exitcode == RANK_SILENT:  # the silent one may end later, by SIGKILL
-            return PROGRAM_ERROR, f"rank {rank} stopped, because {_message(failure)} All ranks were stopped."
+            return UNEXPECTED, f"rank {rank} stopped, because {_message(failure)} All ranks were stopped."
     consequences = (
         -signal.SIGABRT,  # NCCL aborts a rank that lost a peer; but other things abort as well
         RANK_DIED,  # gloo raised an error in a rank that lost a peer
@@ -143,15 +143,15 @@ def _explain(failures: dict[int, Any]) -> tuple[int, str]:
         return (consequences.index(code) + 1 if code in consequences else 0, code >= 0, rank)
 
     rank, failure = min(failures.items(), key=how_late)
-    if failure.exitcode == PROGRAM_ERROR and (message := _message(failure)):
-        return PROGRAM_ERROR, (
+    if failure.exitcode == UNEXPECTED and (message := _message(failure)):
+        return UNEXPECTED, (
             f"{message}; its traceback is above, in the lines that begin with [rank {rank}]. All ranks were stopped. "
             "The run folder is kept, and the newest whole checkpoint in it."
         )
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with exit code {failure.exitcode}"
     )
-    return PROGRAM_ERROR, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
+    return UNEXPECTED, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
 
 
 def _message(failure: Any) -> str | None:
