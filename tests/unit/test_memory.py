@@ -209,7 +209,7 @@ def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
     [
         (["--memory", "0"], "--memory must be a number of GiB above 0, not 0.0."),
         (["--memory", "inf"], "--memory must be a number of GiB above 0, not inf."),
-        ([], "model.checkpoint is not set; give it, or --model with a HuggingFace folder."),
+        ([], "model.checkpoint is not set; set it, or give --model with a HuggingFace folder."),
         (["--model", "nowhere"], "nowhere: no such model folder."),
         (["--memry", "80"], "command line: unrecognized arguments: --memry; see python -m tools.plan --help."),
         (["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder."),
