@@ -188,7 +188,7 @@ def test_an_unknown_layout_is_refused_with_its_columns_and_the_known_ones(
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"question": "a", "good": "b", "bad": "c"}\n')
     said = train(f"data.train={odd}")
-    assert_refused(said, f"{odd}: not a known layout", "question (string), good (string), bad (string)", "nemo_rl: ")
+    assert_refused(said, f"{odd}: not a known format", "question (string), good (string), bad (string)", "nemo_rl: ")
     assert not (tmp_path / "run").exists()
 
 
