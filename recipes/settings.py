@@ -1,4 +1,4 @@
-"""One configuration from four sources, each of which overrides the ones before: defaults, recipe, YAML, `key=value`."""
+"""One configuration from four sources: defaults, recipe, YAML file, `key=value`. Each overrides those before it."""
 
 from __future__ import annotations
 

@@ -82,7 +82,11 @@ class Engine:
         )
 
     def forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Run one stage on a micro-batch. Returns its output, and the function that makes the last stage's a loss."""
+        """Run one stage on a micro-batch.
+
+        Returns:
+            The output of the stage, and the function that turns the output of the last stage into a loss.
+        """
         batch = next(batches)
         return model(batch), lambda output: self.loss(output, batch)
 

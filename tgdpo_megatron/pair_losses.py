@@ -96,5 +96,5 @@ def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor
     """
     for name, values in scores.items():
         if values.shape != policy.shape:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}, policy {tuple(policy.shape)}")
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, but policy has {tuple(policy.shape)}")
     return formula(loss)(policy, pairs, **inputs_of(loss, pairs, **scores))

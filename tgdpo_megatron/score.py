@@ -98,7 +98,7 @@ def score(config: Config, ranks: Ranks) -> None:
             full.
     """
     config = config.model_copy(deep=True)
-    config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and no backward needs memory
+    config.train.fixed_micro_batches = False  # prompts may be longer than any pair, and nothing is kept for backward
     config.train.fp8 = config.train.fp8_recipe = None  # only the policy computes in FP8, see docs/fp8.md
     data_parallel_size = check_layout(config, world_size=ranks.world_size)
     preflight.check_cacheable(config)
@@ -200,7 +200,7 @@ def _prompted_work(data: PreparedPairs, keys: list[Key]) -> _Work:
 def _prompted_blocks(
     part: _Part, reference: Path, prompts: contrastive.ContrastivePrompts, longest: int
 ) -> Iterator[tuple[PreparedPairs, list[Key]]]:
-    """Sequences of responses under both prompts, and the keys of their scores. Too long ones are given the score 0.
+    """Sequences of responses under both prompts, and the keys of their scores. Responses that are too long get 0.
 
     Raises:
         UserError: The text of the pairs is gone, is not the text that was tokenised, or no response fits the model.

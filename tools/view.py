@@ -138,9 +138,8 @@ def _numbers(
     scores = _kept_scores(config, folder, part, data, pairs)
     start = preflight.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
     places = {"reference": config.reference_checkpoint, "guidance": config.model.guidance}
-    log_probs = functools.cache(
-        lambda place: token_logps(place, config, data, pairs, device)
-    )  # one model may have two roles
+    # Cached, because one model may have two roles.
+    log_probs = functools.cache(lambda place: token_logps(place, config, data, pairs, device))
     for name in config.loss.carried:
         if name not in scores and (place := places[name]) is not None:
             scores[name] = log_probs(place)
@@ -228,9 +227,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     for token in ids:
         pending.append(token)
         text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = (
-            not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
-        )  # a character has at most 4 bytes in UTF-8
+        # A character has at most 4 bytes in UTF-8.
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
         texts.append(text if whole else "")
         if whole:
             pending = []

@@ -77,7 +77,9 @@ def save_checkpoint(
         weights = fingerprint(chunks)
         rounded = weights if chunks[0].config.bf16 else fingerprint(chunks, rounded_to=torch.bfloat16)
     except UserError as error:
-        raise NonFiniteError(f"{folder}: {error}; the checkpoint was not saved, the one before it is kept.") from None
+        raise NonFiniteError(
+            f"{folder}: {error}; the checkpoint was not saved, and the one before it is kept."
+        ) from None
     manifest = replace(manifest, weights=weights, weights_bf16=rounded)
     work = folder.with_name(folder.name + ".tmp")
     if dist.get_rank() == 0:

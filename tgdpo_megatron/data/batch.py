@@ -21,7 +21,7 @@ from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 
 PADDING_SEGMENT = 256
-"""Tokens of one segment of padding. Longer segments would make attention over the padding slower, with their square."""
+"""Tokens of one segment of padding. The time of attention grows with the square of a segment's length."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Batch:
     Attributes:
         tokens: Input ids. [T] int64.
         positions: Position of each token in its segment. [T] int64.
-        segment_lengths: Lengths of the n segments, which sum to T. Kept on the host, so that attention never waits.
+        segment_lengths: Lengths of the n segments, which sum to T. Kept on the host, so that attention need not wait.
         cu_seqlens: Segment boundaries. [n+1] int32.
         predictors: Index of the token whose hidden state predicts each label. Labels are shifted here and nowhere else.
             [R] int64.

@@ -77,7 +77,7 @@ class Loss:
 
     Attributes:
         name: The value of `loss.type` that selects the loss.
-        formula: The function that computes it. Every keyword-only argument is one of READABLE or one of `options`.
+        formula: The function that computes the loss. A keyword-only argument is one of READABLE or one of `options`.
         meaning: What the loss is, in one line.
         equation: The loss of a pair, for the tables of docs/methods.md, where the symbols are explained.
         paper: Where the loss was published.
@@ -87,8 +87,8 @@ class Loss:
         sides: The responses that the loss reads.
         metrics: What the loss reports beyond what every loss reports, by name.
         report: The function that sums these metrics over a micro-batch. It is called as
-            `report(policy, pairs, margins, **what the formula reads, **options)` and returns name -> sum. Where the
-            names of two sums differ in ending with `mean` and `square`, the latter is reported as `std`.
+            `report(policy, pairs, margins, **what the formula reads, **options)` and returns name -> sum. From two sums
+            whose names end in `mean` and in `square`, the second is reported as a standard deviation, ending in `std`.
     """
 
     name: str

@@ -6,7 +6,7 @@
     chosen:       1 on the chosen response, 0 on the rejected one
 
 All but `chosen` can be squashed to (−½, ½) and clipped. By default only `contrastive` is squashed, and nothing is
-clipped. This is TGDPO's code for `guidance`.
+clipped. For `guidance` these defaults are those of TGDPO's code.
 """
 
 from __future__ import annotations

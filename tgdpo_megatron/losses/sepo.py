@@ -1,4 +1,4 @@
-"""Selective preference optimisation (SePO, arXiv 2408.13518): only the tokens that token rewards select count."""
+"""Selective preference optimisation (SePO, arXiv 2408.13518): only tokens selected by token rewards count."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Token-level guided DPO (TGDPO, ICML 2025, arXiv 2506.14574).
 
 DPO in which every response token is weighted by a token-level reward r̂. In the paper r̂ is the scaled log-ratio of an
-already aligned guidance model to the reference. Here r̂ can come from any source in rewards.py. Beside the paper:
+already aligned guidance model to the reference. Here r̂ can come from any source in rewards.py. Notes:
 
 - r̂ is a constant: no gradient flows through the guidance.
 - In the rejected response r̂ has the opposite sign: a token that the guidance dislikes (r̂ < 0) weighs *more* there.

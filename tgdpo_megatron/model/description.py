@@ -41,7 +41,7 @@ class ModelDescription:
         return self.num_query_groups * self.kv_channels
 
     def identity(self) -> dict[str, Any]:
-        """What a fingerprint covers beside the weights: every field but the number of positions.
+        """What a fingerprint covers beside the weights: every field but max_position_embeddings.
 
         A field that has its default is left out, so that fingerprints made before the field existed stay valid.
         """
@@ -52,7 +52,7 @@ class ModelDescription:
 
     def differs_from(self, other: ModelDescription) -> list[str]:
         """Names of the fields that keep two models from running stacked in one pipeline: every field that differs,
-        but the number of positions."""
+        but max_position_embeddings."""
         ours, theirs = asdict(self), asdict(other)
         return [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
 

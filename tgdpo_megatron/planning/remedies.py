@@ -20,7 +20,7 @@ class Remedy:
 
     Attributes:
         change: `key=value`, as on the command line.
-        frees: Bytes that the fullest rank needs less.
+        frees: Bytes saved on the fullest rank.
         slower: Time of a step with the change, divided by the time without it. Estimated from operation counts.
         cost: The cost in words.
         world_size: Number of ranks that the change needs.

@@ -1,4 +1,4 @@
-"""Refuses packages, switches and Megatron settings that would give wrong numbers without an error."""
+"""Refuses packages, environment variables and Megatron settings that give wrong numbers without an error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_transformer_engine() -> None:
     """Refuse a Transformer Engine that fails to load, or that megatron-core's metadata does not accept.
 
     Raises:
-        UserError: With the version found and those accepted, or the reason why it does not load.
+        UserError: It is refused; the sentence names the version found and those accepted, or says why it does not load.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return
@@ -87,8 +87,8 @@ def check_attention(precision: str, *, transformer_engine: bool) -> None:
     """Refuse an attention that packed sequences cannot use.
 
     Raises:
-        UserError: fp32 with Transformer Engine, which in fp32 has only an attention whose memory grows with the square
-            of the tokens. Or one of its kernels is switched off, against which Megatron has an assertion.
+        UserError: fp32 with Transformer Engine, whose only attention in fp32 needs memory that grows with the square of
+            the tokens. Or one of its attention kernels is switched off, which Megatron forbids by an assertion.
     """
     if transformer_engine and precision == "fp32":
         raise UserError(
@@ -158,7 +158,7 @@ def refuse_silent_traps(config: Any) -> None:
         config: megatron.core TransformerConfig.
 
     Raises:
-        UserError: With the field and the value to use.
+        UserError: A setting is refused; the sentence names the field and the value to use.
     """
     import torch
 

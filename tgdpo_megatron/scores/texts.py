@@ -22,7 +22,7 @@ def read_texts(data: PreparedPairs) -> list[TextPair]:
     if not source.exists():
         raise UserError(
             f"{source}: the pairs were tokenised from this data and their text is needed, but the data is gone; put it "
-            "back, or prepare the pairs again from its new place."
+            "back, or prepare the pairs again from its new path."
         )
     texts = {text.row: text for text in read_pairs(source, cast(FormatName, data.summary.format)).pairs}
     for pair in range(len(data)):
