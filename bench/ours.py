@@ -27,7 +27,7 @@ from tgdpo_megatron.pair_losses import PreferenceLoss
 BODY = {
     "hidden_size": 384,
     "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "max_position_embeddings": 4096,
@@ -35,13 +35,16 @@ BODY = {
 }
 """A small model whose head is 7 % of its matrix products, as in Llama-3-8B."""
 ROLES = ("policy", "reference", "guidance")
-PAIRS_PER_STEP, BUDGET, LEARNING_RATE = 4, 4096, 7e-7
+PAIRS_PER_STEP, BUDGET = 4, 4096
+LEARNING_RATE = 1e-12
+"""So small that weights stay what they are: losses of programs that took unequal numbers of steps can be compared."""
 LOSS = LossConfig(type="tgdpo", beta=0.1, alpha=0.5, beta_r=1.0)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The same weights for both sides. Policy and reference start equal, as in training."""
+    """The same weights for both sides. All three models differ, as in the middle of training: with a policy that is
+    equal to its reference every loss would be ln 2, and equal losses would say little."""
 
     hf: dict[str, Path]
     megatron: dict[str, Path]
@@ -54,7 +57,7 @@ def make_checkpoints(folder: Path) -> Checkpoints:
 
     disable_progress_bar()
     hf, megatron = {}, {}
-    for role, seed in zip(ROLES, (0, 0, 1), strict=True):
+    for seed, role in enumerate(ROLES):
         hf[role], megatron[role] = folder / "hf" / role, folder / "megatron" / role
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**BODY)).float().save_pretrained(hf[role])

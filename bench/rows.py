@@ -1,4 +1,4 @@
-"""A row of the benchmark: what was measured, what is asked of it, and the limit it is compared with."""
+"""A row of the benchmark: what was measured, its target, and the limit it is compared with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`pass`, `FAIL`, `skipped`, or `–` where nothing is asked."""
+        """`pass`, `FAIL`, `skipped`, or `–` where there is no target."""
         if self.broke:
             return "FAIL"
         if self.measured is None:
@@ -62,12 +62,13 @@ def paired(name: str, over: Sequence[float], under: Sequence[float], *, note: st
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per row."""
+    """One line per row, and its words below it."""
     width = max((len(row.name) for row in rows), default=0)
-    lines = [f"{'':{width}}  measured   target  {'':7}  limit"]
+    lines = [f"{'':{width}}  measured   target"]
     for row in rows:
         measured = f"{row.measured:8.4g}" if row.measured is not None else f"{'–':>8}"
-        target = f"{'≤' if row.at_most else '≥'}{row.target:g}" if row.target is not None else "–"
-        words = "; ".join(part for part in (row.limit, row.note) if part)
-        lines.append(f"{row.name:{width}}  {measured}  {target:>7}  {row.verdict:7}  {words}")
+        target = f"{'≤' if row.at_most else '≥'}{row.target:.4g}" if row.target is not None else "–"
+        lines.append(f"{row.name:{width}}  {measured}  {target:>7}  {row.verdict}")
+        words = "; ".join(part for part in (f"limit {row.limit}" if row.limit else "", row.note) if part)
+        lines += [f"    {words}"] if words else []
     return "\n".join(lines)

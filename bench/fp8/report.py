@@ -1,4 +1,4 @@
-"""What bench.fp8 says: rows with what is asked of them, tables in Markdown for docs/fp8.md, and a picture."""
+"""What bench.fp8 says: rows with their targets, tables in Markdown for docs/fp8.md, and a picture."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ Each file of rows is a process of its own with a time budget; one that breaks or
 rest still runs. Results are written after every file, so that a run that is stopped keeps what it has. Files are run
 with Transformer Engine where it is installed; some also as if it were not. Exits with 1 if a row fails.
 
---rehearse runs the same programs on the CPU at tiny sizes, to see that they work before there is a GPU. Nothing is
-asked of its rows, and results/ does not take them.
+--rehearse runs the same programs on the CPU at tiny sizes, to see that they work before there is a GPU. Its rows
+have no targets, and results/ does not take them.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def profile(work: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
 
 
 def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> None:
-    """The command line of a file of rows that are measured on a GPU; in a rehearsal nothing is asked of them."""
+    """The command line of a file of rows that are measured on a GPU; in a rehearsal they have no targets."""
     files.program(description, lambda: _rehearsed(measure()) if REHEARSAL else measure())
 
 

@@ -1,4 +1,4 @@
-"""How many tokens are computed in vain, and how evenly ranks are loaded: counted, not timed.
+"""How many tokens are computed that nobody needs, and how evenly ranks are loaded: counted, not timed.
 
     python -m bench.speed.counts
 
@@ -9,36 +9,33 @@ is its executed tokens of a step. Deterministic: the same on every machine.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.files import program
-from bench.pairs import NO_DATA, real_file, real_pairs, real_tokenizer, ultrafeedback_like
-from bench.rows import Row, skipped
+from bench.pairs import ultrafeedback_like, with_real_lengths
+from bench.rows import Row
 from tgdpo_megatron.config import Config, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
-PAIRS_PER_STEP, STEPS, BUDGET = 128, 16, 4096
+PAIRS_PER_STEP, STEPS, BUDGET, LONGEST = 128, 16, 4096, 2048
 SIDES = (CHOSEN, REJECTED)
 
 
 def measure() -> list[Row]:
     """Padding and balance rows."""
-    made_up = ultrafeedback_like(PAIRS_PER_STEP * STEPS)
-    rows = _padding(made_up, "UltraFeedback-like") + [_balance(made_up, 8, 1.02), _balance(made_up, 16, 1.05)]
-    source = real_file()
-    if source is None:
-        return [*rows, skipped("executed / real tokens, real pairs", NO_DATA)]
-    with tempfile.TemporaryDirectory() as folder:
-        real = real_pairs(source, real_tokenizer(source), 2048, Path(folder))
-    return rows + _padding(real, "real pairs")
+    alike = ultrafeedback_like(PAIRS_PER_STEP * STEPS, longest=LONGEST)
+    return [
+        *_padding(alike, "lengths like UltraFeedback's"),
+        _balance(alike, 8, 1.02),
+        _balance(alike, 16, 1.05),
+        *_padding(with_real_lengths(LONGEST), "lengths of 75 real pairs"),
+    ]
 
 
 def _padding(data: PreparedPairs, words: str) -> list[Row]:
@@ -46,8 +43,20 @@ def _padding(data: PreparedPairs, words: str) -> list[Row]:
     rows = []
     padded = {size: np.mean([_padded(data, picked, size) for picked in _picks(data)]) for size in (1, 4)}
     for name, fixed, ranks, target, limit in (
-        ("packs of any size, PP1", False, 1, 1.02, f"1; padded in ones {padded[1]:.2f}, in fours {padded[4]:.2f}"),
-        (f"fixed {BUDGET}-token packs, DP2", True, 2, 1.06, f"whole packs alone: {_whole_packs(data, 2):.3f}"),
+        (
+            "packs of any size",
+            False,
+            1,
+            1.02,
+            f"1; each pair padded to its longer response {padded[1]:.2f}, four to the longest {padded[4]:.2f}",
+        ),
+        (
+            f"packs of exactly {BUDGET} tokens on 2 data-parallel ranks",
+            True,
+            2,
+            1.06,
+            f"{_whole_packs(data, 2):.3f}, if pairs could be cut anywhere to fill the packs",
+        ),
     ):
         executed = real = 0
         for picked, batches in _steps(data, _config(fixed=fixed), ranks):
@@ -55,11 +64,11 @@ def _padding(data: PreparedPairs, words: str) -> list[Row]:
             real += int(data.lengths(SIDES)[picked].sum())
         rows.append(
             Row(
-                f"executed / real tokens, {words}, {name}",
+                f"tokens computed for each real token: {name}, {words}",
                 executed / real,
                 target=target,
                 limit=limit,
-                note=f"{real:,} tokens in {STEPS} steps",
+                note=f"{real:,} real tokens in {STEPS} steps of {PAIRS_PER_STEP} pairs",
             )
         )
     return rows
@@ -86,11 +95,11 @@ def _balance(data: PreparedPairs, ranks: int, target: float) -> Row:
         ratios.append(max(loads) / np.mean(loads))
     unbalanced = np.mean([_equal_counts(data.lengths(SIDES)[picked], ranks) for picked in _picks(data)])
     return Row(
-        f"slowest rank / mean tokens, UltraFeedback-like, DP{ranks}",
+        f"tokens of the busiest of {ranks} data-parallel ranks against the mean, lengths like UltraFeedback's",
         float(np.mean(ratios)),
         target=target,
-        limit=f"1; equal numbers of pairs, in order: {unbalanced:.2f}",
-        note=f"mean of {STEPS} steps, worst {max(ratios):.3f}",
+        limit=f"1; with equal numbers of pairs, in order, {unbalanced:.2f}",
+        note=f"mean of {STEPS} steps, largest {max(ratios):.3f}",
         details={"steps": [float(ratio) for ratio in ratios]},
     )
 

@@ -5,8 +5,8 @@ backward products: time and extra memory.
 
 Same weights, hidden states, labels and per-token upstream gradients; equal log-probs and gradients asserted.
 Megatron's and the chunked scheme compute logits for every token; ours for the labelled ones. bf16, one thread.
-Time: process CPU seconds, median of paired repeats. Memory: growth of the process's peak over forward and backward,
-each in a fresh process.
+Time: process CPU seconds, all methods in turn. Memory: growth of the process's peak over forward and backward, each in
+a fresh process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ from bench.heads import (
 )
 from bench.process import cpu_seconds, one_rank, peak_bytes, reset_peak, resident_bytes
 from bench.rows import Row, paired
+from bench.speed.limits import Timed, within_limit
 
-REPEATS = 7
+REPEATS, UNIT_REPEATS = 7, 3
 CHUNK_ROWS = 256
+NEAR = 0.90
+"""Share of the limit that is the target: beside products and softmaxes, methods copy and cast, which is not counted."""
 MEMORY_TARGETS = {2048: 0.35, 8192: 0.15}
 
 
@@ -97,30 +101,31 @@ def measure() -> list[Row]:
     shape = f"bf16, {VOCABULARY} vocabulary, hidden {HIDDEN}, {LABELLED:.0%} labelled"
     rows = [
         Row(
-            f"head, extra memory, ours / Megatron, {tokens} tokens",
+            f"output head, extra memory: ours against Megatron's, {tokens} tokens",
             mib["ours", tokens] / mib["megatron", tokens],
             target=target,
             limit="one tile of logits and the hidden states against all logits",
-            note=f"{mib['ours', tokens]:.0f} / {mib['megatron', tokens]:.0f} MiB; {shape}",
+            note=f"{mib['ours', tokens]:.0f} against {mib['megatron', tokens]:.0f} MiB; {shape}",
         )
         for tokens, target in MEMORY_TARGETS.items()
     ]
-    seconds = _seconds()
+    timed = _timed()
     return [
         *rows,
         paired(
-            f"head, time, ours / Megatron, {TOKENS} tokens",
-            seconds["ours"],
-            seconds["megatron"],
-            target=0.9,
-            limit=f"{LABELLED:.0%} of the rows × 4/3 products = {LABELLED * 4 / 3:.2f}, without the softmax's passes",
+            f"output head, CPU time: ours against Megatron's, {TOKENS} tokens",
+            timed["ours"].seconds,
+            timed["megatron"].seconds,
+            target=LABELLED * 4 / 3,  # was 0.9; where products are slow, nothing is gained beyond the limit itself
+            limit=f"{LABELLED:.0%} of the rows, four products in place of three; passes over the logits come on top",
         ),
-        paired(
-            f"head, time, ours / chunks with fp32 backward, {TOKENS} tokens",
-            seconds["ours"],
-            seconds["chunked"],
-            target=0.25,
-            limit="two of four products at the fp32 rate there",
+        within_limit(
+            f"output head, CPU time: ours against chunks of rows with an fp32 backward, {TOKENS} tokens",
+            timed["ours"],
+            timed["chunked"],
+            at_most=True,
+            share=NEAR,
+            limit="the ratio of the products and softmaxes of both, at this machine's rates in bf16 and in fp32",
         ),
     ]
 
@@ -144,20 +149,49 @@ def measure_memory(method: str, tokens: int) -> int:
         return peak_bytes() - before
 
 
-def _seconds() -> dict[str, list[float]]:
-    """CPU seconds of each method, repeats in turn, after checking that they agree."""
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+def _timed() -> dict[str, Timed]:
+    """CPU seconds of each method, repeats in turn, after checking that they agree; and what they cost at least."""
+    timed = {name: Timed() for name in METHODS}
     with one_rank():
         apart = differences(METHODS, partial(make_problem, tokens=256))
         assert max(apart.values()) < ROUNDING, apart
         problem = make_problem()
         for repeat in range(1 + REPEATS):
+            costs = _least_seconds(problem)
             for name, method in METHODS.items():
                 problem.hidden.grad = problem.weight.grad = None
                 spent, _ = cpu_seconds(method, problem)
                 if repeat:  # the first warms up
-                    seconds[name].append(spent)
-    return seconds
+                    timed[name].seconds.append(spent)
+                    timed[name].cost.append(costs[name])
+    return timed
+
+
+@torch.no_grad()
+def _least_seconds(problem: Problem) -> dict[str, float]:
+    """CPU seconds of each method's products and softmaxes alone, at the rates that this machine has now.
+
+    Every method makes two softmaxes over the rows it looks at, one in each direction. Ours and the chunks compute
+    logits twice, so that they make four products to Megatron's three; two of the chunks' are in fp32.
+    """
+    hidden, weight = problem.hidden.squeeze(1)[:CHUNK_ROWS], problem.weight
+    wide_hidden, wide_weight = hidden.float(), weight.float()
+    logits = wide_hidden @ wide_weight.t()
+    seconds = {
+        name: median(cpu_seconds(work)[0] for _ in range(UNIT_REPEATS)) * TOKENS / CHUNK_ROWS
+        for name, work in {
+            "bf16": lambda: hidden @ weight.t(),
+            "fp32": lambda: logits @ wide_weight,
+            "fp32 of the weight": lambda: logits.t() @ wide_hidden,
+            "softmax": lambda: logits.softmax(dim=-1),
+        }.items()
+    }
+    bf16, softmax = seconds["bf16"], seconds["softmax"]
+    return {
+        "ours": LABELLED * (4 * bf16 + 2 * softmax),
+        "megatron": 3 * bf16 + 2 * softmax,
+        "chunked": 2 * bf16 + seconds["fp32"] + seconds["fp32 of the weight"] + 2 * softmax,
+    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    steps = [(row.name.replace(" / ours", "\n/ ours"), row.measured) for row in rows if _is_step(row) and row.measured]
+    steps = [(_in_two_lines(row.name), row.measured) for row in rows if _is_step(row) and row.measured]
     shown = [(row, row.measured, row.target) for row in rows if row.measured is not None and row.target]
     heights = [0.5 * len(steps) + 0.9, 0.3 * len(shown) + 0.9]
     figure, (above, below) = pyplot.subplots(2, figsize=(10, sum(heights)), height_ratios=heights, layout="constrained")
@@ -32,7 +32,7 @@ def draw(rows: list[Row], path: Path) -> None:
     below.axvline(1, color="black", linewidth=1)
     below.set_yticks(range(len(shown)), [row.name for row, _, _ in shown], fontsize=8)
     for place, (row, measured, target) in enumerate(shown):
-        words = f" {measured:.3g} (target {'≤' if row.at_most else '≥'} {target:g})"
+        words = f" {measured:.3g} (target {'≤' if row.at_most else '≥'} {target:.3g})"
         below.text(max(1.0, used[place]), place, words, va="center", fontsize=7)
     below.set_xlim(0, 1.35 * max([1.0, *used]))
     below.set_title(
@@ -47,4 +47,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def _is_step(row: Row) -> bool:
     """Whether a row tells how long someone else's step takes, in our steps."""
-    return "step" in row.name and " / ours" in row.name
+    return "step, CPU time:" in row.name and "against ours" in row.name
+
+
+def _in_two_lines(name: str) -> str:
+    return name.replace(": ", ":\n", 1)

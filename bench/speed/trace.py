@@ -69,15 +69,17 @@ MODEL = ModelDescription(
     rope_scaling_factor=None,
 )
 STAGES, CHUNKS, MICRO_BATCHES = (2, 4), (None, 2), (4, 8, 16)
+TENSOR, PIPELINE, DATA = "tensor parallel with sequence parallelism", "pipeline parallel", "data parallel"
 LAYOUTS = {
-    "TP2, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
-    "DP2": ParallelConfig(),
+    TENSOR: ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    PIPELINE: ParallelConfig(pipeline_model_parallel_size=2),
+    DATA: ParallelConfig(),
 }
+"""On two ranks."""
 LIMITS = {
-    "TP2, sequence parallel": "4 T H (t − 1)/t · (10 L + 4) per rank, and the head's and norms' all-reduces",
-    "PP2": "2 · 4 T H (p − 1)",
-    "DP2": "(4 + 4) n (d − 1)/d per rank",
+    TENSOR: "4 T H (t − 1)/t · (10 L + 4) per rank, and the head's and norms' all-reduces",
+    PIPELINE: "2 · 4 T H (p − 1)",
+    DATA: "(4 + 4) n (d − 1)/d per rank",
 }
 
 Event = tuple[str, int, int]
@@ -109,14 +111,18 @@ def _idle_row(stages: int, chunks: int | None, orders: dict[str, list[list[Event
         expected = (stages - 1) / ((chunks or 1) * number + stages - 1)
         found = idle_share(orders[f"{chunks} {number}"])
         worst = max(worst, abs(found / expected - 1))
-        words.append(f"m={number}: {found:.3f} ({expected:.3f})")
+        words.append(f"m = {number}: {found:.3f} idle, {expected:.3f} by the formula")
     return Row(
-        f"idle slots off the formula, PP{stages}{f' VP{chunks}' if chunks else ''}",
+        f"idle pipeline slots, difference from the formula: {stages} stages, {_chunks(chunks)} each",
         worst,
         target=0.01,
-        limit="(p − 1)/(v m + p − 1)",
+        limit="0; the formula is (p − 1)/(v m + p − 1)",
         note=", ".join(words),
     )
+
+
+def _chunks(number: int | None) -> str:
+    return f"{number} chunks" if number else "one chunk"
 
 
 def idle_share(orders: list[list[Event]]) -> float:
@@ -149,10 +155,10 @@ def idle_share(orders: list[list[Event]]) -> float:
 
 def _bytes_row(name: str, sent: float, expected: float, calls: dict[str, int]) -> Row:
     return Row(
-        f"bytes sent per step off the formula, {name}",
+        f"bytes sent in a step, difference from the formula: two ranks, {name}",
         abs(sent / expected - 1),
         target=0.05,
-        limit=LIMITS[name],
+        limit=f"0; the formula is {LIMITS[name]}",
         note=f"{sent / 1e6:.2f} MB counted, {expected / 1e6:.2f} MB by the formula",
         details={"calls of the first rank": calls},
     )

@@ -4,8 +4,9 @@
 
 TRL is installed only for this, into a folder of its own (in runs/, or where TGDPO_TRL says), on top of our torch,
 transformers and datasets, so that both sides run the same. Process CPU seconds of a whole step at one thread, with
-the reference live and with its log-probs computed before training. Losses are asserted equal. There is no target: the
-rows say what a user of TRL would gain.
+the reference live and with its log-probs computed before training; a step of TRL's and one of ours in turn. Both go
+over the batches three times: operations are counted the first time, steps are timed afterwards. Losses are asserted
+equal.
 """
 
 from __future__ import annotations
@@ -15,64 +16,89 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.files import program
-from bench.ours import Ours, make_checkpoints
-from bench.pairs import NO_DATA, real_file, real_pairs, real_tokenizer
+from bench.ours import LEARNING_RATE, PAIRS_PER_STEP, Ours, make_checkpoints
+from bench.pairs import with_real_lengths
 from bench.process import cpu_seconds, one_rank
-from bench.rows import Row, paired, skipped
-from bench.speed.trl_worker import PAIRS_PER_STEP
+from bench.rows import Row, skipped
+from bench.speed.flops import counted_flops
+from bench.speed.limits import Timed, within_limit
 from tgdpo_megatron.config import LossConfig
+from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
+from tools.make_tiny_model import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("trl==1.16.0", "accelerate==1.15.0")
-STEPS, LOSS_LIMIT = 4, 1e-4
-NAME = "DPO step, TRL {} / ours {}"
+STEPS, ROUNDS, LONGEST, BETA, LOSS_LIMIT = 3, 3, 512, 0.1, 1e-4
+NEAR = 0.90
+"""Share of the limit that is the target, as between all programs of different make (bench/speed/steps.py)."""
+NAMES = {
+    "live": "DPO step, CPU time: TRL's trainer against ours, reference model live on both sides",
+    "precomputed": "DPO step, CPU time: TRL's trainer against ours, reference log-probs computed before on both sides",
+}
 
 
-def measure() -> list[Row]:
+def measure() -> Iterator[Row]:
     """Rows against TRL."""
-    source = real_file()
-    if source is None:
-        return [skipped("DPO step, TRL / ours", NO_DATA)]
     try:
         packages = _install(Path(os.environ.get("TGDPO_TRL", ROOT / "runs" / "trl")))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        return [skipped("DPO step, TRL / ours", f"TRL cannot be installed: {_last_line(error)}")]
+        for name in NAMES.values():
+            yield skipped(name, f"TRL cannot be installed: {_last_line(error)}")
+        return
     with tempfile.TemporaryDirectory() as name, one_rank():
-        folder = Path(name)
-        checkpoints = make_checkpoints(folder)
-        tokenizer = real_tokenizer(source)
-        data = real_pairs(source, tokenizer, 512, folder / "pairs")
-        pairs = list(range(PAIRS_PER_STEP * (1 + STEPS)))
+        checkpoints = make_checkpoints(Path(name))
+        data = with_real_lengths(LONGEST)
+        pairs = list(range(PAIRS_PER_STEP * STEPS))
         hf = checkpoints.hf["policy"].parent
-        tokenizer.save_pretrained(hf / "policy")
-        (hf / "pairs.json").write_text(json.dumps([_ids(data, pair) for pair in pairs]))
-        theirs = {how: _run(packages, hf, how) for how in ("live", "precomputed")}
-
-        rows = []
-        for how, cached in (("live", False), ("precomputed", True)):
-            ours = Ours(data, checkpoints, cached=cached, loss=LossConfig(type="dpo", beta=0.1))
-            if cached:
+        train_tokenizer([], vocab_size=300).save_pretrained(hf / "policy")  # TRL wants one; the pairs are token ids
+        work = {
+            "pairs": [_ids(data, pair) for pair in pairs],
+            "rounds": ROUNDS,
+            "pairs_per_step": PAIRS_PER_STEP,
+            "longest": LONGEST,
+            "learning_rate": LEARNING_RATE,
+            "beta": BETA,
+        }
+        (hf / "work.json").write_text(json.dumps(work))
+        for how in NAMES:
+            ours = Ours(data, checkpoints, cached=how == "precomputed", loss=LossConfig(type="dpo", beta=BETA))
+            if how == "precomputed":
                 ours.cache_scores(pairs)
-            seconds, difference = [], 0.0
-            for step, wanted in enumerate(theirs[how]["losses"]):
-                spent, loss = cpu_seconds(ours.step, pairs[PAIRS_PER_STEP * step : PAIRS_PER_STEP * (step + 1)])
-                difference = max(difference, abs(loss - wanted))
-                seconds.append(spent)
-            assert difference < LOSS_LIMIT, f"losses differ by {difference:.1e}"
-            rows.append(
-                paired(
-                    NAME.format(how, "cached" if cached else "live"),
-                    theirs[how]["seconds"][1:],  # the first step warms up
-                    seconds[1:],
-                    note=f"TRL {PACKAGES[0].split('==')[1]}, losses equal to {difference:.0e}",
-                )
-            )
-    return rows
+            yield _row(how, ours, pairs, packages, hf)
+
+
+def _row(how: str, ours: Ours, pairs: list[int], packages: Path, hf: Path) -> Row:
+    batches = [pairs[first : first + PAIRS_PER_STEP] for first in range(0, len(pairs), PAIRS_PER_STEP)]
+    here, there = Timed(), Timed()
+    difference = 0.0
+    for step, theirs in enumerate(_their_steps(how, packages, hf)):
+        batch = batches[step % STEPS]
+        if step < STEPS:
+            here.cost += [counted_flops(ours.step, batch)]
+            there.cost += [theirs["operations"]]
+        else:
+            spent, loss = cpu_seconds(ours.step, batch)
+            here.seconds.append(spent)
+            there.seconds.append(theirs["seconds"])
+            difference = max(difference, abs(loss - theirs["loss"]))
+    assert difference < LOSS_LIMIT, f"losses differ by {difference:.1e}"
+    here.cost *= ROUNDS - 1
+    there.cost *= ROUNDS - 1
+    return within_limit(
+        NAMES[how],
+        there,
+        here,
+        at_most=False,
+        share=NEAR,
+        limit="the ratio of the operations counted",
+        note=f"TRL {PACKAGES[0].split('==')[1]}, losses equal to {difference:.0e}",
+    )
 
 
 def _install(folder: Path) -> Path:
@@ -90,24 +116,32 @@ def _last_line(error: subprocess.CalledProcessError | subprocess.TimeoutExpired)
     return (str(error.stderr or "").strip().splitlines() or ["no answer"])[-1]
 
 
-def _ids(data: Any, pair: int) -> dict[str, list[int]]:
+def _ids(data: PreparedPairs, pair: int) -> dict[str, list[int]]:
     """A pair as TRL keeps it after tokenising."""
     prompt = int(data.prompt_lengths[pair])
     chosen, rejected = (data.sequence(pair, side).tolist() for side in (CHOSEN, REJECTED))
     return {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
 
 
-def _run(packages: Path, folder: Path, how: str) -> dict[str, list[float]]:
-    """The worker's result."""
+def _their_steps(how: str, packages: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """The worker's steps: seconds, loss and operations of each. The worker waits until the next one is wanted."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     environment["PYTHONPATH"] = str(packages)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # this process is a rank; TRL's is not
         environment.pop(name, None)
-    command = [sys.executable, "-W", "ignore", "-P", str(Path(__file__).with_name("trl_worker.py")), str(folder), how]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    command = [sys.executable, "-W", "ignore", "-m", "bench.speed.trl_worker", str(folder), how]
+    log = folder / f"{how}.log"
+    pipe = subprocess.PIPE
+    with (
+        log.open("w") as said,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=said, text=True) as worker,
+    ):
+        assert worker.stdin and worker.stdout
+        for line in worker.stdout:
+            yield json.loads(line)
+            worker.stdin.write("go on\n")
+            worker.stdin.flush()
+    assert worker.returncode == 0, log.read_text()[-3000:]
 
 
 if __name__ == "__main__":

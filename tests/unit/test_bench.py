@@ -1,15 +1,19 @@
-"""What the benchmark counts and places by itself, on cases known by hand."""
+"""What the benchmark counts and places by itself, on cases known by hand, and the pairs it runs on."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.rows import Row, paired
-from bench.speed.flops import counted_flops
+from bench.lengths import count_tokens
+from bench.pairs import read_lengths, with_real_lengths
+from bench.rows import Row, paired, table
+from bench.speed.flops import causal_scores, counted_flops
+from bench.speed.limits import Timed, within_limit
 from bench.speed.picture import draw
 from bench.speed.trace import idle_share
 
@@ -43,13 +47,72 @@ def test_operations_of_a_product_and_of_its_gradients_are_counted() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_operations_of_attention_are_counted_and_half_of_them_if_causal(causal: bool) -> None:
-    """Two heads of 8 channels, 16 tokens: two products of 16 × 16 × 8 a head; five more in backward."""
-    q, k, v = (torch.ones(1, 2, 16, 8, requires_grad=True) for _ in range(3))
-    product = 2 * 2 * 16 * 16 * 8 // (2 if causal else 1)
+def test_operations_of_attention_are_counted(causal: bool) -> None:
+    """Two heads of 8 channels, 1,024 tokens: two products over all keys; five more in backward.
+
+    Causal queries of the first of two blocks of keys leave the second out.
+    """
+    q, k, v = (torch.ones(1, 2, 1024, 8, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 1024 * (768 if causal else 1024) * 8
     assert counted_flops(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)) == 2 * product
     backward = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()  # noqa: E731
     assert counted_flops(backward) == 7 * product
+
+
+@pytest.mark.parametrize(("length", "scores"), [(1, 1), (512, 512**2), (513, 512**2 + 513), (1024, 512**2 * 3)])
+def test_causal_attention_skips_whole_blocks_of_512_keys_alone(length: int, scores: int) -> None:
+    assert causal_scores(length) == scores
+
+
+@pytest.mark.parametrize("at_most", [False, True])
+def test_a_row_with_a_limit_is_the_median_share_of_each_batchs_own_limit(at_most: bool) -> None:
+    """Three batches whose limits are 2, 4 and 3; the second is measured at 3/4 of its own, the others at theirs."""
+    over, under = Timed([2.0, 6.0, 6.0], [20, 80, 60]), Timed([1.0, 2.0, 2.0], [10, 20, 20])
+    row = within_limit("x", over, under, at_most=at_most, share=0.9, limit="operations")
+    assert row.measured == pytest.approx(160 / 50) and row.verdict == "pass"
+    assert row.target == pytest.approx(160 / 50 / 0.9 if at_most else 160 / 50 * 0.9)
+    slower = Timed([1.7, 3.4, 5.1], over.cost)  # 0.85 of the limit
+    assert within_limit("x", slower, under, at_most=False, share=0.9, limit="").verdict == "FAIL"
+    longer = Timed([2.3, 4.6 * 2, 6.9], over.cost)  # 1.15 times the limit
+    assert within_limit("x", longer, under, at_most=True, share=0.9, limit="").verdict == "FAIL"
+
+
+def test_what_ran_before_and_after_is_one_measurement() -> None:
+    assert Timed([1.0, 3.0, 4.0, 6.0], [7, 7, 9, 9]).mean_of_two() == Timed([2.0, 5.0], [7, 9])
+
+
+def test_pairs_with_real_lengths_are_as_long_as_the_products_cut_of_the_real_ones(tmp_path: Path) -> None:
+    """At every maximum length, from the first that leaves a pair to one that cuts nothing."""
+    from tools.make_tiny_model import train_tokenizer
+
+    words = [(60, 5, 30), (3, 40, 2), (25, 25, 24), (1, 1, 70), (90, 12, 11)]  # of prompt, chosen, rejected
+    texts = [[" ".join("ab"[place % 2] for place in range(number)) for number in numbers] for numbers in words]
+    pairs = tmp_path / "pairs.json"
+    columns = ("instruction", "chosen", "rejected")
+    pairs.write_text(json.dumps([dict(zip(columns, parts, strict=True)) for parts in texts]))
+    tokenizer = train_tokenizer([text for parts in texts for text in parts], vocab_size=300)
+    uncut = count_tokens(pairs, tokenizer)
+    assert len(uncut) == len(words)
+    room_for_one = int(uncut[:, 1:].max(axis=1).min()) + 2
+    left = set()
+    for longest in range(room_for_one, int(uncut.sum(axis=1).max())):
+        data = with_real_lengths(longest, lengths=uncut)
+        found = [
+            [data.prompt_lengths[pair], *(data.response_length(pair, side) for side in (0, 1))]
+            for pair in range(len(data))
+        ]
+        assert found == count_tokens(pairs, tokenizer, longest).tolist()
+        left.add(len(data))
+    assert left == {1, 2, 3, 4, 5}, "pairs are dropped at some lengths"
+
+
+def test_the_real_lengths_are_there_and_both_responses_follow_one_prompt() -> None:
+    assert read_lengths().shape == (75, 3) and read_lengths().min() > 0
+    data = with_real_lengths(512)
+    assert len(data) == 48  # 27 of the real pairs have a response that leaves no room
+    for pair, prompt in enumerate(data.prompt_lengths):
+        chosen, rejected = (data.sequence(pair, side) for side in (0, 1))
+        assert (chosen[:prompt] == rejected[:prompt]).all() and max(len(chosen), len(rejected)) <= 512
 
 
 def test_a_row_is_the_median_of_paired_ratios() -> None:
@@ -65,11 +128,24 @@ def test_a_broken_or_missed_row_fails_and_a_skipped_one_does_not() -> None:
 
 def test_the_picture_shows_every_row_with_a_target_and_every_others_step(tmp_path: Path) -> None:
     rows = [
-        Row("TGDPO step, authors' / ours", 3.0, target=2.8, at_most=False),
-        Row("DPO step, TRL live / ours live", 1.7),
-        Row("cached / live", 0.61, target=0.63),
+        Row("TGDPO step, CPU time: the authors' computation, against ours", 3.0, target=2.8, at_most=False),
+        Row("DPO step, CPU time: TRL's trainer against ours", 1.7),
+        Row("our step, CPU time: cached against live", 0.61, target=0.63),
         Row("skipped", None),
     ]
     draw(rows, tmp_path / "bench.svg")
     text = (tmp_path / "bench.svg").read_text()
     assert "3.00×" in text and "1.70×" in text and "0.61 (target ≤ 0.63)" in text and "skipped" not in text
+    assert text.count("×") == 2, "our own steps are no one else's"
+
+
+def test_the_table_says_measured_target_and_verdict_and_the_words_below() -> None:
+    text = table(
+        [Row("some row", 1.5, target=2.0, limit="1", note="five pairs"), Row("other", None, note="no network")]
+    )
+    assert text.splitlines()[1:] == [
+        "some row       1.5       ≤2  pass",
+        "    limit 1; five pairs",
+        "other            –        –  skipped",
+        "    no network",
+    ]

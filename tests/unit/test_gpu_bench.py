@@ -40,7 +40,9 @@ def test_model_operations_are_three_times_a_forward_as_torch_counts_it() -> None
     )
     with torch.no_grad():
         forward = sum(counted_flops(lambda n=n: hf(input_ids=torch.arange(n)[None], use_cache=False)) for n in (19, 30))
-    assert model_flops(data, [0], model) == 3 * forward
+    # torch's attention for CPUs computes the whole square of so few tokens; half of it is needed, in two products.
+    needless = sum(model.num_layers * 2 * 2 * 4 * 16 * n**2 / 2 for n in (19, 30))
+    assert model_flops(data, [0], model) == 3 * (forward - needless)
 
 
 def kernel(start: float, end: float) -> dict[str, object]:
