@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("tgdpo_megatron", "recipes", "tools")
+PACKAGES = ("tgdpo_megatron", "recipes", "tools", "bench")
 
 
 def module_imports() -> dict[str, set[str]]:
