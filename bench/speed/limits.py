@@ -16,7 +16,7 @@ from bench.rows import Row
 
 @dataclass
 class Timed:
-    """What one program took on each batch.
+    """What one program took on each batch, and what it costs by theory.
 
     Attributes:
         seconds: Measured, of the process's CPU.
@@ -55,7 +55,7 @@ def within_limit(
         reached * allowed,
         target=allowed / share if at_most else allowed * share,
         at_most=at_most,
-        limit=f"{allowed:.3f}, {limit}; the target is {'1 / ' if at_most else ''}{share:.2f} of it",
+        limit=f"{allowed:.3f}, {limit}; the target is the limit {'/' if at_most else '×'} {share:.2f}",
         note=f"{note}; {spread}" if note else spread,
         details={"limit": allowed, "shares": shares, "over": vars(over), "under": vars(under)},
     )

@@ -111,13 +111,13 @@ def _idle_row(stages: int, chunks: int | None, orders: dict[str, list[list[Event
         expected = (stages - 1) / ((chunks or 1) * number + stages - 1)
         found = idle_share(orders[f"{chunks} {number}"])
         worst = max(worst, abs(found / expected - 1))
-        words.append(f"m = {number}: {found:.3f} idle, {expected:.3f} by the formula")
+        words.append(f"m = {number}: {found:.3f} ({expected:.3f})")
     return Row(
         f"idle pipeline slots, difference from the formula: {stages} stages, {_chunks(chunks)} each",
         worst,
         target=0.01,
         limit="0; the formula is (p − 1)/(v m + p − 1)",
-        note=", ".join(words),
+        note=f"recorded idle share, in brackets by the formula: {', '.join(words)}",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tgdpo_megatron.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("tgdpo_megatron", "recipes", "tools")
+PACKAGES = ("tgdpo_megatron", "recipes", "tools", "bench")
 
 
 def module_imports() -> dict[str, set[str]]:
