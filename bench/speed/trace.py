@@ -234,13 +234,13 @@ def _order(stages: int, chunks: int | None, number: int) -> list[list[Event]]:
 
     with _engine(parallel, pairs=number) as (engine, batches, _):
         engine.zero_grad()
-        _run(engine, partial(traced, engine, batches), batches)
+        _schedule(engine, partial(traced, engine, batches), batches)
     gathered: list[Any] = [None] * stages
     dist.all_gather_object(gathered, events)
     return gathered
 
 
-def _run(engine: Engine, forward_step: Callable[..., Any], batches: list[Batch]) -> None:
+def _schedule(engine: Engine, forward_step: Callable[..., Any], batches: list[Batch]) -> None:
     """The schedule alone, without the sum over ranks of what is reported."""
     from tgdpo_megatron.engine import run_pipeline
 
@@ -255,7 +255,7 @@ def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[s
             engine.zero_grad()
             counted.bytes, counted.on = 0.0, counts
             counted.calls.clear()
-            _run(engine, engine.forward_step, batches)
+            _schedule(engine, engine.forward_step, batches)
             engine.update()
             counted.on = False
     everywhere: list[Any] = [None] * world_size
