@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.machine import machine
 from bench.rows import Row, table
+from tgdpo_megatron.quiet import quiet
 
 
 def run_file(name: str, *, seconds: float | None = None, **environment: str) -> list[Row]:
@@ -25,8 +26,8 @@ def run_file(name: str, *, seconds: float | None = None, **environment: str) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         output, log = Path(folder) / "rows.json", Path(folder) / "stderr"
-        command = [sys.executable, "-W", "ignore", "-m", name, "--rows", str(output)]
-        common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", name, "--rows", str(output)]
+        common = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with log.open("w") as said:
             try:
                 subprocess.run(
@@ -79,6 +80,7 @@ def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> No
     """
     import argparse
 
+    quiet()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()

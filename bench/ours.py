@@ -53,9 +53,7 @@ class Checkpoints:
 def make_checkpoints(folder: Path) -> Checkpoints:
     """Three random models in HuggingFace's format and in Megatron's."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     hf, megatron = {}, {}
     for seed, role in enumerate(ROLES):
         hf[role], megatron[role] = folder / "hf" / role, folder / "megatron" / role

@@ -13,6 +13,7 @@ import yaml
 
 from recipes import tgdpo, tiny, treg
 from tgdpo_megatron.config import Config, complete, load
+from tgdpo_megatron.config.yaml_files import read_yaml
 from tgdpo_megatron.errors import CommandLine, UserError
 from tgdpo_megatron.losses import check_declarations
 
@@ -64,7 +65,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
     check_declarations()
-    experiment = {} if parsed.conf is None else _read_yaml(parsed.conf)
+    experiment = {} if parsed.conf is None else _read_experiment(parsed.conf)
     config = _recipe(experiment.pop("recipe", None), parsed.recipe, parsed.conf)
     if parsed.conf is not None:
         config = load(config, experiment, where=str(parsed.conf))
@@ -109,16 +110,8 @@ def _recipe(named: Any, given: str | None, conf: Path | None) -> Config:
     return RECIPES[name]()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
+def _read_experiment(path: Path) -> dict[str, Any]:
+    content = read_yaml(path, what="configuration file")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected groups of settings, such as 'loss:' with 'beta: 0.05' below it.")
     return content

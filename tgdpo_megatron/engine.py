@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from tgdpo_megatron.checkpoint.state import load_weights
@@ -70,7 +71,6 @@ class Engine:
             self.forward_step,
             batches,
             self.config,
-            stacked=1 + len(self.chunks[0].frozen),
             forward_only=forward_only,
         )
         last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -174,7 +174,6 @@ def run_pipeline(
     batches: Sequence[Batch],
     config: Config,
     *,
-    stacked: int,
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
@@ -183,7 +182,6 @@ def run_pipeline(
     Args:
         models: This rank's chunks, wrapped or not.
         forward_step: Runs a stage on one micro-batch. Megatron's schedule calls it.
-        stacked: Number of models whose hidden states are sent together.
         collect_non_loss_data: Whether the function that forward_step returns is given the output without computing a
             loss, as in Megatron.
 
@@ -199,7 +197,7 @@ def run_pipeline(
         # The shape between stages is [seq_length, micro_batch_size, hidden]. Where micro-batches differ in length,
         # Megatron's stages send each other the true shape.
         seq_length=config.train.micro_batch_tokens or 1,
-        micro_batch_size=stacked,
+        micro_batch_size=1 + len(get_attr_wrapped_model(models[0], "frozen")),  # whose hidden states travel together
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
     )
@@ -207,23 +205,21 @@ def run_pipeline(
 
 
 @torch.no_grad()
-def token_logps(models: Sequence[Any], batches: Sequence[Batch], config: Config, *, stacked: int = 1) -> list[Tensor]:
+def token_logps(models: Sequence[Any], batches: Sequence[Batch], config: Config) -> list[Tensor]:
     """Token log-probs of some micro-batches, nats, without gradient. Collective.
 
     Args:
         models: This rank's chunks of a model, wrapped or not. They may hold other models.
-        stacked: Number of models, those that the chunks hold included.
 
     Returns:
-        On the last pipeline stage [stacked, R] fp32 for each micro-batch. Empty elsewhere.
+        On the last pipeline stage [k, R] fp32 for each micro-batch: the model, then the models that it holds. Empty
+        elsewhere.
     """
 
     def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
         return model(next(batches)), lambda logps, non_loss_data: logps
 
-    return run_pipeline(
-        models, forward_step, batches, config, stacked=stacked, forward_only=True, collect_non_loss_data=True
-    )
+    return run_pipeline(models, forward_step, batches, config, forward_only=True, collect_non_loss_data=True)
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

@@ -1,7 +1,8 @@
 """How a program ends when something goes wrong.
 
 A wrong input, or a refusal of the operating system, is one sentence and exit code 2. Any other exception is one that
-nobody expected: its traceback is shown, with the rank it happened on, and the exit code is 1.
+nobody expected: its traceback is shown, with the rank it happened on, and the exit code is 1. A rank that stops because
+of another rank, and an interrupted program, have exit codes of their own.
 """
 
 from __future__ import annotations

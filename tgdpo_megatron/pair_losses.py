@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.data.batch import Batch
-from tgdpo_megatron.losses import LOSSES, Pairs
+from tgdpo_megatron.losses import Pairs
 from tgdpo_megatron.losses.declaration import Formula
 from tgdpo_megatron.losses.rewards import token_rewards
 from tgdpo_megatron.losses.sft import sft_loss
@@ -34,8 +34,7 @@ class PreferenceLoss:
         """
         loss = self.config.loss
         policy, *live = logps
-        carried = loss.carried if self.config.scores.source == "live" else ()
-        names = (*carried, *(name for name in loss.method.reads if name == "divergence"))
+        names = (*self.config.live_models, *(name for name in loss.method.reads if name == "divergence"))
         inputs = inputs_of(loss, batch.pairs, **(batch.scores | dict(zip(names, live, strict=True))))
         losses, margins = formula(loss)(policy, batch.pairs, **inputs)
         sums = micro_batch_sums(
@@ -52,7 +51,7 @@ def formula(loss: LossConfig) -> Formula:
         A function of the policy's token log-probs, the pairs, and the inputs that `loss.method.reads` names. It returns
         the loss and the margin of each pair.
     """
-    method: Formula = partial(LOSSES[loss.type].formula, **loss.options)
+    method: Formula = partial(loss.method.formula, **loss.options)
     return method if not loss.sft_loss_weight else partial(_with_sft, method, loss.sft_loss_weight)
 
 

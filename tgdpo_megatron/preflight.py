@@ -23,7 +23,7 @@ from tgdpo_megatron.scores.store import check_belongs, load_scores, read_scores_
 class Models:
     """The checkpoints of a run: where they are, what they are.
 
-    `guidance` is None where the loss takes none.
+    `guidance` is None where model.guidance is not set.
     """
 
     description: ModelDescription

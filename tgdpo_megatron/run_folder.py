@@ -49,7 +49,7 @@ _IDENTITY = {
     "guidance": "guidance",
     "rewards": "contrastive prompts or reward file",
 }
-"""And what its inputs must be."""
+"""Inputs that must stay the same when a run is continued."""
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -74,6 +74,8 @@ def check_output(output: Path, config: Config) -> Path | None:
             f"{output}: already there and not empty; choose another train.output, or continue the run in it with "
             "train.resume=true."
         )
+    if used and newest is None and not (output / "metrics.jsonl").is_file():
+        raise UserError(f"{output}: holds no run that could be continued; choose another train.output.")
     if newest is not None and (read_manifest(newest).iteration or 0) >= config.train.train_iters:
         raise UserError(f"{output}: this run is finished ({newest.name}); raise train.train_iters to go on.")
     check_writable(output)

@@ -133,7 +133,12 @@ def score(config: Config, ranks: Ranks) -> None:
         if prompts is not None:
             longest = describe(checkpoints["reference"]).max_position_embeddings
             blocks = _prompted_blocks(part, checkpoints["reference"], prompts, longest)
-            run(part, _contrastive_work(ranks, blocks), 4 * len(part.lacking(contrastive.KINDS)), "scoring prompts")
+            run(
+                part,
+                _contrastive_work(ranks, blocks),
+                4 * len(part.lacking(contrastive.PROMPT_KINDS)),
+                "scoring prompts",
+            )
         if ranks.is_first:
             print(
                 f"scores of {len(part.data)} pairs ({', '.join(wanted)}): {part.folder}; "
@@ -205,7 +210,7 @@ def _prompted_blocks(
     Raises:
         UserError: The text of the pairs is gone, is not the text that was tokenised, or no response fits the model.
     """
-    lacking = part.lacking(contrastive.KINDS)
+    lacking = part.lacking(contrastive.PROMPT_KINDS)
     if not len(lacking):
         return
     tokenizer, texts = load_tokenizer(reference / HF), read_texts(part.data)
@@ -220,7 +225,7 @@ def _prompted_blocks(
         sequences, keys, too_long = contrastive.contrastive_sequences(
             part.data, pairs, [texts[pair] for pair in pairs], tokenizer, prompts, longest
         )
-        if first == 0 and not keys and part.missing[contrastive.KINDS[0]].all():
+        if first == 0 and not keys and part.missing[contrastive.PROMPT_KINDS[0]].all():
             # Without this error, training would run with no token reward at all.
             write_scores_manifest(part.folder, replace(read_scores_manifest(part.folder), prompts=None))
             raise UserError(
@@ -303,7 +308,7 @@ def _rounds(samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _log_probs(stacks: list[list[PreferenceGPT]], batches: list[Batch], config: Config) -> list[Tensor]:
     """Log-probs of each micro-batch, [models, R], on the last stage; empty elsewhere. Collective."""
-    found = [token_logps(chunks, batches, config, stacked=1 + len(chunks[0].frozen)) for chunks in stacks]
+    found = [token_logps(chunks, batches, config) for chunks in stacks]
     return [torch.cat(logps) for logps in zip(*found, strict=True)]
 
 
@@ -311,7 +316,8 @@ def _finished(pending: deque[Future[str | None]], *, most: int) -> str | None:
     """Wait until at most `most` writes are pending, and drop the finished ones. Returns what went wrong, if any."""
     said = None
     while pending and (len(pending) > most or pending[0].done()):
-        said = said or pending.popleft().result()
+        result = pending.popleft().result()
+        said = said or result
     return said
 
 

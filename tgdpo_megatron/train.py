@@ -60,7 +60,7 @@ class _Run:
     engine: Engine
     training: _Part
     validation: _Part | None
-    start: Path | None
+    resumed_from: Path | None
     first: int
     identity: CheckpointManifest
 
@@ -69,12 +69,12 @@ def train(config: Config, ranks: Ranks) -> None:
     """Run one training job. Called on every rank.
 
     Raises:
-        UserError: An input cannot be used. Nothing has been written then.
+        UserError: An input cannot be used. A folder that was not there before is removed again.
         NonFiniteError: A loss or gradient is not finite. The last good checkpoint is kept.
     """
     run = _prepare(config, ranks)
     if ranks.is_first:
-        run_folder.record(run.output, config, run.start)
+        run_folder.record(run.output, config, run.resumed_from)
     engine, output, pairs = run.engine, run.output, run.training.pairs
     last = config.train.train_iters
     logger = Logger(output, active=ranks.is_first, first=run.first)
@@ -147,16 +147,15 @@ def _prepare(config: Config, ranks: Ranks) -> _Run:
     """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
 
     Raises:
-        UserError: An input cannot be used. The folder of the run is left as it was.
+        UserError: An input cannot be used. A run folder that was not there before is removed again.
     """
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
-    _start_of(config)
     models = preflight.check_models(config)
     frozen = preflight.carried_checkpoints(config)
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
-        start = on_first_rank(ranks, partial(run_folder.check_output, output, config))
+        resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
         run_folder.keep_output(output, ranks.rank)
         pairs, validation = preflight.load_data(config, models.description, ranks, output / "data")
         if config.train.global_batch_size > len(pairs):
@@ -166,21 +165,21 @@ def _prepare(config: Config, ranks: Ranks) -> _Run:
             )
         scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
         identity = _identity(config, models, pairs, scores)
-        run_folder.check_continues(start, config, identity)
+        run_folder.check_continues(resumed_from, config, identity)
         initialize_model_parallel(config.parallel, config.train.seed)
         engine = build_engine(
             config,
             models.description,
             loss=PreferenceLoss(config),
-            start=None if start else _start_of(config),
+            start=None if resumed_from else _start_of(config),
             frozen=frozen,
         )
         first = 0
-        if start is not None:
-            load_training_state(start, engine.chunks, engine.optimizer, engine.scheduler)
-            first = read_manifest(start).iteration or 0
+        if resumed_from is not None:
+            load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
+            first = read_manifest(resumed_from).iteration or 0
     held_out = _Part(validation, validation_scores) if validation is not None else None
-    return _Run(output, engine, _Part(pairs, scores), held_out, start, first, identity)
+    return _Run(output, engine, _Part(pairs, scores), held_out, resumed_from, first, identity)
 
 
 def _start_of(config: Config) -> Path:
@@ -229,7 +228,9 @@ def _identity(
     guidance = models.guidance.weights if models.guidance else None
     if guidance is None and scores is not None and scores.manifest is not None:
         guidance = scores.manifest.guidance
-    rewards = scores.manifest.prompts if scores is not None and scores.manifest is not None else None
+    rewards = None
+    if "better" in config.loss.scores and scores is not None and scores.manifest is not None:
+        rewards = scores.manifest.prompts
     if "reward" in config.loss.scores and config.scores.reward_file is not None:
         rewards = hashlib.sha256(config.scores.reward_file.read_bytes()).hexdigest()
     return CheckpointManifest(

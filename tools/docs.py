@@ -5,6 +5,7 @@ A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- N
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _token_rewards() -> str:
 def _metrics() -> str:
     """Metrics of single losses. A sum of squares is listed under the name of the standard deviation."""
     declared = {
-        name.replace("square", "std"): (
+        re.sub("square$", "std", name): (
             metric,
             ", ".join(f"`{loss.name}`" for loss in LOSSES.values() if name in loss.metrics),
         )

@@ -139,7 +139,7 @@ def _numbers(
     start = preflight.required(config.model.checkpoint, "model.checkpoint", "the checkpoint it started from")
     places = {"reference": config.reference_checkpoint, "guidance": config.model.guidance}
     # Cached, because one model may have two roles.
-    log_probs = functools.cache(lambda place: token_logps(place, config, data, pairs, device))
+    log_probs = functools.cache(lambda place: checkpoint_logps(place, config, data, pairs, device))
     for name in config.loss.carried:
         if name not in scores and (place := places[name]) is not None:
             scores[name] = log_probs(place)
@@ -170,7 +170,9 @@ def _kept_scores(
     return {} if kept is None else kept.join(pairs, (CHOSEN, REJECTED))
 
 
-def token_logps(checkpoint: Path, config: Config, data: PreparedPairs, pairs: Sequence[int], device: Any) -> Tensor:
+def checkpoint_logps(
+    checkpoint: Path, config: Config, data: PreparedPairs, pairs: Sequence[int], device: Any
+) -> Tensor:
     """Log-probs of the response tokens of some pairs under a checkpoint, in one process. [R] fp32, nats."""
     import torch
     from tqdm import tqdm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,5 +51,5 @@ _joined = ExitStack()
 
 def _join() -> None:
     """Make a process a job of one rank: once, since Megatron's groups are never given back."""
-    warnings.filterwarnings("ignore")
+    quiet()
     _joined.enter_context(one_rank())

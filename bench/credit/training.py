@@ -27,7 +27,7 @@ from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.pair_losses import PreferenceLoss
 from tgdpo_megatron.report.metrics import averages
-from tgdpo_megatron.scores.contrastive import KINDS, contrastive_sequences, read_prompts
+from tgdpo_megatron.scores.contrastive import PROMPT_KINDS, contrastive_sequences, read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
 from tools.demo.journal import SFT_LR
 
@@ -217,7 +217,7 @@ def _contrastive(engine: Engine, world: World, part: str) -> dict[str, np.ndarra
     # Pair after pair, chosen before rejected, as in the data; both prompts of a response follow each other.
     return {
         name: np.concatenate([piece for key, piece in zip(keys, pieces, strict=True) if key.name == name])
-        for name in KINDS
+        for name in PROMPT_KINDS
     }
 
 

@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="SVG to write, none by default")
     parser.add_argument("--page", type=Path, help="Markdown page whose tables are replaced, none by default")
     parsed = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    quiet()
     began = time.process_time()
     summary: dict[str, Any] = {"machine": machine(), "where": where()}
     with tempfile.TemporaryDirectory() as work, one_rank():

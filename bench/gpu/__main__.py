@@ -23,6 +23,7 @@ from pathlib import Path
 from bench.files import run_file, write_results
 from bench.machine import ROOT
 from bench.rows import Row, table
+from tgdpo_megatron.quiet import quiet
 
 HIDES_TRANSFORMER_ENGINE = Path(__file__).with_name("without_transformer_engine")
 
@@ -60,6 +61,7 @@ PARTS = (  # what matters most first
 
 
 def main() -> None:
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(dict.fromkeys(part.file for part in PARTS))
     parser.add_argument("--only", default=",".join(names), help=f"files of rows, of {', '.join(names)}")

@@ -18,11 +18,13 @@ from tqdm import tqdm
 from bench.files import run_file, write_results
 from bench.rows import Row, table
 from bench.speed.picture import draw
+from tgdpo_megatron.quiet import quiet
 
 FILES = ("counts", "head", "steps", "trace", "trl")
 
 
 def main() -> None:
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"run one file of rows: {', '.join(FILES)}")
     parser.add_argument("--json", type=Path, help="write all rows here")

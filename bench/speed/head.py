@@ -132,7 +132,7 @@ def measure() -> list[Row]:
 
 def _memory_of(method: str, tokens: int) -> int:
     """measure_memory in a fresh process."""
-    command = [sys.executable, "-W", "ignore", "-m", "bench.speed.head", "--memory", method, str(tokens)]
+    command = [sys.executable, "-m", "bench.speed.head", "--memory", method, str(tokens)]
     # Blocks over 1 MiB go back to the system at once, so that the peak is of tensors that are alive.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)

@@ -99,8 +99,8 @@ def _run(ranks: int) -> Any:
     """What _record writes, from so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
-        command = [sys.executable, "-W", "ignore", "-m", "bench.speed.trace", "--record", str(ranks), str(output)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "bench.speed.trace", "--record", str(ranks), str(output)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, check=True)
         return json.loads(output.read_text())
 
@@ -244,7 +244,7 @@ def _schedule(engine: Engine, forward_step: Callable[..., Any], batches: list[Ba
     """The schedule alone, without the sum over ranks of what is reported."""
     from tgdpo_megatron.engine import run_pipeline
 
-    run_pipeline(engine.policy, forward_step, batches, engine.config, stacked=1, forward_only=False)
+    run_pipeline(engine.policy, forward_step, batches, engine.config, forward_only=False)
 
 
 def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _their_steps(how: str, packages: Path, folder: Path) -> Iterator[dict[str, A
     environment["PYTHONPATH"] = str(packages)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # this process is a rank; TRL's is not
         environment.pop(name, None)
-    command = [sys.executable, "-W", "ignore", "-m", "bench.speed.trl_worker", str(folder), how]
+    command = [sys.executable, "-m", "bench.speed.trl_worker", str(folder), how]
     log = folder / f"{how}.log"
     pipe = subprocess.PIPE
     with (

@@ -153,7 +153,7 @@ def _token_errors(
     """Largest error of any model's token log-probs, and of the divergence, on the first step's pairs."""
     from tgdpo_megatron.engine import token_logps
 
-    outputs = token_logps(engine.policy, batches, config, stacked=1 + len(engine.chunks[0].frozen))
+    outputs = token_logps(engine.policy, batches, config)
     names = ["policy", *(config.loss.carried if config.scores.source == "live" else ())]
     names += ["divergence"] if "divergence" in config.loss.method.reads else []
     errors = {"divergence" if name == "divergence" else "logps": 0.0 for name in names}

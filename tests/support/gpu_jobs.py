@@ -55,7 +55,7 @@ def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[
         config = load(Config(), {"train": {"precision": "bf16", **train}}, where="test")
         loss = PreferenceLoss(config)
         engine = build_engine(config, description, loss=loss, start=policy, frozen=[policy, guidance])
-        (logps,) = token_logps(engine.policy, [batch], config, stacked=3)
+        (logps,) = token_logps(engine.policy, [batch], config)
         found.append(logps.tolist())
     return found
 

@@ -155,7 +155,7 @@ def _score(
         chunk.carry([model[place] for model in models[1:]])
     weights = tracker.live
     batches = _batches(ranks, config, pairs)
-    scoring = partial(token_logps, models[0], batches, config, stacked=len(models))
+    scoring = partial(token_logps, models[0], batches, config)
     return {"weights": weights, "scoring": tracker.peak_of(scoring)}
 
 

@@ -51,7 +51,7 @@ def test_the_prompts_that_come_along_are_good(path: Path | None) -> None:
         ("better: '{instruction} {response}'\nworse: 'No {instruction}'\n", "one template quotes {response}"),
         ("better: '{instruction}'\nworse: '{instruction}'\n", "both templates are the same"),
         ("better: '{instruction}\nworse: [\n", "line 3: not valid YAML"),
-        (b"better: \xff", "not valid YAML"),
+        (b"better: \xff", "byte 8 is not UTF-8 text"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_meant_is_refused(content: str | bytes, words: str, tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(hf_model: Path, t
             {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
             "architecture 'Qwen2ForCausalLM' is not supported",
         ),
+        ({"architectures": "MambaForCausalLM"}, "architecture 'MambaForCausalLM' is not supported"),
+        ({"rope_parameters": {"rope_theta": int("9" * 400)}}, "a field has a value of the wrong kind"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "RoPE scaling"),
@@ -372,3 +374,13 @@ def test_an_incomplete_checkpoint_is_refused(missing: str, words: str, checkpoin
 def test_a_huggingface_folder_is_told_how_to_become_a_checkpoint(hf_model: Path) -> None:
     with pytest.raises(UserError, match="python -m tools.convert_hf_to_megatron HF_FOLDER MEGATRON_FOLDER"):
         read_manifest(hf_model)
+
+
+def test_a_description_names_the_family_whose_file_read_it(hf_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family's file need not say its own name a second time."""
+    from dataclasses import replace
+
+    from tgdpo_megatron.model import families
+
+    monkeypatch.setitem(families.FAMILIES, "llama", replace(families.FAMILIES["llama"], name="copied"))
+    assert read_description(hf_model).family == "copied"

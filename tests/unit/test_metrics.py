@@ -235,3 +235,18 @@ def test_other_ranks_write_no_log(tmp_path: Path) -> None:
     logger.log(1, {"loss": 0.5})
     logger.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_of_one_side_reports_its_own_metrics_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from tgdpo_megatron.losses import LOSSES, Metric
+
+    def report(policy: Tensor, pairs: Pairs, margins: Tensor) -> dict[str, Tensor]:
+        return {"sft/tokens": policy.new_full((), 3.0)}
+
+    own = replace(LOSSES["sft"], metrics={"sft/tokens": Metric("Three.")}, report=report)
+    monkeypatch.setitem(LOSSES, "sft", own)
+    pairs, policy = Pairs(torch.zeros(2).long(), torch.zeros(2).long(), 1), torch.tensor([-1.0, -2.0])
+    sums = micro_batch_sums(LossConfig(type="sft"), pairs, policy, {}, policy[:1], policy[:1])
+    assert float(sums["sft/tokens"]) == 3.0

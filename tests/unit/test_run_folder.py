@@ -133,3 +133,9 @@ def test_a_run_that_has_all_its_steps_is_said_to_be_finished(stopped: tuple[Path
     config.train.resume, config.train.train_iters = True, train_iters
     with pytest.raises(UserError, match=r"this run is finished \(iter-0000002\); raise train.train_iters to go on"):
         check_output(folder.parent.parent, config)
+
+
+def test_a_folder_that_holds_something_else_is_not_continued_as_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("scores: {}\n")
+    with pytest.raises(UserError, match="holds no run that could be continued; choose another train.output"):
+        check_output(tmp_path, load(Config(), {"train": {"resume": True}}, where="test"))

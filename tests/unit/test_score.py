@@ -82,3 +82,13 @@ def test_a_refusal_is_heard_at_the_next_round_and_few_shards_wait_for_the_disk()
         slow.set()
         _finished(pending, most=0)
         assert not pending
+
+
+def test_every_finished_write_is_taken_away_also_after_one_that_failed() -> None:
+    from tgdpo_megatron.score import _finished
+
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        pending = deque([writer.submit(lambda: "bad"), writer.submit(lambda: "worse"), writer.submit(lambda: None)])
+        pending[-1].result()
+        assert _finished(pending, most=2) == "bad"
+        assert not pending

@@ -52,8 +52,12 @@ def complete(config: Config, *, where: str) -> Config:
                 + (f" with loss.token_rewards={loss.reward_source}" if loss.reward_source else "")
                 + "; leave it out."
             )
-    if loss.static_weight is not None and loss.sequence_weight != "static":
-        raise UserError(f"{where}: loss.static_weight={loss.static_weight} needs loss.sequence_weight=static.")
+    for name, option in loss.method.options.items():
+        if option.only_with is None or getattr(loss, name) is None:
+            continue
+        other, value = option.only_with
+        if loss.options[other] != value:
+            raise UserError(f"{where}: loss.{name}={getattr(loss, name)} needs loss.{other}={value}; set loss.{other}.")
     train = config.train
     if train.fp8_recipe and not train.fp8:
         raise UserError(

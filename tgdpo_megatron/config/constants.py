@@ -14,6 +14,9 @@ TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Number of logits in one tile of the head. In fp32 these take 16 MiB and 512 MiB; bf16 models also hold a bf16 copy. A
 tile is large enough for its matrix products to run at full rate."""
 
+MIN_TILE_COLUMNS = 128
+"""A tile has at least this many columns, however many tokens it has."""
+
 SCORED_AT_ONCE = 128
 """Pairs that scoring gives to each data-parallel rank between progress updates: enough to fill the pipeline, and few
 enough for a moving progress bar."""

@@ -71,11 +71,7 @@ class _LossSettings(_Group):
     type: str = "tgdpo"
     sft_loss_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the chosen response's negative mean log-prob, which is added to the loss."""
-    token_rewards: Literal["guidance", "contrastive", "file", "chosen"] | None = None
-    """Where token rewards r̂ come from, for losses that read them. `guidance`: log-ratio of model.guidance to the
-    reference. `contrastive`: log-ratio of the reference under a prompt for a better response to the reference under a
-    prompt for a worse response. `file`: scores.reward_file. `chosen`: 1 on the chosen response, 0 on the rejected one.
-    Default: set by the loss."""
+    token_rewards: str | None = None
     beta_r: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Scale of r̂. Default: `beta` for guidance, as in TGDPO's code, otherwise 1."""
     reward_squash: bool | None = None
@@ -125,7 +121,7 @@ class _LossSettings(_Group):
 
     @property
     def frozen_models(self) -> tuple[str, ...]:
-        """The frozen models that give these log-probs."""
+        """The frozen models that the scores of the loss come from."""
         return tuple(model for model, gives in GIVEN_BY.items() if set(gives).intersection(self.scores))
 
     @property
@@ -143,6 +139,11 @@ def _loss_config() -> type[_LossSettings]:
     """The settings of a loss, with the options that the declared losses have."""
     meanings = "\n\n".join(f"`{name}`: {loss.meaning}" for name, loss in LOSSES.items())
     fields: dict[str, Any] = {"type": (Literal[tuple(LOSSES)], Field("tgdpo", description=meanings))}
+    sources = "\n\n".join(f"`{name}`: {source.meaning}" for name, source in REWARD_SOURCES.items())
+    fields["token_rewards"] = (
+        Literal[tuple(REWARD_SOURCES)] | None,
+        Field(None, description=f"For losses with token rewards: where the token reward r̂ comes from.\n\n{sources}"),
+    )
     for loss in LOSSES.values():
         for name, option in loss.options.items():
             fields.setdefault(name, (_annotation(option), _field(name, option)))
@@ -314,6 +315,11 @@ class Config(_Group):
     def reference_checkpoint(self) -> Path | None:
         """The frozen reference: `model.reference`, or `model.checkpoint` where that is not set."""
         return self.model.reference or self.model.checkpoint
+
+    @property
+    def live_models(self) -> tuple[str, ...]:
+        """The frozen models that run beside the policy in training; none where their scores are cached."""
+        return self.loss.carried if self.scores.source == "live" else ()
 
     @property
     def fp8_multiple(self) -> int:

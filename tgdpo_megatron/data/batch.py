@@ -38,7 +38,7 @@ class Batch:
         labels: Ids of the predicted tokens. [R] int64.
         pairs: Pair and side of each labelled token.
         scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
-        samples: Index of each pair in the data set, to name the pair in errors.
+        samples: Index of each pair in the data set, in the order of the batch.
         padding: Number of tokens at the end of the T tokens that only fill the batch.
     """
 

@@ -139,7 +139,7 @@ def _is_completion(value: Any) -> bool:
     )
 
 
-KINDS: dict[str, Callable[[Any], bool]] = {
+VALUE_KINDS: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "turns": _is_turns,
     "turn": _is_turn,
@@ -153,7 +153,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 def _kind_of(value: Any) -> str:
     if value is None:
         return "null"
-    return next((kind for kind, matches in KINDS.items() if matches(value)), type(value).__name__)
+    return next((kind for kind, matches in VALUE_KINDS.items() if matches(value)), type(value).__name__)
 
 
 # ---------------------------------------------------------------- turns
@@ -308,7 +308,7 @@ class Format:
     """One way preference pairs are written down.
 
     Attributes:
-        columns: Column -> kind of its values, one of KINDS.
+        columns: Column -> kind of its values, one of VALUE_KINDS.
         read: Makes a conversation of a row whose columns are of these kinds.
         optional: Columns that are read if the row has them.
         alone: Whether the format is recognised only where no other column might be the prompt.
@@ -321,12 +321,12 @@ class Format:
 
     def fits(self, row: Row) -> bool:
         """Whether the row has every column, with a value of its kind."""
-        return all(KINDS[kind](row.get(column)) for column, kind in self.columns.items())
+        return all(VALUE_KINDS[kind](row.get(column)) for column, kind in self.columns.items())
 
     def has_others(self, row: Row) -> bool:
         """Whether the row has another column that holds text, turns or null and might be the prompt."""
         others = [value for column, value in row.items() if column not in (*self.columns, *self.optional)]
-        return any(value is None or KINDS["string or turns"](value) for value in others)
+        return any(value is None or VALUE_KINDS["string or turns"](value) for value in others)
 
     def __str__(self) -> str:
         return ", ".join(f"{column} ({kind})" for column, kind in self.columns.items())
@@ -364,7 +364,7 @@ def _pair(format: Format, number: int, row: Any) -> TextPair:
     if missing:
         raise _Malformed(f"{' and '.join(missing)} missing; the row has {', '.join(map(str, row)) or 'no columns'}")
     for column, kind in format.columns.items():
-        if not KINDS[kind](row[column]):
+        if not VALUE_KINDS[kind](row[column]):
             raise _Malformed(f"'{column}' must hold {kind}, found {_kind_of(row[column])}")
     if any(row.get(column) for column in ("images", "videos", "audios")):
         raise _Unusable("images, videos or sound belong to the row")

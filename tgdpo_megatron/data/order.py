@@ -97,7 +97,7 @@ def _spread_share(
 def _first_fit(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.ndarray]:
     """Packs of at most `budget` tokens: each pair, longest first, goes into the first pack that has room.
 
-    A pair that is longer than the budget gets a pack of its own. load_data refuses such a pair.
+    A pair that is longer than the budget gets a pack of its own. Training refuses such a pair before it begins.
     """
     content: list[list[int]] = []
     room: list[int] = []

@@ -37,6 +37,7 @@ class Option:
         default: The value where the user gives none.
         meaning: What the option means, in one sentence, with the unit.
         above, at_least, below, at_most: Limits of a number. Ignored where there are choices.
+        only_with: Another option and its value, without which this option is not read.
         choices: The possible words, for an option that is a word.
     """
 
@@ -47,6 +48,7 @@ class Option:
     below: float | None = None
     at_most: float | None = None
     choices: tuple[str, ...] = ()
+    only_with: tuple[str, str] | None = None
 
     @property
     def range(self) -> tuple[Any, ...]:
@@ -84,6 +86,7 @@ class Loss:
         options: The settings of the loss by name. A setting that a loss does not declare is refused.
         rewards: Default of `loss.token_rewards`; None for a loss without token rewards.
         order_alone: Whether the loss reads only the order of the token rewards, so that scaling them changes nothing.
+        reward_scale: The option that scales the implicit rewards of the metrics `rewards/*`.
         sides: The responses that the loss reads.
         metrics: What the loss reports beyond what every loss reports, by name.
         report: The function that sums these metrics over a micro-batch. It is called as
@@ -99,6 +102,7 @@ class Loss:
     options: Mapping[str, Option] = field(default_factory=dict)
     rewards: str | None = None
     order_alone: bool = False
+    reward_scale: str = "beta"
     sides: tuple[int, ...] = (CHOSEN, REJECTED)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     report: Callable[..., dict[str, Tensor]] | None = None
@@ -157,10 +161,11 @@ class Loss:
 
 
 def _uses(code: CodeType, argument: str) -> bool:
-    """Whether a function reads one of its arguments, itself or in a function defined inside it."""
-    return argument in code.co_cellvars or any(
-        step.argval == argument and step.opname.startswith("LOAD_FAST") for step in dis.get_instructions(code)
-    )
+    """Whether a function ever looks at one of its arguments, itself or in a function inside it."""
+    if argument in code.co_cellvars:
+        return True
+    loaded = [step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD_FAST")]
+    return any(argument in (names if isinstance(names, tuple) else (names,)) for names in loaded)
 
 
 def check_together(losses: Mapping[str, Loss]) -> None:

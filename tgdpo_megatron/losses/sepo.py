@@ -51,4 +51,5 @@ SEPO = Loss(
     },
     rewards="guidance",
     order_alone=True,
+    reward_scale="gamma",
 )

@@ -1,13 +1,15 @@
 """Token-level guided DPO (TGDPO, ICML 2025, arXiv 2506.14574).
 
-DPO in which every response token is weighted by a token-level reward r̂. In the paper r̂ is the scaled log-ratio of an
-already aligned guidance model to the reference. Here r̂ can come from any source in rewards.py. Notes:
+DPO in which every response token is weighted by a token-level reward r̂. In the authors' code r̂ is the scaled
+log-ratio of an already aligned guidance model to the reference. Here r̂ can come from any source in rewards.py. Notes:
 
 - r̂ is a constant: no gradient flows through the guidance.
 - In the rejected response r̂ has the opposite sign: a token that the guidance dislikes (r̂ < 0) weighs *more* there.
-- Tokens are summed, without normalising by length. Weights are not clamped, so |r̂| > 1/α can make a weight negative
-  (reported as `tgdpo/weight_neg_frac`).
+- Tokens are summed, without normalising by length. Weights are not clamped, so a weight is negative where
+  r̂ < −1/α in the chosen or r̂ > 1/α in the rejected response (reported as `tgdpo/weight_neg_frac`).
 - The authors' code scales r̂ by the β of training. This is the default here (`beta_r` unset).
+- The formula is that of the authors' code (commit dd88982) and of summaries of the paper, whose text was not at hand.
+  So no equation number is cited.
 - With α = 0, or with the reference as guidance, the loss is exactly DPO's.
 """
 

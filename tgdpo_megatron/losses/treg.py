@@ -31,7 +31,12 @@ OPTIONS = {
         "Weight W of a pair's regulariser: σ(−z), detached from the gradient or attached to it, or a static number.",
         choices=("detached", "attached", "static"),
     ),
-    "static_weight": Option(None, "The static number, where sequence_weight=static; 1 unless given.", above=0),
+    "static_weight": Option(
+        None,
+        "The static number, where sequence_weight=static; 1 unless given.",
+        above=0,
+        only_with=("sequence_weight", "static"),
+    ),
 }
 METRICS = {"treg/regulariser": Metric("What the regulariser adds to the loss.")}
 

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tgdpo_megatron.config.constants import TILE_ELEMENTS
-
-MIN_TILE_COLUMNS = 128
+from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, TILE_ELEMENTS
 
 
 @dataclass(frozen=True)

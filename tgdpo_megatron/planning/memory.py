@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
-from tgdpo_megatron.config.constants import SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
+from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import family_of
 
@@ -186,11 +186,11 @@ class Sizes:
         if program == "score":
             self.models = len(loss.frozen_models)
         else:
-            self.models = 1 + (len(loss.carried) if config.scores.source == "live" else 0)
+            self.models = 1 + len(config.live_models)
 
         self.tokens = tokens if tokens is not None else most_tokens(config, description, program)
         self.labelled = labelled if labelled is not None else self.tokens
-        pairs = -(-config.train.global_batch_size // self.data_parallel)
+        pairs = SCORED_AT_ONCE if program == "score" else -(-config.train.global_batch_size // self.data_parallel)
         at_once = max(1, most_tokens(config, description) // longest_pair(config, description))
         self.micro_batches = micro_batches if micro_batches is not None else -(-pairs // at_once)
 
@@ -330,7 +330,8 @@ def _left_over(rank: Sizes, stage: int) -> float:
 
 def _batches(rank: Sizes) -> float:
     """Bytes of tokens, positions, predictors, labels, pairs and sides of all micro-batches, and of cached scores."""
-    scores = len(rank.config.loss.scores) if rank.config.scores.source == "cached" else 0
+    names = rank.config.loss.scores
+    scores = len(names) if rank.config.scores.source == "cached" else names.count("reward")
     # 8 bytes for each number but the scores.
     return rank.micro_batches * (16 * rank.tokens + (32 + 4 * scores) * rank.labelled)
 
@@ -410,7 +411,7 @@ def _layers_forward(rank: Sizes) -> float:
 
 def _tile(rank: Sizes) -> float:
     """Number of logits that the head holds at once."""
-    return min(rank.labelled * rank.vocabulary, max(VOCAB_MULTIPLE * rank.labelled, TILE_ELEMENTS[rank.device]))
+    return min(rank.labelled * rank.vocabulary, max(MIN_TILE_COLUMNS * rank.labelled, TILE_ELEMENTS[rank.device]))
 
 
 def _head(rank: Sizes) -> list[float]:

@@ -83,7 +83,7 @@ def _candidates(
     parallel, train = config.parallel, config.train
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if program == "train":
-        if config.scores.source == "live" and config.loss.carried and "divergence" not in config.loss.method.reads:
+        if config.live_models and "divergence" not in config.loss.method.reads:
             yield "scores.source=cached", "after one run of recipes.score", world_size
         if not config.optimizer.use_distributed_optimizer and world_size > parallel.model_parallel_size:
             yield "optimizer.use_distributed_optimizer=true", "", world_size
@@ -162,7 +162,8 @@ def layouts(
 ) -> list[tuple[str, Plan]]:
     """Layouts of the same ranks that fit, fastest first: the changes to make, `key=value ...`, and the layout's plan.
 
-    Tensor-parallel size, pipeline size and recomputation are varied. Every other setting stays as it is.
+    Tensor-parallel size, pipeline size and recomputation are varied. Sequence parallelism is on wherever there is
+    tensor parallelism, and the pipeline is not interleaved. Every other setting stays as it is.
     """
     found = []
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]

@@ -62,8 +62,9 @@ class Ranks:
 def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
 
-    Under torchrun this process is a rank already. Otherwise the first process starts `processes`
-    ranks on this machine with its own command line, watches them, and exits with their result.
+    Under torchrun this process is a rank already. Otherwise it becomes the rank itself if there is to be one process. If
+    there are to be more, it starts them on this machine with its own command line, watches them, and exits with their
+    result.
 
     Args:
         module: The program, as in `python -m MODULE`.
@@ -249,9 +250,9 @@ _calls = itertools.count()
 """Counts the same on every rank, since the calls are collective."""
 _SECONDS_BETWEEN_SIGNS = 1.0
 _LONGEST_PAUSE = 0.5
-"""Seconds between two looks into the store."""
+"""Most seconds between two looks into the store."""
 _SECONDS_FOR_LAST_WORDS = 10.0
-"""In which a first rank that failed says why and ends; then its launcher ends the others, if there is one."""
+"""Seconds that the other ranks wait, so that a failed first rank can print its error before they end."""
 
 
 def _do_first(store: Any, call: str, work: Callable[[], Any]) -> Any:

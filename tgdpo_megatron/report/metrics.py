@@ -54,6 +54,8 @@ def micro_batch_sums(
         "not_finite": (~torch.isfinite(losses)).sum().float(),
         "logps/chosen": logps[:, 0].sum(),
     }
+    if loss.method.report is not None:
+        sums |= loss.method.report(policy, pairs, margins, **inputs, **loss.options)
     if not loss.method.compares:
         return sums
     implicit = implicit_rewards(loss, pairs, policy, inputs)
@@ -69,14 +71,12 @@ def micro_batch_sums(
         sums["divergence/mean"] = inputs["divergence"].detach().sum()
     if "rewards" in inputs:
         sums |= _token_rewards(loss, inputs["rewards"], implicit)
-    if loss.method.report is not None:
-        sums |= loss.method.report(policy, pairs, margins, **inputs, **loss.options)
     return sums
 
 
 def implicit_rewards(loss: LossConfig, pairs: Pairs, policy: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """β (ℓ − ℓ_ref) of each token. Without a reference: the token's share of β times the mean log-prob. [R]."""
-    scale = loss.options.get("beta", loss.options.get("gamma", 1.0))
+    scale = loss.options.get(loss.method.reward_scale, 1.0)
     if "reference" in inputs:
         return scale * (policy - inputs["reference"])
     return scale * pairs.per_length(policy)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from tgdpo_megatron.config.yaml_files import read_yaml
 from tgdpo_megatron.data.formats import TextPair
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.data.tokenizer import encode_prompt
@@ -25,7 +25,7 @@ from tgdpo_megatron.scores.store import Key
 from tgdpo_megatron.scores.texts import check_text
 
 DEFAULT = Path(__file__).parent / "prompts" / "refine.yaml"
-KINDS = ("better", "worse")
+PROMPT_KINDS = ("better", "worse")
 """The two kinds of prompts: one asks for a better response, one for a worse response."""
 
 
@@ -55,14 +55,8 @@ def read_prompts(path: Path | None) -> ContrastivePrompts:
         UserError: The file cannot be read, or a template is missing, lacks a placeholder or has an unknown one.
     """
     path = path or DEFAULT
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of contrastive prompts.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f' line {mark.line + 1}' if mark else ''}: not valid YAML.") from None
-    if not isinstance(content, dict) or set(content) != set(KINDS):
+    content = read_yaml(path, what="file of contrastive prompts")
+    if not isinstance(content, dict) or set(content) != set(PROMPT_KINDS):
         raise UserError(f"{path}: expected the two templates 'better' and 'worse', and nothing else.")
     for kind, template in content.items():
         if not isinstance(template, str) or "{instruction}" not in template:
@@ -116,10 +110,10 @@ def contrastive_sequences(
         for side, response in enumerate((text.chosen, text.rejected)):
             ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
             prompted = {}
-            for kind in KINDS:
+            for kind in PROMPT_KINDS:
                 turn = {"role": last["role"], "content": prompts.turn(kind, last["content"], response)}
                 prompted[kind] = encode_prompt(tokenizer, [*before, turn])[1]
-            names = [Key(data.hashes[pair].tobytes(), side, kind) for kind in KINDS]
+            names = [Key(data.hashes[pair].tobytes(), side, kind) for kind in PROMPT_KINDS]
             if max(map(len, prompted.values())) + len(ids) > longest:
                 too_long += names  # both kinds, since a reward is their difference
                 continue

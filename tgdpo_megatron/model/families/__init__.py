@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,15 @@ def read_description(folder: Path) -> ModelDescription:
         raise UserError(f"{path}: the weights are quantised; use a bf16 or fp32 copy of the model.")
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    architecture = (config.get("architectures") or [family.architecture if family else kind])[0]
+    named = config.get("architectures") or [family.architecture if family else kind]
+    architecture = named[0] if isinstance(named, list) else named
     if family is None or architecture != family.architecture:
         supported = ", ".join(known.architecture for known in FAMILIES.values())
         raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: {supported}.")
     try:
-        return family.read(config, path)
+        return replace(family.read(config, path), family=family.name)
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing.") from None
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         words = f"a field has a value of the wrong kind; this is not a {family.title} configuration"
         raise UserError(f"{path}: {words}.") from None
