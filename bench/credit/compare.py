@@ -15,6 +15,7 @@ from bench.credit import training
 from bench.credit.methods import GUIDANCE, METHODS, Method
 from bench.credit.world import Effort
 from bench.process import one_rank
+from tgdpo_megatron.quiet import quiet
 
 
 def compare(work: Path, effort: Effort, processes: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -23,6 +23,7 @@ from bench.fp8.report import markdown, picture, put_into_page, rows
 from bench.machine import machine
 from bench.process import one_rank
 from bench.rows import table
+from tgdpo_megatron.quiet import quiet
 
 FULL = Effort(seeds=(1,), validation=200, sft_steps=300, steps=100)
 FAST = Effort(seeds=(1,), train=200, validation=72, sft=400, sft_steps=20, steps=6)

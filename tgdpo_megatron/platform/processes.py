@@ -62,9 +62,8 @@ class Ranks:
 def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
 
-    Under torchrun this process is a rank already. Otherwise it becomes the rank itself if there is to be one process. If
-    there are to be more, it starts them on this machine with its own command line, watches them, and exits with their
-    result.
+    Under torchrun this process is a rank already. Otherwise, for one process, it becomes the rank itself. For more, it
+    starts them on this machine with its own command line, watches them, and exits with their result.
 
     Args:
         module: The program, as in `python -m MODULE`.
