@@ -103,7 +103,8 @@ def _recipe(named: Any, given: str | None, conf: Path | None) -> Config:
         raise UserError(f"{conf}: names no recipe; add 'recipe: NAME' as its first key, one of {', '.join(RECIPES)}.")
     name = str(named or given or DEFAULT)
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
+        begun = [known for known in RECIPES if known.startswith(name)]
+        close = begun or difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}."
         where = f"{conf}: recipe: {name}" if named is not None else f"--recipe {name}"
         raise UserError(f"{where}: no such recipe; {hint}")

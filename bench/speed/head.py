@@ -39,12 +39,10 @@ from bench.heads import (
 )
 from bench.process import cpu_seconds, one_rank, peak_bytes, reset_peak, resident_bytes
 from bench.rows import Row, paired
-from bench.speed.limits import Timed, within_limit
+from bench.speed.limits import NEAR, Timed, within_limit
 
 REPEATS, UNIT_REPEATS = 7, 3
 CHUNK_ROWS = 256
-NEAR = 0.90
-"""Share of the limit that is the target: beside products and softmaxes, methods copy and cast, which is not counted."""
 MEMORY_TARGETS = {2048: 0.35, 8192: 0.15}
 
 

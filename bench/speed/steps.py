@@ -27,7 +27,7 @@ from bench.pairs import VOCABULARY, ultrafeedback_like, with_real_lengths
 from bench.process import cpu_seconds, one_rank
 from bench.rows import Row
 from bench.speed.flops import causal_scores, counted_flops
-from bench.speed.limits import Timed, within_limit
+from bench.speed.limits import COUNTED, NEAR, Timed, within_limit
 from bench.theirs import Theirs, read_models
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.prepare import PreparedPairs
@@ -37,10 +37,8 @@ from tgdpo_megatron.model.vocabulary import VocabShard
 BATCHES, LONGEST, LOSS_LIMIT = 6, 512, 2e-5
 AUTHORS = (PAIRS_PER_STEP, 1)
 """Micro-batches of their step, in pairs."""
-NEAR, NEARER = 0.90, 0.95
-"""Shares of a limit that are targets. What is not a product is not counted: norms, exponentials, AdamW, Python. Where
-two programs differ in it, their target is 0.90 of the limit. Cached and live steps hardly do, and theirs is 0.95."""
-COUNTED = "the ratio of the operations counted"
+NEARER = 0.95
+"""Share of a limit that is the target for cached against live steps, which hardly differ in what is not counted."""
 SEQUENCES, LENGTH, MODEL_REPEATS = 4, 256, 15
 
 

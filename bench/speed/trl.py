@@ -26,7 +26,7 @@ from bench.pairs import with_real_lengths
 from bench.process import cpu_seconds, one_rank
 from bench.rows import Row, skipped
 from bench.speed.flops import counted_flops
-from bench.speed.limits import Timed, within_limit
+from bench.speed.limits import COUNTED, NEAR, Timed, within_limit
 from tgdpo_megatron.config import LossConfig
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -35,8 +35,6 @@ from tools.make_tiny_model import train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("trl==1.16.0", "accelerate==1.15.0")
 STEPS, ROUNDS, LONGEST, BETA, LOSS_LIMIT = 3, 3, 512, 0.1, 1e-4
-NEAR = 0.90
-"""Share of the limit that is the target, as between all programs of different make (bench/speed/steps.py)."""
 NAMES = {
     "live": "DPO step, CPU time: TRL's trainer against ours, reference model live on both sides",
     "precomputed": "DPO step, CPU time: TRL's trainer against ours, reference log-probs computed before on both sides",
@@ -96,7 +94,7 @@ def _row(how: str, ours: Ours, pairs: list[int], packages: Path, hf: Path) -> Ro
         here,
         at_most=False,
         share=NEAR,
-        limit="the ratio of the operations counted",
+        limit=COUNTED,
         note=f"TRL {PACKAGES[0].split('==')[1]}, losses equal to {difference:.0e}",
     )
 

@@ -41,7 +41,9 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_page_followed_to_the_letter_adds_a_loss_that_passes_every_check(copy: Path) -> None:
+@pytest.fixture(scope="module")
+def said(copy: Path) -> dict[str, str]:
+    """Every command of the page, with what it said, after the page was followed."""
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     commands = []
     for block in BLOCK.finditer(page):
@@ -52,19 +54,24 @@ def test_the_page_followed_to_the_letter_adds_a_loss_that_passes_every_check(cop
                 file.write(("\n\n" if path.stat().st_size else "") + block["code"])
         else:
             commands += block["commands"].splitlines()
-    assert len(commands) == 7
-    for command in commands:
-        said = run(command, copy)
+    return {command: run(command, copy) for command in commands}
+
+
+def test_the_page_followed_to_the_letter_adds_a_loss_that_passes_every_check(copy: Path, said: dict[str, str]) -> None:
+    assert len(said) == 7
+    for command, words in said.items():
         if "pytest" in command:
-            assert "offset_dpo" not in said and " passed" in said
+            assert "offset_dpo" not in words and " passed" in words
         if "tests.parity" in command:
-            assert "DPO with an offset: DP2" in said and "FAIL" not in said
+            assert "DPO with an offset: DP2" in words and "FAIL" not in words
     metrics = (copy / "runs/offset/run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 10
     assert "`offset_dpo`" in (copy / "docs/methods.md").read_text(encoding="utf-8")
 
 
-def test_without_its_second_formula_the_checks_name_what_is_missing(copy: Path, tmp_path: Path) -> None:
+def test_without_its_second_formula_the_checks_name_what_is_missing(
+    copy: Path, said: dict[str, str], tmp_path: Path
+) -> None:
     """The same page without step 2 and 3: three tests fail, one for each thing that is not there."""
     folder = tmp_path / "half"
     shutil.copytree(copy, folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))

@@ -9,8 +9,8 @@ of most losses; the files of this folder have those of the others.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ STEP = 1e-5
 
 
 def main() -> None:
-    (name,) = sys.argv[1:]
-    method = next(method for method in METHODS.values() if method.ours.type == name)
+    known = {method.ours.type: method for method in reversed(METHODS.values())}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=known, help="loss.type, as tests/parity/formulas.py has it")
+    name = parser.parse_args().name
+    method = known[name]
     settings = method.ours.model_dump(exclude_unset=True)
     path = DATA / "golden" / f"{name}.json"
     path.write_text(json.dumps({"settings": settings, "pairs": numbers(method)}, indent=1) + "\n")
@@ -49,10 +52,10 @@ def numbers(method: Method) -> list[dict[str, Any]]:
 
 
 def _response(side: dict[str, list[float]], *, chosen: bool) -> Response:
-    def numbers(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         return torch.tensor(side[name], dtype=torch.float64)
 
-    return Response(numbers("pi"), numbers("kl"), {ours: numbers(name) for ours, name in NAMES.items()}, chosen)
+    return Response(tensor("pi"), tensor("kl"), {ours: tensor(name) for ours, name in NAMES.items()}, chosen)
 
 
 def _slope(method: Method, sides: list[Response], place: int, token: int) -> float:

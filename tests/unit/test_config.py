@@ -424,3 +424,7 @@ def test_a_recipe_that_contradicts_the_experiment_is_refused_and_the_same_one_ta
         f"{conf}: its recipe is dpo_tiny, but --recipe tgdpo_tiny was given; leave --recipe out."
     )
     assert read_command_line("recipes.train", "", ["--conf", str(conf), "--recipe", "dpo_tiny"])[0].loss.type == "dpo"
+
+
+def test_a_recipe_that_is_the_beginning_of_a_name_is_taken_for_that_one() -> None:
+    assert "did you mean 'tgdpo_llama3_8b_pairrm'?" in refusal("--recipe", "tgdpo_llama3_8b")

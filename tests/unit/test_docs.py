@@ -317,7 +317,7 @@ def test_rows_are_quoted_as_they_were_measured(name: str, section: str) -> None:
         assert same(value, row["measured"]), (words, row["name"])
         assert (target == "–") == (row["target"] is None), (words, row["name"])
         if row["target"] is not None:
-            assert number(target) == row["target"] and ("≥" in target) != row["at_most"], (words, row["name"])
+            assert same(target, row["target"]) and ("≥" in target) != row["at_most"], (words, row["name"])
 
 
 def test_the_first_page_quotes_the_pages_of_measurements() -> None:

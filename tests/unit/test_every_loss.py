@@ -9,6 +9,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,7 +112,7 @@ def test_a_loss_reports_exactly_the_metrics_it_declares(name: str, part_a: Token
     loss, config = LOSSES[name], LossConfig(type=name, token_rewards="guidance")
     assert loss.report is not None
     numbers = part_a.scores | {"rewards": torch.ones_like(part_a.policy)}
-    read = {read: numbers[read].detach() for read in loss.reads}
+    read = {name: numbers[name].detach() for name in loss.reads}
     policy = part_a.policy.detach()
     found = loss.report(policy, part_a.pairs, torch.zeros(2, dtype=torch.float64), **read, **config.options)
     assert found.keys() == loss.metrics.keys()
@@ -171,7 +173,17 @@ def test_token_rewards_that_are_named_and_not_read_are_refused(formula: Any) -> 
 def test_two_ranges_of_one_option_are_refused(formula: Any) -> None:
     other = toy(formula, options={"beta": Option(0.1, "", above=0, at_most=1)})
     with pytest.raises(UserError, match="gives the option beta another range than the loss dpo"):
-        check_together({"dpo": LOSSES["dpo"], "toy": other})
+        check_together([LOSSES["dpo"], other])
+
+
+def test_a_second_loss_of_one_name_is_refused_and_both_files_named(formula: Any) -> None:
+    with pytest.raises(UserError, match=r"toy.py: tgdpo_megatron/losses/dpo.py declares a loss dpo already"):
+        check_together([LOSSES["dpo"], replace(toy(formula), name="dpo")])
+
+
+def test_a_formula_that_is_no_plain_function_is_refused(formula: Any) -> None:
+    with pytest.raises(UserError, match="the formula of the loss toy is not a plain function; write it with def"):
+        toy(partial(formula, beta=0.1)).check()
 
 
 def test_every_argument_of_a_formula_is_an_option_or_read() -> None:

@@ -27,14 +27,16 @@ from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 __all__ = ["CHOSEN", "LOSSES", "REJECTED", "Loss", "Metric", "Option", "Pairs", "check_declarations"]
 
 
-def _declared() -> dict[str, Loss]:
-    """Every Loss that a file of this folder holds, by name, in the order of the files."""
+def _declared() -> list[Loss]:
+    """Every Loss that a file of this folder holds, in the order of the files."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{file}") for file in files]
-    return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Loss)}
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Loss)]
+    return list({id(loss): loss for loss in found}.values())  # a file may import the loss of another
 
 
-LOSSES = _declared()
+_DECLARED = _declared()
+LOSSES = {loss.name: loss for loss in _DECLARED}
 """`loss.type` -> its declaration."""
 
 
@@ -44,6 +46,6 @@ def check_declarations() -> None:
     Raises:
         UserError: A declaration does not agree; the sentence names its file.
     """
-    for loss in LOSSES.values():
+    for loss in _DECLARED:
         loss.check()
-    check_together(LOSSES)
+    check_together(_DECLARED)

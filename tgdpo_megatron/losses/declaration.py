@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType
@@ -134,7 +134,8 @@ class Loss:
             UserError: An option that the formula does not read, an argument that is neither an option nor READABLE, or
                 token rewards without a source.
         """
-        assert isinstance(self.formula, FunctionType), f"{self.name}: a formula is a plain function"
+        if not isinstance(self.formula, FunctionType):
+            raise UserError(f"the formula of the loss {self.name} is not a plain function; write it with def.")
         code = self.formula.__code__
         for name in self.options:
             if name not in self._arguments or not _uses(code, name):
@@ -168,14 +169,19 @@ def _uses(code: CodeType, argument: str) -> bool:
     return any(argument in (names if isinstance(names, tuple) else (names,)) for names in loaded)
 
 
-def check_together(losses: Mapping[str, Loss]) -> None:
-    """Check that losses which share the name of an option give it the same range.
+def check_together(losses: Iterable[Loss]) -> None:
+    """Check that all losses have different names, and that an option has the same range in every loss that has it.
 
     Raises:
-        UserError: Two losses give an option different ranges.
+        UserError: Two losses have one name, or give an option different ranges.
     """
     first: dict[str, Loss] = {}
-    for loss in losses.values():
+    named: dict[str, Loss] = {}
+    for loss in losses:
+        if (twin := named.setdefault(loss.name, loss)) is not loss:
+            raise UserError(
+                f"{loss.file}: {twin.file} declares a loss {loss.name} already; give one of them another name."
+            )
         for name, option in loss.options.items():
             other = first.setdefault(name, loss)
             if other.options[name].range != option.range:

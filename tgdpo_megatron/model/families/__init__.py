@@ -25,7 +25,10 @@ def _declared() -> dict[str, Family]:
     """Every Family that a file of this folder holds, by its `model_type`."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{file}") for file in files]
-    return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
+    families = {family.name: family for family in found}
+    assert len(families) == len({id(family) for family in found}), "two families read one model_type"
+    return families
 
 
 FAMILIES = _declared()
