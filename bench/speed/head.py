@@ -114,7 +114,8 @@ def measure() -> list[Row]:
             f"output head, CPU time: ours against Megatron's, {TOKENS} tokens",
             timed["ours"].seconds,
             timed["megatron"].seconds,
-            target=0.9,
+            # The limit itself: where products are slow, the passes over the logits that ours saves gain nothing.
+            target=LABELLED * 4 / 3,
             limit=f"{LABELLED:.0%} of the rows, four products in place of three; passes over the logits come on top",
         ),
         within_limit(
