@@ -176,4 +176,4 @@ def test_a_checkpoint_whose_manifest_cannot_be_written_is_none(runs: Runs) -> No
 @pytest.mark.parametrize("name", ["altered start", "altered run"])
 def test_one_flipped_bit_of_a_checkpoint_is_refused(name: str, runs: Runs) -> None:
     """Where a run starts from it, and where a run goes on from it."""
-    assert "the weights are not those the manifest names; the checkpoint was altered." in runs.refusals[name]
+    assert "the weights are not those that the manifest names; the checkpoint was altered." in runs.refusals[name]
