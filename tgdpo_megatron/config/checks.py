@@ -69,12 +69,12 @@ def complete(config: Config, *, where: str) -> Config:
             f"{where}: train.fp8={train.fp8} needs train.precision=bf16, in which the other layers compute; set "
             "train.precision=bf16."
         )
-    filled = loss.options | loss.reward_options | ({"token_rewards": loss.reward_source} if loss.reward_source else {})
     if train.fp8 == "hybrid" and train.fp8_recipe == "blockwise":
         raise UserError(
             f"{where}: train.fp8_recipe=blockwise needs train.fp8=e4m3, Transformer Engine's own choice; set "
             "train.fp8=e4m3."
         )
+    filled = loss.options | loss.reward_options | ({"token_rewards": loss.reward_source} if loss.reward_source else {})
     return config.model_copy(
         update={
             "loss": loss.model_copy(update=filled),
