@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 from tests.parity.formulas import METHODS
-from tests.parity.oracle import ROLES, frozen_scores, make_model, make_pairs, train
+from tests.parity.models import make_model
+from tests.parity.oracle import ROLES, frozen_scores, make_pairs, train
 from tests.parity.rows import LIMITS, ROWS, Result, selected
 
 
 def run_matrix(folder: Path, only: str = "") -> list[Result]:
     """Run every row whose name contains `only`; results in the order of ROWS."""
     rows = selected(only)
-    for tied in {row.tied for row in rows}:
-        methods = {row.method for row in rows if row.tied == tied}
-        prepare(folder / ("tied" if tied else "untied"), tied, methods)
+    for models, family, tied in {(row.models, row.family, row.tied) for row in rows}:
+        prepare(folder / models, family, tied, {row.method for row in rows if row.models == models})
     results: list[Result] = []
     for world_size in sorted({row.world_size for row in rows}):
         output = folder / f"results-{world_size}.json"
@@ -35,18 +35,18 @@ def run_matrix(folder: Path, only: str = "") -> list[Result]:
     return sorted(results, key=lambda result: order[result.row])
 
 
-def prepare(place: Path, tied: bool, methods: set[str]) -> None:
+def prepare(place: Path, family: str, tied: bool, methods: set[str]) -> None:
     """Write the models, and what the oracle makes of them: once for all layouts."""
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 
     for seed, role in enumerate(ROLES):
-        make_model(seed, tied).save_pretrained(place / "hf" / role)
+        make_model(seed, family, tied).save_pretrained(place / "hf" / role)
         hf_to_megatron(place / "hf" / role, place / role)
     data = make_pairs()
-    scores = frozen_scores(data, tied)
+    scores = frozen_scores(data, family, tied)
     torch.save(scores, place / "scores.pt")
     for method in methods:
-        torch.save(train(data, tied, METHODS[method], scores), place / f"{method}.pt")
+        torch.save(train(data, family, tied, METHODS[method], scores), place / f"{method}.pt")
 
 
 def table(results: list[Result]) -> str:

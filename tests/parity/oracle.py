@@ -1,4 +1,4 @@
-"""What must a layout reproduce? HuggingFace's Llama in one process, each sequence by itself, torch's AdamW.
+"""What must a layout reproduce? HuggingFace's model in one process, each sequence by itself, torch's AdamW.
 
 The models are fp32; from the logits on everything is float64. No code of ours takes part.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.formulas import Method, Response
+from tests.parity.models import make_model
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
@@ -22,37 +23,6 @@ FROM_ELSEWHERE = ("better", "worse", "reward")
 
 Scores = dict[str, dict[tuple[int, int], Tensor]]
 """Name -> pair and side -> one number, or row, for each response token."""
-
-
-def make_model(seed: int, tied: bool) -> Any:
-    """A small Llama with Llama-3.1's RoPE scaling, grouped queries and a vocabulary that pads unevenly."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=131072,
-        tie_word_embeddings=tied,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        centre, spread = (1.0, 0.1) if "norm" in name else (0.0, 0.08)
-        weight.data = centre + spread * torch.randn(weight.shape, generator=generator)
-    return model
 
 
 def make_pairs() -> PreparedPairs:
@@ -74,14 +44,14 @@ def make_pairs() -> PreparedPairs:
     )
 
 
-def frozen_scores(data: PreparedPairs, tied: bool) -> Scores:
+def frozen_scores(data: PreparedPairs, family: str, tied: bool) -> Scores:
     """What does not change in training, and what the policy gives before the first step.
 
     `policy`, `reference`, `guidance`: token log-probs. `better`, `worse`, `reward`: random. `divergence`: of the policy
     from the reference. `distribution`: the reference's log-probs of the whole vocabulary, [T, V].
     """
     random = np.random.default_rng(11)
-    models = [make_model(seed, tied) for seed in range(len(ROLES))]
+    models = [make_model(seed, family, tied) for seed in range(len(ROLES))]
     scores: Scores = {name: {} for name in (*ROLES, *FROM_ELSEWHERE, "divergence", "distribution")}
     for pair in range(len(data)):
         for key in ((pair, CHOSEN), (pair, REJECTED)):
@@ -97,10 +67,10 @@ def frozen_scores(data: PreparedPairs, tied: bool) -> Scores:
     return scores
 
 
-def train(data: PreparedPairs, tied: bool, method: Method, scores: Scores) -> dict[str, Any]:
+def train(data: PreparedPairs, family: str, tied: bool, method: Method, scores: Scores) -> dict[str, Any]:
     """Loss and gradient norm of each step, the first step's gradient, the weights after the last."""
-    policy = make_model(0, tied)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, eps=method.adam_eps)
+    policy = make_model(0, family, tied)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, eps=method.adam_eps_for(family))
     losses, gradients, norms = [], [], []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -39,7 +39,7 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
         layout = None
         rows = [row for row in selected(only) if row.world_size == world_size]
         for row in sorted(rows, key=lambda row: row.layout):
-            place = folder / ("tied" if row.tied else "untied")
+            place = folder / row.models
             if row.layout != layout:  # once for each: gloo's groups keep their threads until the process ends
                 if layout is not None:
                     parallel_state.destroy_model_parallel()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.parity.formulas import METHODS
+from tests.parity.models import FAMILIES
 from tests.parity.oracle import CLIP_GRAD, LEARNING_RATE, PAIRS_PER_STEP, STEPS
 from tgdpo_megatron.config import (
     Config,
@@ -39,6 +40,8 @@ class Row:
 
     method: str = "TGDPO"
     """A name in METHODS."""
+    family: str = "llama"
+    """A name in models.FAMILIES."""
     tp: int = 1
     pp: int = 1
     vp: int | None = None
@@ -68,6 +71,11 @@ class Row:
         return self.tp * self.pp * self.dp
 
     @property
+    def models(self) -> str:
+        """Folder of the row's models."""
+        return f"{self.family}-{'tied' if self.tied else 'untied'}"
+
+    @property
     def layout(self) -> tuple[int, int, int]:
         return self.tp, self.pp, self.vp or 0
 
@@ -89,7 +97,8 @@ class Row:
         pack = f"{'fixed ' if self.fixed else ''}packs of {self.tokens} tokens"
         words.append(pack if self.tokens else f"{self.micro_batch_size} per micro-batch")
         method = "" if self.method == "TGDPO" else f"{self.method}: "
-        return method + ", ".join(words)
+        family = "" if self.family == "llama" else f"{self.family}: "
+        return family + method + ", ".join(words)
 
     def config(self, folder: Path, scores: str) -> Config:
         """The run's configuration; a setting that the method does not read is refused."""
@@ -108,7 +117,7 @@ class Row:
                 lr=LEARNING_RATE,
                 min_lr=LEARNING_RATE,
                 clip_grad=CLIP_GRAD,
-                adam_eps=METHODS[self.method].adam_eps,
+                adam_eps=METHODS[self.method].adam_eps_for(self.family),
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap,
@@ -176,8 +185,21 @@ LAYOUTS_OF_EVERY_METHOD = [
     Row(dp=2),
     Row(pp=2, tokens=64),  # seven micro-batches, then six, of one pair and of two
 ]
-ROWS = LAYOUTS + [
-    replace(layout, method=method) for method in METHODS if method != "TGDPO" for layout in LAYOUTS_OF_EVERY_METHOD
+LAYOUTS_OF_EVERY_FAMILY = [
+    Row(),
+    Row(tp=2, pp=2, sequence_parallel=True, in_tests=True),
+    Row(tp=2, tied=True),
+    Row(pp=2, tokens=80, tied=True, in_tests=True),
+]
+ROWS = [
+    *LAYOUTS,
+    *(replace(layout, method=method) for method in METHODS if method != "TGDPO" for layout in LAYOUTS_OF_EVERY_METHOD),
+    *(replace(layout, family=family) for family in FAMILIES if family != "llama" for layout in LAYOUTS_OF_EVERY_FAMILY),
+    # What a layer or the head does in its own way: the soft-cap in the divergence, two RoPE tables, blocks of queries.
+    Row("TDPO2", "gemma2", tp=2, pp=2, sequence_parallel=True, in_tests=True),
+    Row(family="gemma2", pp=2, vp=2, recompute="selective"),
+    Row(family="gemma3_text", recompute="full", dp=2, distributed_optimizer=True),
+    Row(family="qwen3", tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True),
 ]
 
 

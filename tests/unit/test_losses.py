@@ -286,7 +286,7 @@ def test_padding_of_the_vocabulary_does_not_count(golden: Any, part_b: Any, prep
         logits = part_b_logits(golden, model).float()
         segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
         hidden = torch.cat([logits[row, :length] for row, length in segments])[batch.predictors]
-        policy, *_ = LabelledLogProbs.apply(hidden, weight, [], batch.labels, shard, True)
+        policy, *_ = LabelledLogProbs.apply(hidden, weight, [], batch.labels, shard, None, True)
         assert isinstance(policy, Tensor)
         return policy
 

@@ -39,10 +39,10 @@ def test_no_tensor_is_larger_than_a_tile_or_the_weights_gradient(
     reference = frozen, frozen_weight.clone()
     shard = vocabulary.VocabShard(start=0, columns=VOCABULARY)
     with Largest() as largest:
-        logps, _, log_normalisers = LabelledLogProbs.apply(*policy, [reference], torch.arange(LABELS), shard, True)
+        logps, _, log_normalisers = LabelledLogProbs.apply(*policy, [reference], torch.arange(LABELS), shard, None, True)
         total = logps.sum()
         if divergence:
-            total = total + Divergence.apply(*policy, reference, log_normalisers, shard).sum()
+            total = total + Divergence.apply(*policy, reference, log_normalisers, shard, None).sum()
         total.backward()
     assert LABELS * 128 <= largest.elements <= VOCABULARY * HIDDEN
 
@@ -62,7 +62,7 @@ def test_a_nearly_certain_label_keeps_its_small_gradient_in_bf16(tile: int, monk
     assert ((at_label < -1e-3) & (at_label > -5e-3)).all()
     policy = weight.clone().requires_grad_()
     shard = vocabulary.VocabShard(start=0, columns=300)
-    logps, *_ = LabelledLogProbs.apply(hidden.clone().requires_grad_(), policy, [], labels, shard, True)
+    logps, *_ = LabelledLogProbs.apply(hidden.clone().requires_grad_(), policy, [], labels, shard, None, True)
     logps.sum().backward()
     expected = -(wrong.t() @ hidden.double())[labels]
     assert policy.grad is not None

@@ -20,3 +20,6 @@ MIN_TILE_COLUMNS = 128
 SCORED_AT_ONCE = 128
 """Pairs that scoring gives to each data-parallel rank between progress updates: enough to fill the pipeline, and few
 enough for a moving progress bar."""
+
+ATTENTION_SCORES = 1 << 24
+"""Number of scores in one block of the attention that is computed here. In fp32 these take 64 MiB."""

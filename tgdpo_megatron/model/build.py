@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
+from torch.nn.functional import silu
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.constants import VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import family_of
 from tgdpo_megatron.model.gpt import PreferenceGPT
-from tgdpo_megatron.model.local_layers import local_block_spec
+from tgdpo_megatron.model.layers import block_spec, gelu_tanh, own_attention
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
 
 # Transformer Engine's layers run on GPUs only.
@@ -51,6 +52,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
+    swiglu = description.activation == "silu"
     config = TransformerConfig(
         num_layers=description.num_layers,
         hidden_size=description.hidden_size,
@@ -59,7 +61,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         num_query_groups=description.num_query_groups,
         kv_channels=description.kv_channels,
         layernorm_epsilon=description.layernorm_epsilon,
-        **family_of(description).megatron(description),
+        **_architecture(description),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -82,9 +84,9 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         # of pairs of all ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU; the local layers use SwiGlu
+        bias_activation_fusion=swiglu and HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU
         # Despite its name, this setting makes Megatron build the activation that the layer spec names, SwiGlu.
-        use_te_activation_func=not HAVE_TRANSFORMER_ENGINE,
+        use_te_activation_func=swiglu and not HAVE_TRANSFORMER_ENGINE,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,
@@ -93,8 +95,26 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         **recompute[settings.train.recompute],
         **fp8,
     )
-    refuse_silent_traps(config)
+    refuse_silent_traps(config, packed=not own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE))
     return config
+
+
+def _architecture(description: ModelDescription) -> dict[str, Any]:
+    """The settings of Megatron's configuration that depend on the kind of the layers."""
+    windowed = description.sliding_window is not None
+    return {
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": description.zero_centered_norms,
+        "gated_linear_unit": True,
+        "activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[description.activation],
+        "add_bias_linear": False,
+        "add_qkv_bias": description.attention_bias,
+        "qk_layernorm": description.qk_layernorm,
+        "softmax_scale": description.query_scale,
+        # Megatron counts the tokens before the query.
+        "window_size": (description.sliding_window - 1, 0) if description.sliding_window is not None else None,
+        "window_attn_skip_freq": [int(layer) for layer in description.windowed_layers] if windowed else None,
+    }
 
 
 def build_model(description: ModelDescription, config: TransformerConfig) -> list[PreferenceGPT]:
@@ -108,7 +128,9 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
     multiple = VOCAB_MULTIPLE * config.tensor_model_parallel_size
     model = PreferenceGPT(
         config=config,
-        transformer_layer_spec=_layer_spec(config, vp_stage),
+        transformer_layer_spec=block_spec(
+            description, config, vp_stage, transformer_engine=HAVE_TRANSFORMER_ENGINE
+        ),
         vocab_size=-(-description.vocab_size // multiple) * multiple,
         max_sequence_length=description.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**position),
@@ -118,6 +140,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         rotary_base=description.rotary_base,
         rope_scaling=description.rope_scaling_factor is not None,
         rope_scaling_factor=description.rope_scaling_factor or 8.0,
+        seq_len_interpolation_factor=description.rope_linear_factor,
         vp_stage=vp_stage,
     )
     if model.post_process:
@@ -132,15 +155,15 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
     model.description = description
-    model.uses_transformer_engine = HAVE_TRANSFORMER_ENGINE
+    model.own_attention = own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE)
+    model.rotary_of_windows = None
+    if description.window_rotary_base is not None:
+        model.rotary_of_windows = RotaryEmbedding(
+            description.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=description.window_rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model
-
-
-def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
-    if not HAVE_TRANSFORMER_ENGINE:
-        return local_block_spec(config, vp_stage)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from tgdpo_megatron.config import Config, ParallelConfig
 from tgdpo_megatron.config.constants import FP8_MULTIPLE
@@ -29,6 +29,32 @@ class ModelDescription:
     """Factor of Llama-3.1's frequency scaling; None for plain RoPE."""
     family: str = "llama"
     """HuggingFace's `model_type`; see model/families/."""
+    attention_bias: bool = False
+    """Whether queries, keys and values have biases."""
+    qk_layernorm: bool = False
+    """Whether each query and key head has a norm of its own, before RoPE."""
+    sliding_window: int | None = None
+    """Tokens that a query of a windowed layer sees, itself included; None without windowed layers."""
+    windowed_layers: tuple[bool, ...] = ()
+    """Whether each layer is windowed; empty without windowed layers."""
+    window_rotary_base: float | None = None
+    """RoPE base of windowed layers, where it differs from rotary_base. Their RoPE is not scaled."""
+    rope_linear_factor: float | None = None
+    """Positions are divided by this in RoPE."""
+    query_scale: float | None = None
+    """What attention scores are multiplied by; None for 1 / √kv_channels."""
+    attention_softcap: float | None = None
+    """c in c · tanh(score / c), which bounds attention scores."""
+    logit_softcap: float | None = None
+    """c in c · tanh(logit / c), which bounds the output logits."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by, after rounding to the embeddings' dtype."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + weight."""
+    norms_after_blocks: bool = False
+    """Whether attention and feed-forward are followed by a norm as well."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of the feed-forward block goes through."""
 
     @property
     def query_channels(self) -> int:
@@ -39,6 +65,10 @@ class ModelDescription:
     def key_channels(self) -> int:
         """Channels of all key heads, and of all value heads."""
         return self.num_query_groups * self.kv_channels
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, sees a window of the tokens before it only."""
+        return bool(self.windowed_layers) and self.windowed_layers[layer]
 
     def identity(self) -> dict[str, Any]:
         """What a fingerprint covers beside the weights: every field but max_position_embeddings.

@@ -2,7 +2,7 @@
 
     K = KL(π_ref ‖ π) = Σ_v π_ref(v) (z_ref(v) − z(v)) − lse_ref + lse,      ∂K/∂z(v) = π(v) − π_ref(v)
 
-z are the logits. lse is their log-sum-exp over all ranks, which the head has computed already. Each rank sums over its
+z are the logits, soft-capped where the model caps them. lse is their log-sum-exp over all ranks, which the head has computed already. Each rank sums over its
 columns tile by tile, with one tile of logits of each model in memory. One SUM all-reduce adds the sums of the ranks.
 Backward computes the tiles again.
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product
+from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product, cap_slope, capped
 
 
 class Divergence(torch.autograd.Function):
@@ -31,24 +31,26 @@ class Divergence(torch.autograd.Function):
         reference: tuple[Tensor, Tensor],
         log_normalisers: Tensor,
         shard: VocabShard,
+        softcap: float | None,
     ) -> Tensor:
         """
         Args:
             hidden, weight: The policy's hidden states of the labelled tokens [R, H] and output matrix [V, H].
             reference: The reference's hidden states [R, H] and output matrix [V, H].
             log_normalisers: Log-sum-exp of both models' logits over all ranks. [2, R] fp32, the policy's first.
+            softcap: As for labelled_logprobs.
         """
         of_policy, of_reference = log_normalisers
         difference = torch.zeros_like(of_policy)
         for tile in shard.tiles(len(hidden), hidden.device):
-            logits = torch.mm(hidden, weight[tile].t()).float()
-            reference_logits = torch.mm(reference[0], reference[1][tile].t()).float()
+            logits = capped(torch.mm(hidden, weight[tile].t()).float(), softcap)
+            reference_logits = capped(torch.mm(reference[0], reference[1][tile].t()).float(), softcap)
             apart = logits.neg_().add_(reference_logits)
             difference += reference_logits.sub_(of_reference[:, None]).exp_().mul_(apart).sum(dim=1)
             del logits, reference_logits, apart  # before the next tiles are made
         shard.all_reduce(difference, dist.ReduceOp.SUM)
         ctx.save_for_backward(hidden, weight, *reference, log_normalisers)
-        ctx.shard = shard
+        ctx.shard, ctx.softcap = shard, softcap
         return difference - of_reference + of_policy
 
     @staticmethod
@@ -59,12 +61,15 @@ class Divergence(torch.autograd.Function):
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = WeightGradient(weight)
         for tile in ctx.shard.tiles(len(hidden), hidden.device):
-            logits = torch.mm(hidden, weight[tile].t()).float()
-            reference_logits = torch.mm(reference_hidden, reference_weight[tile].t()).float()
+            logits = capped(torch.mm(hidden, weight[tile].t()).float(), ctx.softcap)
+            reference_logits = capped(torch.mm(reference_hidden, reference_weight[tile].t()).float(), ctx.softcap)
+            slope = cap_slope(logits, ctx.softcap)
             grad_logits = logits.sub_(of_policy[:, None]).exp_()
             grad_logits -= reference_logits.sub_(of_reference[:, None]).exp_()
+            if slope is not None:
+                grad_logits *= slope
             narrow = grad_logits.mul_(grad[:, None]).to(hidden.dtype)
             add_product(grad_hidden, narrow, weight[tile])
             sink.add(tile, narrow, hidden)
-            del logits, reference_logits, grad_logits, narrow
-        return grad_hidden.to(hidden.dtype), sink.result(), None, None, None
+            del logits, reference_logits, slope, grad_logits, narrow
+        return grad_hidden.to(hidden.dtype), sink.result(), None, None, None, None

@@ -15,10 +15,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from tgdpo_megatron.data.batch import Batch
+from tgdpo_megatron.model.attention import Segments
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.greedy import likeliest_tokens
 from tgdpo_megatron.model.head import labelled_logprobs
-from tgdpo_megatron.model.local_layers import Segments
 
 
 class PreferenceGPT(GPTModel):  # type: ignore[misc]
@@ -29,7 +29,8 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     """
 
     description: ModelDescription  # set by build_model
-    uses_transformer_engine: bool = False  # set by build_model
+    own_attention: bool = True  # whether attention is that of attention.py; set by build_model
+    rotary_of_windows: Any  # the RoPE of windowed layers, None where they share the others'; set by build_model
     frozen: tuple[PreferenceGPT, ...] = ()  # set by carry
     divergence: bool = False  # set by carry
     received: Any = None  # set by Megatron before every forward
@@ -74,6 +75,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             vocab_size=self.description.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
+            softcap=self.description.logit_softcap,
             divergence=self.divergence,
         )
 
@@ -100,6 +102,8 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
         """Run the layers of this chunk for this model alone. Returns hidden states [T, 1, H]."""
         hidden = self.embedding(batch.tokens[None], batch.positions[None]) if self.pre_process else None
+        if hidden is not None and self.description.embedding_scale is not None:
+            hidden = hidden * float(torch.tensor(self.description.embedding_scale, dtype=hidden.dtype))
         if received is not None:
             self.decoder.set_input_tensor(received)
         rotary, boundaries = self._rotary_and_boundaries(batch)
@@ -122,14 +126,18 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
 
     def _rotary_and_boundaries(self, batch: Batch) -> tuple[Tensor, PackedSeqParams]:
         # Megatron caches rotary tables by length. The length is rounded up so that few different tables are made.
-        table = self.rotary_pos_emb(-(-batch.longest_segment // 256) * 256)  # [length, 1, 1, channels]
-        if not self.uses_transformer_engine:
-            return table[batch.positions], Segments(batch.segment_lengths)
-        boundaries = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.longest_segment,
-            max_seqlen_kv=batch.longest_segment,
-        )
-        return table, boundaries
+        length = -(-batch.longest_segment // 256) * 256
+        rotaries = filter(None, (self.rotary_pos_emb, self.rotary_of_windows))
+        tables = [rotary(length) for rotary in rotaries]  # each [length, 1, 1, channels]
+        if self.own_attention:
+            tables = [table[batch.positions] for table in tables]
+            boundaries = Segments(batch.segment_lengths)
+        else:
+            boundaries = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens,
+                max_seqlen_q=batch.longest_segment,
+                max_seqlen_kv=batch.longest_segment,
+            )
+        return tables[0] if len(tables) == 1 else torch.stack(tables), boundaries

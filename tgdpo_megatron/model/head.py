@@ -11,6 +11,9 @@ With g the gradient of each log-prob, p the probabilities and q = p − onehot(l
 
     ∂ log p(label) / ∂z = −q,  ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
 
+Where the model caps its logits, z = cap · tanh(raw / cap), q is multiplied by 1 − (z / cap)² as well, and backward always
+computes the logits again.
+
 g multiplies rows of H numbers instead of rows of V numbers, which is less work. On a GPU, subtracting an fp32 number
 turns 16-bit logits into fp32, so that no separate fp32 copy of the logits is made.
 
@@ -33,7 +36,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from tgdpo_megatron.model.divergence import Divergence
-from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product
+from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product, cap_slope, capped
 
 
 def labelled_logprobs(
@@ -44,6 +47,7 @@ def labelled_logprobs(
     vocab_size: int,
     sequence_parallel: bool,
     group: Any,
+    softcap: float | None = None,
     divergence: bool = False,
 ) -> Tensor:
     """Log-prob of each label under each model, nats.
@@ -57,6 +61,7 @@ def labelled_logprobs(
         vocab_size: Vocabulary size without padding; columns beyond it are padding.
         sequence_parallel: Whether hidden states are split along S.
         group: Tensor-parallel process group.
+        softcap: cap in cap · tanh(logit / cap), which all the models apply to their logits; None for no cap.
         divergence: Whether to add a row with the divergence of the first model from the second over the whole
             vocabulary, nats.
 
@@ -70,11 +75,11 @@ def labelled_logprobs(
     shard = VocabShard.of(weight, vocab_size, group)
     hidden = labelled_states(states, predictors, sequence_parallel, group)
     policy, constants, log_normalisers = LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, frozen, labels, shard, torch.is_grad_enabled()
+        hidden, weight, frozen, labels, shard, softcap, torch.is_grad_enabled()
     )
     results = [policy[None], constants]
     if divergence:
-        apart = Divergence.apply(hidden, weight, frozen[0], log_normalisers[:2], shard)  # type: ignore[no-untyped-call]
+        apart = Divergence.apply(hidden, weight, frozen[0], log_normalisers[:2], shard, softcap)  # type: ignore[no-untyped-call]
         results.append(apart[None])
     return torch.cat(results)
 
@@ -98,11 +103,12 @@ class LabelledLogProbs(torch.autograd.Function):
         frozen: Sequence[tuple[Tensor, Tensor]],
         labels: Tensor,
         shard: VocabShard,
+        softcap: float | None,
         backward_follows: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The policy is scanned last: what it keeps for backward takes no memory while the frozen models are scanned.
-        others = [_scan(states, matrix, labels, shard)[0] for states, matrix in frozen]
-        scan, exponentials = _scan(hidden, weight, labels, shard, keep=backward_follows)
+        others = [_scan(states, matrix, labels, shard, softcap)[0] for states, matrix in frozen]
+        scan, exponentials = _scan(hidden, weight, labels, shard, softcap, keep=backward_follows)
         largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, R]
         maximum = largest.clone()
         shard.all_reduce(maximum, dist.ReduceOp.MAX)
@@ -111,7 +117,7 @@ class LabelledLogProbs(torch.autograd.Function):
         log_normaliser = maximum + sums[0].log()
         logps = sums[1] - log_normaliser
         ctx.save_for_backward(hidden, weight, labels, logps[0], log_normaliser[0], exponentials, largest[0])
-        ctx.shard = shard
+        ctx.shard, ctx.softcap = shard, softcap
         constants = logps[1:]
         ctx.mark_non_differentiable(constants, log_normaliser)
         return logps[0].clone(), constants, log_normaliser
@@ -128,8 +134,10 @@ class LabelledLogProbs(torch.autograd.Function):
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = WeightGradient(weight)
         for tile in shard.tiles(len(labels), hidden.device):
+            slope = None
             if exponentials is None:
-                logits = _logits(hidden, weight[tile])
+                logits = _logits(hidden, weight[tile], ctx.softcap)
+                slope = cap_slope(logits, ctx.softcap)
                 wide = _below(logits, log_normaliser).exp_()
                 del logits
             else:
@@ -139,16 +147,20 @@ class LabelledLogProbs(torch.autograd.Function):
             inside, column = shard.owned(labels, tile)
             others = probabilities.gather(1, column[:, None])
             apart = probabilities.scatter_(1, column[:, None], at_label.where(inside[:, None], others))
+            if slope is not None:
+                apart.mul_(slope)
             add_product(grad_hidden, apart, weight[tile])
             sink.add(tile, apart, scaled)
-            del probabilities, apart  # before the next tile is made
-        return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), None, None, None, None
+            del probabilities, apart, slope  # before the next tile is made
+        return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), None, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow."""
+def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow, and with a cap,
+    which 16 bits are too coarse for."""
     logits = torch.mm(hidden, weight.t())
-    return logits.float() if logits.device.type == "cpu" else logits
+    narrow = logits.device.type != "cpu" and softcap is None
+    return logits if narrow else capped(logits.float(), softcap)
 
 
 def _below(logits: Tensor, level: Tensor) -> Tensor:
@@ -157,27 +169,27 @@ def _below(logits: Tensor, level: Tensor) -> Tensor:
 
 
 def _scan(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, keep: bool = False
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, softcap: float | None, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Go over this rank's columns tile by tile.
 
     Returns:
         For each label the largest logit m, the sum of exp(logit − m), and the label's logit, which is 0 on ranks that
-        do not hold the label's column. [3, R] fp32. Then, with `keep` and where all columns fit in one tile, every
-        exp(logit − m) for backward, [R, V] fp32; otherwise None.
+        do not hold the label's column. [3, R] fp32. Then, with `keep`, where all columns fit in one tile and there is no cap,
+        every exp(logit − m) for backward, [R, V] fp32; otherwise None.
     """
     largest = torch.full(labels.shape, float("-inf"), device=labels.device)
     total = torch.zeros(labels.shape, device=labels.device)
     label_logit = torch.zeros(labels.shape, device=labels.device)
     kept = None
     for tile in shard.tiles(len(labels), hidden.device):
-        logits = _logits(hidden, weight[tile])
+        logits = _logits(hidden, weight[tile], softcap)
         inside, column = shard.owned(labels, tile)
         label_logit += logits.gather(1, column[:, None]).squeeze(1) * inside
         higher = torch.maximum(largest, logits.amax(dim=1).float())
         exponentials = _below(logits, higher).exp_()
         total = total * torch.exp(largest - higher) + exponentials.sum(dim=1)
         largest = higher
-        kept = exponentials if keep and logits.size(1) == shard.columns else None
+        kept = exponentials if keep and softcap is None and logits.size(1) == shard.columns else None
         del logits, exponentials  # before the next tile is made
     return torch.stack([largest, total, label_logit]), kept

@@ -26,12 +26,14 @@ class TensorMap:
         shape: Shape of the Megatron tensor, without vocabulary padding.
         names: Names of the HuggingFace tensors, in the order that `join` takes and `part` returns.
         shapes: Shapes of the HuggingFace tensors.
+        split: Axis along which tensor-parallel ranks split the Megatron tensor; None where each has a full copy.
     """
 
     key: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    split: int | None
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The Megatron tensor."""
@@ -74,16 +76,16 @@ class ByGroup(TensorMap):
         return [piece.reshape(-1, *columns) for piece in by_group]
 
 
-def same(key: str, name: str, shape: tuple[int, ...]) -> TensorMap:
+def same(key: str, name: str, shape: tuple[int, ...], *, split: int | None = None) -> TensorMap:
     """One tensor that is the same in HuggingFace and in Megatron."""
-    return TensorMap(key, shape, (name,), (shape,))
+    return TensorMap(key, shape, (name,), (shape,), split)
 
 
 def stacked(key: str, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> TensorMap:
-    """Tensors one after another, along their first axis."""
-    return Stacked(key, (sum(shape[0] for shape in shapes), *shapes[0][1:]), names, shapes)
+    """Tensors one after another along their first axis, which is split."""
+    return Stacked(key, (sum(shape[0] for shape in shapes), *shapes[0][1:]), names, shapes, 0)
 
 
 def by_group(key: str, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], *, groups: int) -> TensorMap:
-    """Tensors interleaved group by group, along their first axis."""
-    return ByGroup(key, (sum(shape[0] for shape in shapes), *shapes[0][1:]), names, shapes, groups)
+    """Tensors interleaved group by group along their first axis, which is split."""
+    return ByGroup(key, (sum(shape[0] for shape in shapes), *shapes[0][1:]), names, shapes, 0, groups)

@@ -1,4 +1,5 @@
-"""One rank's columns of the vocabulary: which they are, how they are split into tiles, where their gradient goes."""
+"""One rank's columns of the vocabulary: which they are, how they are split into tiles and capped, where their gradient
+goes."""
 
 from __future__ import annotations
 
@@ -50,6 +51,16 @@ class VocabShard:
         column = labels - (self.start + tile.start)
         inside = (column >= 0) & (column < tile.stop - tile.start)
         return inside, column.where(inside, 0)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), written into `logits`; `logits` as they are without a cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def cap_slope(logits: Tensor, cap: float | None) -> Tensor | None:
+    """The derivative of capped logits by the logits before the cap: 1 − (capped / cap)². None without a cap."""
+    return None if cap is None else (logits / cap).square_().neg_().add_(1)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 from tgdpo_megatron.config import Config, check_layout
 from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import family_of
+from tgdpo_megatron.model.families import layer_parameters
 
 Program = Literal["train", "score"]
 Device = Literal["cpu", "cuda"]
@@ -212,7 +212,7 @@ class Sizes:
     def parameters(self, stage: int) -> float:
         """n: parameters of one model on a rank of a pipeline stage."""
         hidden = self.hidden
-        total = self.layers * (self.layer_matrices + family_of(self.description).layer_vectors(self.description))
+        total = self.layers * (self.layer_matrices + layer_parameters(self.description)[1])
         matrices = int(stage == 0) + int(stage == self.pipeline - 1)
         if self.description.tie_word_embeddings:
             matrices = min(1, matrices)
@@ -221,7 +221,7 @@ class Sizes:
     @property
     def layer_matrices(self) -> float:
         """This rank's share of the parameters in one layer's matrices."""
-        return family_of(self.description).layer_matrices(self.description) / self.tensor
+        return layer_parameters(self.description)[0] / self.tensor
 
     @property
     def largest_matrix(self) -> float:

@@ -147,15 +147,18 @@ def why_no_fp8(
     return None
 
 
-def refuse_silent_traps(config: Any) -> None:
+def refuse_silent_traps(config: Any, *, packed: bool = False) -> None:
     """Refuse settings of a megatron TransformerConfig that give wrong numbers without an error.
 
     Each was observed on gloo with megatron-core 0.16.1. A stage's output is freed while an asynchronous send still
     reads it. Two sends between the same two pipeline ranks are matched in the wrong order. The tensor-parallel
-    attributes of weights are never set, so that the gradient norm takes shards for copies.
+    attributes of weights are never set, so that the gradient norm takes shards for copies. Read in its source: RoPE of
+    packed sequences that is not fused takes a table that is as long as the pack for one row per token, so that later
+    sequences do not start at position 0; and the fused one leaves out YaRN's factor of the attention scores.
 
     Args:
         config: megatron.core TransformerConfig.
+        packed: Whether Megatron is given packed sequences (`thd`), and not segments of our own attention.
 
     Raises:
         UserError: A setting is refused; the sentence names the field and the value to use.
@@ -176,3 +179,10 @@ def refuse_silent_traps(config: Any) -> None:
             "perform_initialization=False leaves tensor-parallel weights unmarked and makes the gradient norm wrong; "
             "set it to True."
         )
+    if packed and not config.apply_rope_fusion:
+        raise UserError(
+            "apply_rope_fusion=False gives the later sequences of a pack wrong positions where the rotary table is as "
+            "long as the pack; set it to True."
+        )
+    if getattr(config, "yarn_rotary_scaling_factor", None) is not None:
+        raise UserError("yarn_rotary_scaling_factor is set, but YaRN was not checked; leave it out.")

@@ -23,7 +23,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs, few
 from tgdpo_megatron.data.tokenizer import special_texts
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import family_of
+from tgdpo_megatron.model.families import parameters
 from tgdpo_megatron.report.curves import ACCURACY, Step, metric_chart
 from tgdpo_megatron.report.metrics import warnings
 from tgdpo_megatron.report.page import (
@@ -255,10 +255,7 @@ def _describe(model: ModelDescription) -> str:
 
 def _size(model: ModelDescription) -> str:
     """The number of weights, in words."""
-    family = family_of(model)
-    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    weights = model.num_layers * (family.layer_matrices(model) + family.layer_vectors(model))
-    weights += tables + model.hidden_size
+    weights = parameters(model)
     for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if weights >= size:
             return f"{weights / size:.3g} {name}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families.family import Family
 
-__all__ = ["FAMILIES", "Family", "family_of", "read_description"]
+__all__ = ["FAMILIES", "Family", "family_of", "layer_parameters", "parameters", "read_description"]
 
 
 def _declared() -> dict[str, Family]:
@@ -38,6 +39,21 @@ FAMILIES = _declared()
 def family_of(description: ModelDescription) -> Family:
     """The family of a model."""
     return FAMILIES[description.family]
+
+
+def parameters(description: ModelDescription) -> int:
+    """Number of parameters of a model, without padding of the vocabulary."""
+    return sum(math.prod(tensor.shape) for tensor in family_of(description).tensors(description))
+
+
+def layer_parameters(description: ModelDescription) -> tuple[int, int]:
+    """Parameters of one layer: those that tensor-parallel ranks split, and those of which each rank has a full copy."""
+    one_layer = family_of(description).tensors(replace(description, num_layers=1))
+    counts = {True: 0, False: 0}
+    for tensor in one_layer:
+        if tensor.key.startswith("decoder.layers."):
+            counts[tensor.split is not None] += math.prod(tensor.shape)
+    return counts[True], counts[False]
 
 
 def read_description(folder: Path) -> ModelDescription:

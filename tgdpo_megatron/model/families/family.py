@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import decoder
 from tgdpo_megatron.model.tensor_maps import TensorMap
 
 
@@ -22,18 +23,10 @@ class Family:
         read: (content of config.json, its path) -> shape of the model. Raises UserError for an option that is not
             supported. The caller turns a KeyError, TypeError, ValueError or AttributeError into a sentence.
         tensors: Shape of a model -> all its tensors, in the order of the layers.
-        megatron: Shape of a model -> the settings of Megatron's TransformerConfig that are particular to the family.
-        layer_matrices: Shape of a model -> number of parameters in one layer's matrices, which are split over the
-            tensor-parallel ranks.
-        layer_vectors: Shape of a model -> number of parameters in one layer's norms and other vectors, of which every
-            tensor-parallel rank holds a full copy.
     """
 
     name: str
     title: str
     architecture: str
     read: Callable[[dict[str, Any], Path], ModelDescription]
-    tensors: Callable[[ModelDescription], list[TensorMap]]
-    megatron: Callable[[ModelDescription], dict[str, Any]]
-    layer_matrices: Callable[[ModelDescription], int]
-    layer_vectors: Callable[[ModelDescription], int]
+    tensors: Callable[[ModelDescription], list[TensorMap]] = decoder.tensors

@@ -1,0 +1,24 @@
+"""Mistral (7B, Nemo, Small): a head size of its own, and in early models a sliding window on every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.family import Family
+
+
+def _read(config: dict[str, Any], path: Path) -> ModelDescription:
+    decoder.check_options(config, {"hidden_act": "silu"}, path)
+    window = config.get("sliding_window")
+    return ModelDescription(
+        **decoder.sizes(config, path),
+        **decoder.rope(config, path),
+        **decoder.windows(config, window, windowed=[True] * config["num_hidden_layers"], path=path),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+MISTRAL = Family(name="mistral", title="Mistral", architecture="MistralForCausalLM", read=_read)
