@@ -29,6 +29,32 @@ SMALL = ModelDescription(
 WIDE = dataclasses.replace(SMALL, num_layers=2, hidden_size=384, ffn_hidden_size=1280, num_attention_heads=12)
 TIED = dataclasses.replace(SMALL, tie_word_embeddings=True, vocab_size=3000)
 
+QWEN2 = dataclasses.replace(SMALL, family="qwen2", attention_bias=True)
+QWEN3 = dataclasses.replace(SMALL, family="qwen3", qk_layernorm=True, kv_channels=48)
+MISTRAL = dataclasses.replace(SMALL, family="mistral", sliding_window=64, windowed_layers=(True,) * 4)
+GEMMA2 = dataclasses.replace(
+    SMALL,
+    family="gemma2",
+    kv_channels=48,
+    sliding_window=64,
+    windowed_layers=(True, False) * 2,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    embedding_scale=16.0,
+    zero_centered_norms=True,
+    norms_after_blocks=True,
+    activation="gelu_tanh",
+)
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    family="gemma3_text",
+    attention_softcap=None,
+    logit_softcap=None,
+    qk_layernorm=True,
+    windowed_layers=(True, True, True, False),
+    window_rotary_base=1e4,
+)
+
 TENSOR = {"tensor_model_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": True}
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -54,6 +80,7 @@ def case(
         "loss": {"type": loss},
         "optimizer": {"use_distributed_optimizer": distributed_optimizer},
         "train": {"precision": precision, "recompute": recompute, "global_batch_size": pairs},
+        "data": {"max_length": length},
     }
     lengths = [length] * pairs
     shape_of_it = dataclasses.asdict(shape)
@@ -88,6 +115,10 @@ CASES = {
         case(length=601, pairs=1, loss="tdpo2"),
         case("bf16", length=51, pairs=1),
         case("bf16", length=601, pairs=1, loss="tgdpo", program="score"),
+        *(case(shape=shape) for shape in (MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)),
+        *(case("bf16", shape=shape, pairs=1, length=601) for shape in (QWEN3, GEMMA2, GEMMA3)),
+        case(shape=GEMMA2, loss="tdpo2", recompute="selective"),
+        case("bf16", shape=GEMMA2, loss="tgdpo", recompute="full"),
     ],
     2: [
         case(parallel=TENSOR),
@@ -105,6 +136,8 @@ CASES = {
         case("bf16", distributed_optimizer=False),
         case(loss="tgdpo", program="score", parallel=PIPELINE),
         case(loss="tgdpo", program="score", parallel=SEQUENCE),
+        *(case(shape=shape, parallel=SEQUENCE) for shape in (QWEN2, QWEN3, GEMMA2)),
+        *(case(shape=shape, parallel=PIPELINE, loss="tgdpo") for shape in (GEMMA2, GEMMA3)),
     ],
     4: [
         case(parallel=SEQUENCE | PIPELINE, loss="tgdpo"),

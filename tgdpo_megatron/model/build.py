@@ -52,7 +52,6 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    swiglu = description.activation == "silu"
     config = TransformerConfig(
         num_layers=description.num_layers,
         hidden_size=description.hidden_size,
@@ -84,9 +83,8 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         # of pairs of all ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=swiglu and HAVE_TRANSFORMER_ENGINE,  # Megatron's fused SwiGLU
-        # Despite its name, this setting makes Megatron build the activation that the layer spec names, SwiGlu.
-        use_te_activation_func=swiglu and not HAVE_TRANSFORMER_ENGINE,
+        # Megatron's fused SwiGLU; it has no fused unit for Gemma's GELU.
+        bias_activation_fusion=HAVE_TRANSFORMER_ENGINE and description.activation == "silu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=HAVE_TRANSFORMER_ENGINE,
@@ -95,6 +93,9 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         **recompute[settings.train.recompute],
         **fp8,
     )
+    # Despite its name, this setting makes Megatron build the activation that the layer spec names, GatedUnit. It is set
+    # here because Megatron's check of the setting knows the functions of Transformer Engine only.
+    config.use_te_activation_func = not HAVE_TRANSFORMER_ENGINE
     refuse_silent_traps(config, packed=not own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE))
     return config
 

@@ -40,18 +40,20 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
-class SwiGlu:
-    """silu(gate) · up. [T, 1, 2 F] -> [T, 1, F].
+class GatedUnit:
+    """The activation of a gated feed-forward block: function(gate) · up. [T, 1, 2 F] -> [T, 1, F].
 
-    Megatron's unfused SwiGLU reads `up` a second time to add an offset of 0. This class is no torch Module, so that
+    Megatron's unfused one reads `up` a second time to add an offset of 0. This class is no torch Module, so that
     checkpoints look for no weights in it.
     """
 
-    def __init__(self, config: Any) -> None: ...  # Megatron passes its configuration to every activation
+    def __init__(self, config: Any) -> None:  # Megatron passes its configuration to every activation
+        self.function = config.activation_func
 
     def __call__(self, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        gated: Tensor = self.function(gate) * up
+        return gated
 
 
 def gelu_tanh(gate: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> An
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         if description.qk_layernorm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
-        mlp.submodules.activation_func = SwiGlu if description.activation == "silu" else None
+        mlp.submodules.activation_func = GatedUnit
     if own_attention(description, transformer_engine=transformer_engine):
         attention.submodules.core_attention = ModuleSpec(
             SegmentAttention, params={"softcap": description.attention_softcap}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
-from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
+from tgdpo_megatron.config.constants import ATTENTION_SCORES, MIN_TILE_COLUMNS, SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import layer_parameters
 
@@ -188,6 +188,7 @@ class Sizes:
         else:
             self.models = 1 + len(config.live_models)
 
+        self.longest = longest_pair(config, description) // len(loss.method.sides)
         self.tokens = tokens if tokens is not None else most_tokens(config, description, program)
         self.labelled = labelled if labelled is not None else self.tokens
         pairs = SCORED_AT_ONCE if program == "score" else -(-config.train.global_batch_size // self.data_parallel)
@@ -242,6 +243,45 @@ class Sizes:
         return 12 if self.width == 4 else 10
 
     @property
+    def more_norms(self) -> float:
+        """Bytes per token that the norms after the blocks, and those of query and key heads, keep for backward.
+
+        Nothing keeps the output of these norms for backward. The input of the heads' norms is part of the product that
+        the values are a view of.
+        """
+        description, on_cpu = self.description, self.device == "cpu"
+        kept = 0.0
+        if description.norms_after_blocks:
+            kept += 2 * ((8 if on_cpu else self.width) * self.streams + 4)
+        if description.qk_layernorm:
+            # In fp32: the normalised heads, and the queries once more, which the split of the product copies. In bf16:
+            # the heads and the normalised heads, both in fp32.
+            on_a_cpu = 8 * self.queries + (4 if self.width == 4 else 8) * self.keys
+            kept += on_a_cpu if on_cpu else 0
+            kept += 4 * (self.queries + self.keys) / self.channels
+        return kept
+
+    @property
+    def products(self) -> int:
+        """Feed-forward channels that a block keeps for backward, or holds at once: gate and up, what the activation makes
+        of the gate, and the product. A fused activation keeps no more than its input and its output."""
+        if not self.transformer_engine:
+            return 4
+        return 3 if self.description.activation == "silu" else 5
+
+    @property
+    def scores(self) -> float:
+        """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of Transformer
+        Engine computes attention."""
+        description, longest = self.description, min(self.longest, self.tokens)
+        window = None if self.transformer_engine else description.sliding_window
+        windowed = window is not None and window < longest
+        if description.attention_softcap is None and not windowed:
+            return 0.0
+        # A full layer has all the scores in one block, as has a windowed one, where they fit.
+        return self.heads * longest * min(longest, max(1, ATTENTION_SCORES / (self.heads * longest)))
+
+    @property
     def layer_input(self) -> float:
         """Bytes per token of the input of a layer."""
         return self.streams * self.width
@@ -250,21 +290,21 @@ class Sizes:
         """Bytes per token that one layer keeps for backward."""
         if recompute == "full":
             return self.layer_input
-        norms = 2 * (self.norm * self.streams + 4)
+        norms = 2 * (self.norm * self.streams + 4) + self.more_norms
         statistics = 4 * self.heads
         if self.transformer_engine:
             attention = (2 * self.queries + 2 * self.keys) * self.width + (statistics if recompute == "none" else 0)
             # Linear layers keep their input in FP8. Attention keeps its result, the output matrix's input, in bf16 too.
             if self.fp8:
                 return norms + attention + self.queries + 5 * self.feed_forward
-            return norms + attention + 3 * self.feed_forward * self.width
+            return norms + attention + self.products * self.feed_forward * self.width
         # Queries and keys before the rotation, with the values, which are a view of the same matrix product; queries
         # and keys after the rotation; the rotation's cosines and sines for both; and attention's joined result, which
         # is the input of the output matrix.
         attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width
         if recompute == "none":  # attention also keeps the result of each segment and its log-sum-exps
             attention += self.queries * self.width + statistics
-        return norms + attention + 4 * self.feed_forward * self.width
+        return norms + attention + self.products * self.feed_forward * self.width
 
     @property
     def scan(self) -> int:
@@ -365,7 +405,7 @@ def _training_peak(rank: Sizes, stage: int) -> float:
     # gradients of what the block keeps, and of weights before they are added to Megatron's gradients. What the block
     # keeps is freed on the way.
     wide = tokens * rank.feed_forward * width
-    kept_products = 3 if rank.transformer_engine else 4
+    kept_products = rank.products
     matrix = hidden * rank.feed_forward * width
     backward = max(
         gradient + gather + wide + matrix,
@@ -373,6 +413,12 @@ def _training_peak(rank: Sizes, stage: int) -> float:
         gradient + gather + tokens * hidden * width + (2 - kept_products) * wide + 2 * matrix,
     )
     moments = [tokens * again + backward + gather]
+    if rank.scores:  # backward of attention, when what the feed-forward block kept is free again
+        freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
+        heads = tokens * (rank.queries * width + 8 * rank.keys)  # gradients of queries, keys and values
+        # Probabilities, their gradient, which is in 16 bits first in bf16, and with a soft-cap its tanh.
+        bytes_each = (8 if width == 4 else 10) + (4 if rank.description.attention_softcap is not None else 0)
+        moments.append(tokens * again + gradient + heads + bytes_each * rank.scores - freed)
     kept = tokens * _kept(rank, stage)
     if stage == 0:  # the embedding's gradient, at the end of a micro-batch's backward
         moments.append(rank.padded_vocabulary * hidden * width + gradient - kept / rank.in_flight(stage))
@@ -405,8 +451,8 @@ def _forward_peak(rank: Sizes, stage: int, models: int) -> float:
 
 def _layers_forward(rank: Sizes) -> float:
     """Bytes of one layer's forward without a graph, in its feed-forward block, together with the hidden states."""
-    products = 3 if rank.transformer_engine else 4
-    return rank.tokens * (products * rank.feed_forward * rank.width + 5 * rank.layer_input)
+    feed_forward = rank.tokens * (rank.products * rank.feed_forward * rank.width + 5 * rank.layer_input)
+    return max(feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input)
 
 
 def _tile(rank: Sizes) -> float:
@@ -421,16 +467,19 @@ def _head(rank: Sizes) -> list[float]:
     whole = tile == rank.labelled * rank.vocabulary  # then forward keeps the tile for backward
     narrow = rank.width == 2
     norms = rank.models * rank.tokens * rank.layer_input + rank.tokens * (rank.norm - rank.width) * rank.streams
+    # With a soft-cap, backward also holds the cap's slope, and forward keeps nothing.
+    slope = 4 * tile if rank.description.logit_softcap is not None else 0
+    whole = whole and not slope
     divergence = "divergence" in rank.config.loss.method.reads
     forward = norms + rank.models * states + tile * rank.scan
     gradient = rank.labelled * rank.hidden * 4
     product = max(states, tile / rank.labelled * rank.hidden * rank.width) if narrow else 0
-    backward = norms + 2 * states + gradient + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
+    backward = norms + 2 * states + gradient + slope + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
     if not divergence:
         return [forward, backward]
     kept = 4 * tile if whole else 0
     both = norms + 2 * states + kept
-    return [forward, both + tile * (10 if narrow else 8), both + gradient + tile * (10 if narrow else 8) + product]
+    return [forward, both + tile * (10 if narrow else 8), both + gradient + slope + tile * (10 if narrow else 8) + product]
 
 
 def _update(rank: Sizes, stage: int, shards: int) -> float:
