@@ -14,6 +14,8 @@ CASES = [
     {"vocab_size": 320, "sequence_parallel": True, "models": 3, "tile": 1 << 22},  # one tile, no padding
     {"vocab_size": 310, "sequence_parallel": True, "models": 1, "tile": 1, "main_grad": True},
     {"vocab_size": 310, "sequence_parallel": False, "models": 2, "tile": 1 << 22, "main_grad": True},
+    {"vocab_size": 310, "sequence_parallel": True, "models": 2, "tile": 1, "softcap": 2.0},
+    {"vocab_size": 310, "sequence_parallel": False, "models": 3, "tile": 1 << 22, "softcap": 2.0, "main_grad": True},
     *(
         {
             "vocab_size": 310,

@@ -70,7 +70,9 @@ def frozen_scores(data: PreparedPairs, family: str, tied: bool) -> Scores:
 def train(data: PreparedPairs, family: str, tied: bool, method: Method, scores: Scores) -> dict[str, Any]:
     """Loss and gradient norm of each step, the first step's gradient, the weights after the last."""
     policy = make_model(0, family, tied)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, eps=method.adam_eps_for(family))
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, eps=method.adam_eps_for(family)
+    )
     losses, gradients, norms = [], [], []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -29,6 +29,7 @@ def _compare(
     tile: int,
     dtype: str = "float32",
     main_grad: bool = False,
+    softcap: float | None = None,
 ) -> dict[str, float]:
     """One case. With `main_grad` the weight has Megatron's fp32 buffer, and two backward passes add up in it."""
     from megatron.core import parallel_state
@@ -68,6 +69,7 @@ def _compare(
             vocab_size=vocab_size,
             sequence_parallel=sequence_parallel,
             group=group,
+            softcap=softcap,
             divergence=divergence,
         )
         reduces = calls()
@@ -78,10 +80,11 @@ def _compare(
 
     exact_hidden = [states.double().requires_grad_() for states in hidden]
     exact_weights = [weight.double().requires_grad_() for weight in weights]
-    whole = [
-        torch.log_softmax(states[rows, 0] @ weight[:vocab_size].t(), dim=-1)
-        for states, weight in zip(exact_hidden, exact_weights, strict=True)
+    raw = [
+        states[rows, 0] @ weight[:vocab_size].t() for states, weight in zip(exact_hidden, exact_weights, strict=True)
     ]
+    logits = raw if softcap is None else [softcap * torch.tanh(every / softcap) for every in raw]
+    whole = [torch.log_softmax(every, dim=-1) for every in logits]
     exact = torch.stack([every.gather(1, labels[:, None])[:, 0] for every in whole])
     exact_total = (exact[0] * upstream).sum()
     if divergence:
@@ -97,7 +100,7 @@ def _compare(
         "weight gradient": _error(found_weight_grad, weight_grad[mine]),
         "frozen gradients": float(any(x.grad is not None for x in local_hidden[1:] + local_weights[1:])),
         "against Megatron": 0.0
-        if dtype != "float32"
+        if dtype != "float32" or softcap is not None
         else _against_megatron(hidden[0], weights[0], rows, labels, mine, vocab_size, logps[0]),
     }
     worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)

@@ -39,7 +39,9 @@ def test_no_tensor_is_larger_than_a_tile_or_the_weights_gradient(
     reference = frozen, frozen_weight.clone()
     shard = vocabulary.VocabShard(start=0, columns=VOCABULARY)
     with Largest() as largest:
-        logps, _, log_normalisers = LabelledLogProbs.apply(*policy, [reference], torch.arange(LABELS), shard, None, True)
+        logps, _, log_normalisers = LabelledLogProbs.apply(
+            *policy, [reference], torch.arange(LABELS), shard, None, True
+        )
         total = logps.sum()
         if divergence:
             total = total + Divergence.apply(*policy, reference, log_normalisers, shard, None).sum()

@@ -83,12 +83,12 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention within one segment. [t, 1, heads, C] each -> [t, 1, heads, C]"""
-        by_head = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [1, heads, t, C]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, t, C]
         window = self.window if self.window is not None and self.window < len(query) else None
         if self.softcap is None and window is None:
-            found = F.scaled_dot_product_attention(*by_head, is_causal=True, scale=self.scale, enable_gqa=True)
+            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         else:
-            found = BlockedAttention.apply(*by_head, self.scale, self.softcap, window)  # type: ignore[no-untyped-call]
+            found = BlockedAttention.apply(q, k, v, self.scale, self.softcap, window)  # type: ignore[no-untyped-call]
         return found.permute(2, 0, 1, 3)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:

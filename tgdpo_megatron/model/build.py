@@ -129,9 +129,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
     multiple = VOCAB_MULTIPLE * config.tensor_model_parallel_size
     model = PreferenceGPT(
         config=config,
-        transformer_layer_spec=block_spec(
-            description, config, vp_stage, transformer_engine=HAVE_TRANSFORMER_ENGINE
-        ),
+        transformer_layer_spec=block_spec(description, config, vp_stage, transformer_engine=HAVE_TRANSFORMER_ENGINE),
         vocab_size=-(-description.vocab_size // multiple) * multiple,
         max_sequence_length=description.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**position),

@@ -2,9 +2,9 @@
 
     K = KL(π_ref ‖ π) = Σ_v π_ref(v) (z_ref(v) − z(v)) − lse_ref + lse,      ∂K/∂z(v) = π(v) − π_ref(v)
 
-z are the logits, soft-capped where the model caps them. lse is their log-sum-exp over all ranks, which the head has computed already. Each rank sums over its
-columns tile by tile, with one tile of logits of each model in memory. One SUM all-reduce adds the sums of the ranks.
-Backward computes the tiles again.
+z are the logits, soft-capped where the models cap them. lse is their log-sum-exp over all ranks, which the head has
+computed already. Each rank sums over its columns tile by tile, with one tile of logits of each model in memory. One SUM
+all-reduce adds the sums of the ranks. Backward computes the tiles again.
 
 Legend as in head.py: R labelled tokens, H hidden size, V vocabulary columns of this rank.
 """

@@ -11,8 +11,8 @@ With g the gradient of each log-prob, p the probabilities and q = p − onehot(l
 
     ∂ log p(label) / ∂z = −q,  ∂/∂hidden = −g · (q W),  ∂/∂W = qᵀ (−g · hidden)
 
-Where the model caps its logits, z = cap · tanh(raw / cap), q is multiplied by 1 − (z / cap)² as well, and backward always
-computes the logits again.
+Where the model caps its logits, z = cap · tanh(raw / cap), q is multiplied by 1 − (z / cap)² as well, and backward
+always computes the logits again.
 
 g multiplies rows of H numbers instead of rows of V numbers, which is less work. On a GPU, subtracting an fp32 number
 turns 16-bit logits into fp32, so that no separate fp32 copy of the logits is made.
@@ -156,8 +156,8 @@ class LabelledLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow, and with a cap,
-    which 16 bits are too coarse for."""
+    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow, and with a
+    cap, which 16 bits are too coarse for."""
     logits = torch.mm(hidden, weight.t())
     narrow = logits.device.type != "cpu" and softcap is None
     return logits if narrow else capped(logits.float(), softcap)
@@ -175,8 +175,8 @@ def _scan(
 
     Returns:
         For each label the largest logit m, the sum of exp(logit − m), and the label's logit, which is 0 on ranks that
-        do not hold the label's column. [3, R] fp32. Then, with `keep`, where all columns fit in one tile and there is no cap,
-        every exp(logit − m) for backward, [R, V] fp32; otherwise None.
+        do not hold the label's column. [3, R] fp32. Then, with `keep`, where all columns fit in one tile and there is
+        no cap, every exp(logit − m) for backward, [R, V] fp32; otherwise None.
     """
     largest = torch.full(labels.shape, float("-inf"), device=labels.device)
     total = torch.zeros(labels.shape, device=labels.device)

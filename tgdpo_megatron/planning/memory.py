@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
-from tgdpo_megatron.config.constants import ATTENTION_SCORES, MIN_TILE_COLUMNS, SCORED_AT_ONCE, TILE_ELEMENTS, VOCAB_MULTIPLE
+from tgdpo_megatron.config.constants import (
+    ATTENTION_SCORES,
+    MIN_TILE_COLUMNS,
+    SCORED_AT_ONCE,
+    TILE_ELEMENTS,
+    VOCAB_MULTIPLE,
+)
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import layer_parameters
 
@@ -263,16 +269,16 @@ class Sizes:
 
     @property
     def products(self) -> int:
-        """Feed-forward channels that a block keeps for backward, or holds at once: gate and up, what the activation makes
-        of the gate, and the product. A fused activation keeps no more than its input and its output."""
+        """Feed-forward channels that a block keeps for backward, or holds at once: gate and up, what the activation
+        makes of the gate, and the product. A fused activation keeps no more than its input and its output."""
         if not self.transformer_engine:
             return 4
         return 3 if self.description.activation == "silu" else 5
 
     @property
     def scores(self) -> float:
-        """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of Transformer
-        Engine computes attention."""
+        """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of
+        Transformer Engine computes attention."""
         description, longest = self.description, min(self.longest, self.tokens)
         window = None if self.transformer_engine else description.sliding_window
         windowed = window is not None and window < longest
@@ -479,7 +485,11 @@ def _head(rank: Sizes) -> list[float]:
         return [forward, backward]
     kept = 4 * tile if whole else 0
     both = norms + 2 * states + kept
-    return [forward, both + tile * (10 if narrow else 8), both + gradient + slope + tile * (10 if narrow else 8) + product]
+    return [
+        forward,
+        both + tile * (10 if narrow else 8),
+        both + gradient + slope + tile * (10 if narrow else 8) + product,
+    ]
 
 
 def _update(rank: Sizes, stage: int, shards: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import tensors
 from tgdpo_megatron.model.tensor_maps import TensorMap
 
 
@@ -29,4 +29,4 @@ class Family:
     title: str
     architecture: str
     read: Callable[[dict[str, Any], Path], ModelDescription]
-    tensors: Callable[[ModelDescription], list[TensorMap]] = decoder.tensors
+    tensors: Callable[[ModelDescription], list[TensorMap]] = tensors

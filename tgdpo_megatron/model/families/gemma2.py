@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import check_options, check_size, rope, sizes, windows
 from tgdpo_megatron.model.families.family import Family
 
 # What HuggingFace takes where the configuration leaves it out, as Google's own do.
@@ -23,9 +23,9 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     config = {**DEFAULTS, **_SOFT_CAPS, **config}
     windowed = [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
     return ModelDescription(
-        **decoder.sizes(config, path),
-        **decoder.rope(config, path),
-        **decoder.windows(config, config["sliding_window"], windowed=windowed, path=path),
+        **sizes(config, path),
+        **rope(config, path),
+        **windows(config, config["sliding_window"], windowed=windowed, path=path),
         **particulars(config, path),
     )
 
@@ -37,10 +37,10 @@ def particulars(config: dict[str, Any], path: Path) -> dict[str, Any]:
         UserError: An option that is not supported, or a size that is not above 0.
     """
     # Google's own configurations hold a null for what is off.
-    decoder.check_options({k: v for k, v in config.items() if v is not None}, _ONE_WAY, path)
+    check_options({k: v for k, v in config.items() if v is not None}, _ONE_WAY, path)
     for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         if config[name] is not None:
-            decoder.check_size(config, name, path)
+            check_size(config, name, path)
     return {
         "tie_word_embeddings": config["tie_word_embeddings"],
         "query_scale": float(config["query_pre_attn_scalar"]) ** -0.5,

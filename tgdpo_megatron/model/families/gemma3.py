@@ -7,7 +7,7 @@ from typing import Any
 
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import FULL, WINDOWED, rope_kind, sizes, windows
 from tgdpo_megatron.model.families.family import Family
 from tgdpo_megatron.model.families.gemma2 import DEFAULTS, particulars
 
@@ -17,9 +17,9 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6))
     windowed = [(layer + 1) % pattern != 0 for layer in range(config["num_hidden_layers"])]
     return ModelDescription(
-        **decoder.sizes(config, path),
+        **sizes(config, path),
         **_rope(config, path),
-        **decoder.windows(config, config["sliding_window"], windowed=windowed, path=path),
+        **windows(config, config["sliding_window"], windowed=windowed, path=path),
         **particulars(config, path),
         qk_layernorm=True,
     )
@@ -28,9 +28,9 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
 def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """RoPE of the full and of the windowed layers, from the old keys or from `rope_parameters` by kind of layer."""
     by_kind = config.get("rope_parameters") or {}
-    full = by_kind.get(decoder.FULL) or config.get("rope_scaling") or {}
-    windowed = by_kind.get(decoder.WINDOWED) or {}
-    if decoder.rope_kind(windowed) != "default" or decoder.rope_kind(full) not in ("default", "linear"):
+    full = by_kind.get(FULL) or config.get("rope_scaling") or {}
+    windowed = by_kind.get(WINDOWED) or {}
+    if rope_kind(windowed) != "default" or rope_kind(full) not in ("default", "linear"):
         raise UserError(
             f"{path}: RoPE scaling {by_kind or full} is not supported; supported are plain RoPE, and a linear factor "
             "for the layers without a window."
@@ -40,7 +40,7 @@ def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         "rotary_base": base,
         "rope_scaling_factor": None,
-        "rope_linear_factor": float(full["factor"]) if decoder.rope_kind(full) == "linear" else None,
+        "rope_linear_factor": float(full["factor"]) if rope_kind(full) == "linear" else None,
         "window_rotary_base": of_windows,
     }
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import check_options, rope, sizes
 from tgdpo_megatron.model.families.family import Family
 
 
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
-    decoder.check_options(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}, path)
+    check_options(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}, path)
     return ModelDescription(
-        **decoder.sizes(config, path),
-        **decoder.rope(config, path),
+        **sizes(config, path),
+        **rope(config, path),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
     )
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import check_options, rope, sizes, windows
 from tgdpo_megatron.model.families.family import Family
 
 
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
-    decoder.check_options(config, {"hidden_act": "silu"}, path)
+    check_options(config, {"hidden_act": "silu"}, path)
     window = config.get("sliding_window")
     return ModelDescription(
-        **decoder.sizes(config, path),
-        **decoder.rope(config, path),
-        **decoder.windows(config, window, windowed=[True] * config["num_hidden_layers"], path=path),
+        **sizes(config, path),
+        **rope(config, path),
+        **windows(config, window, windowed=[True] * config["num_hidden_layers"], path=path),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import decoder
+from tgdpo_megatron.model.families.decoder import check_options, rope, sizes
 from tgdpo_megatron.model.families.family import Family
 from tgdpo_megatron.model.families.qwen2 import qwen_windows
 
@@ -14,10 +14,10 @@ _HEAD_DIM = 128  # where the configuration gives none; it is not hidden_size / h
 
 
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
-    decoder.check_options(config, {"attention_bias": False, "hidden_act": "silu"}, path)
+    check_options(config, {"attention_bias": False, "hidden_act": "silu"}, path)
     return ModelDescription(
-        **decoder.sizes({"head_dim": _HEAD_DIM, **config}, path),
-        **decoder.rope(config, path),
+        **sizes({"head_dim": _HEAD_DIM, **config}, path),
+        **rope(config, path),
         **qwen_windows(config, path),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         qk_layernorm=True,
