@@ -60,12 +60,12 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def make_hf_model(tokenizer: Any) -> Callable[..., Path]:
     """A function that saves a random Llama (2 layers, width 64, 4 query and 2 key-value heads) and its tokenizer."""
-    from tools.make_tiny_model import make_llama
+    from tools.make_tiny_model import make_model
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
 
     def make(folder: Path, **shape: Any) -> Path:
-        make_llama(folder, tokenizer, **(sizes | shape))
+        make_model(folder, tokenizer, **(sizes | shape))
         return folder
 
     return make

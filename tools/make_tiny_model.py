@@ -1,4 +1,4 @@
-"""Make a small random Llama, with a byte-level BPE tokenizer that is trained on the texts of a file of pairs.
+"""Make a small random model of any family, with a byte-level BPE tokenizer trained on the texts of a file of pairs.
 
 The result is an ordinary HuggingFace model folder, for demos and tests.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.errors import CommandLine, one_sentence_errors
+from tgdpo_megatron.model.families import FAMILIES
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>"
@@ -48,16 +49,17 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int, merge_digits: bool
     return tokenizer
 
 
-def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> None:
-    """Save a randomly initialised Llama and its tokenizer.
+def make_model(folder: Path, tokenizer: Any, *, family: str = "llama", seed: int = 0, **shape: Any) -> None:
+    """Save a randomly initialised model and its tokenizer.
 
     Args:
-        shape: Fields of LlamaConfig that differ from the small defaults.
+        family: HuggingFace's `model_type`; one of those in tgdpo_megatron/model/families/.
+        shape: Fields of HuggingFace's configuration that differ from the small defaults.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 352,
         "num_hidden_layers": 4,
@@ -65,17 +67,20 @@ def make_llama(folder: Path, tokenizer: Any, *, seed: int = 0, **shape: Any) -> 
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
+        **shape,
     }
-    config = LlamaConfig(
+    sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **(sizes | shape),
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -85,12 +90,19 @@ def main() -> None:
         parser.add_argument("pairs", type=Path, help="file of pairs whose texts train the tokenizer")
         parser.add_argument("hf_folder", type=Path, help="model folder to make")
         parser.add_argument(
+            "--family",
+            choices=sorted(FAMILIES),
+            default="llama",
+            help="its model_type (default: %(default)s)",
+        )
+        parser.add_argument(
             "--vocab-size", type=int, default=1000, help="largest number of tokens (default: %(default)s)"
         )
         parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
         parsed = parser.parse_args()
         texts = [text for pair in read_pairs(parsed.pairs).pairs for text in pair.texts]
-        make_llama(parsed.hf_folder, train_tokenizer(texts, vocab_size=parsed.vocab_size), seed=parsed.seed)
+        tokenizer = train_tokenizer(texts, vocab_size=parsed.vocab_size)
+        make_model(parsed.hf_folder, tokenizer, family=parsed.family, seed=parsed.seed)
         print(parsed.hf_folder)
 
 

@@ -83,7 +83,7 @@ class World:
 
 def make_world(folder: Path, seed: int, effort: Effort) -> World:
     """Write the pairs, train a tokenizer on them, make a random model."""
-    from tools.make_tiny_model import make_llama, train_tokenizer
+    from tools.make_tiny_model import make_model, train_tokenizer
 
     folder.mkdir(parents=True)
     splits = make_splits(
@@ -93,7 +93,7 @@ def make_world(folder: Path, seed: int, effort: Effort) -> World:
         write_rows(getattr(splits, part), folder / f"{part}.jsonl")
     texts = [text for row in splits.train for text in (row.prompt, row.chosen, row.rejected)]
     # Digits apart, so that a wrong digit is a token of its own.
-    make_llama(folder / "hf", train_tokenizer(texts, vocab_size=VOCAB_SIZE, merge_digits=False), seed=seed)
+    make_model(folder / "hf", train_tokenizer(texts, vocab_size=VOCAB_SIZE, merge_digits=False), seed=seed)
     world = World(folder)
     hf_to_megatron(folder / "hf", world.random_start)
     return world

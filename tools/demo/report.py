@@ -81,7 +81,7 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], found: S
                 [
                     Commands(
                         [
-                            "# hf/start was made with train_tokenizer and make_llama of tools.make_tiny_model",
+                            "# hf/start was made with train_tokenizer and make_model of tools.make_tiny_model",
                             *journal.commands,
                         ]
                     )

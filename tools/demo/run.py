@@ -184,12 +184,12 @@ def _greedy(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[st
 
 
 def _make_model(folder: Path, rows: Sequence[Row], seed: int) -> None:
-    from tools.make_tiny_model import make_llama, train_tokenizer
+    from tools.make_tiny_model import make_model, train_tokenizer
 
     texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
     # Every digit is a token, so that a wrong digit is a token of its own.
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE, merge_digits=False)
-    make_llama(folder, tokenizer, seed=seed)
+    make_model(folder, tokenizer, seed=seed)
     print(f"   {folder}: 4 layers of width 128, {len(tokenizer)} tokens")
 
 

@@ -1,0 +1,228 @@
+"""Compares a converted checkpoint with its HuggingFace model: both score the same tokens, in fp32 on the CPU.
+
+Both models are built without weights. Each module is given its weights when it is about to run, and they are taken away
+again when it has run. So memory holds the weights of one module at a time, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+from tqdm import tqdm
+
+from tgdpo_megatron.checkpoint.certificate import Certificate, agrees, config_hash, write_certificate
+from tgdpo_megatron.checkpoint.convert import MegatronWeights
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest
+from tgdpo_megatron.checkpoint.safetensors import HfWeights
+from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.data.prepare import PreparedPairs, Summary
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families import family_of, parameters
+
+LENGTHS = (48, 17)
+"""Tokens of the two sequences that are scored, packed into one micro-batch on our side and alone on HuggingFace's."""
+_SLOW = 500_000_000
+"""Parameters from which progress is shown."""
+_PACKAGES = ("torch", "transformers", "megatron-core")
+
+
+def certify(source: Path, folder: Path) -> Certificate:
+    """Compare a checkpoint with the HuggingFace folder it was converted from, and write its certificate.
+
+    This process must not have process groups of its own.
+
+    Args:
+        source: The HuggingFace folder.
+        folder: The checkpoint, whole but for the certificate.
+
+    Raises:
+        UserError: The log-probs differ by more than rounding explains. No certificate is written.
+    """
+    manifest, description = read_manifest(folder), describe(folder)
+    sequences = _sequences(description.vocab_size)
+    theirs = _huggingfaces(source, description, getattr(torch, manifest.dtype), sequences)
+    ours = _ours(folder, description, sequences)
+    difference = float((ours - theirs).abs().max())  # not a number where either is not
+    if not agrees(difference):
+        raise UserError(
+            f"{folder}: the converted model's log-probs differ from HuggingFace's by {difference:.2g} nats, more than "
+            "rounding explains, so the conversion is not used; please report this model."
+        )
+    certificate = Certificate(
+        family=description.family,
+        source=_hashes(source),
+        weights=manifest.weights,
+        weights_bf16=manifest.weights_bf16,
+        config=config_hash(folder),
+        dtype=manifest.dtype,
+        largest_difference=difference,
+        tokens=len(ours),
+        versions={package: metadata.version(package) for package in _PACKAGES},
+    )
+    write_certificate(folder, certificate)
+    return certificate.sealed()
+
+
+def _sequences(vocab_size: int) -> list[Tensor]:
+    """Random token ids, the same at every call. int64, of each of LENGTHS."""
+    random = np.random.default_rng(0)
+    return [torch.from_numpy(random.integers(0, vocab_size, length)) for length in LENGTHS]
+
+
+@torch.no_grad()
+def _huggingfaces(source: Path, description: ModelDescription, dtype: torch.dtype, sequences: list[Tensor]) -> Tensor:
+    """Log-prob of every token after the first of each sequence. [R] fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weights = HfWeights(source)
+    config = AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    with _without_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+    def read(name: str) -> Tensor:
+        tied = name == "lm_head.weight" and description.tie_word_embeddings
+        return weights.read("model.embed_tokens.weight" if tied else name).to(dtype)
+
+    with _progress(description, "HuggingFace's model") as done:
+        _lend(model.eval(), read, done)
+        # All sequences in one batch, so that each weight is read once. Padding comes after a sequence's last token,
+        # where causal attention does not see it.
+        batch = torch.zeros(len(sequences), max(LENGTHS), dtype=torch.int64)
+        for row, ids in enumerate(sequences):
+            batch[row, : len(ids)] = ids
+        logits = model(batch, use_cache=False).logits
+    return torch.cat(
+        [
+            logits[row, : len(ids) - 1].log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0]
+            for row, ids in enumerate(sequences)
+        ]
+    )
+
+
+@torch.no_grad()
+def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) -> Tensor:
+    """The same log-probs from the checkpoint, by the model that is trained. [R] fp32."""
+    with _alone():
+        # Imported here, where Megatron has been redirected to the CPU.
+        from tgdpo_megatron.checkpoint.state import sharded_model_state
+        from tgdpo_megatron.model.build import build_model, transformer_config
+
+        config = Config.model_validate({"train": {"precision": "fp32"}})
+        with torch.device("meta"):
+            (model,) = build_model(description, transformer_config(description, config))
+        keys = {name: part.key for name, part in sharded_model_state([model])["0"].items()}
+        weights = MegatronWeights(folder / WEIGHTS, family_of(description).tensors(description))
+
+        def read(name: str) -> Tensor:
+            # The vocabulary of the model is padded, that of the checkpoint is not.
+            value, shape = weights.read(keys[name]), dict(model.named_parameters())[name].shape
+            whole = value.new_zeros(shape)
+            whole[: len(value)] = value
+            return whole
+
+        starts = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+        pair = PreparedPairs(
+            tokens=torch.cat(sequences).numpy().astype(np.int32),
+            starts=starts,
+            prompt_lengths=np.ones(1, dtype=np.int32),
+            hashes=np.empty((1, 0), dtype=np.uint8),
+            rows=np.zeros(1, dtype=np.int64),
+            summary=Summary(source="", pairs=1),
+        )
+        with _progress(description, "the converted model") as done:
+            _lend(model.eval(), read, done)
+            if description.tie_word_embeddings:  # the head multiplies by it without calling the embedding
+                embedding = model.embedding.word_embeddings
+                embedding.weight = Parameter(read("embedding.word_embeddings.weight").float(), requires_grad=False)
+            found: Tensor = model(make_batch(pair, [0]))[0]
+    return found
+
+
+def _lend(model: Module, read: Callable[[str], Tensor], done: Callable[[int], Any]) -> None:
+    """Let each module of a model without weights have its own weights, in fp32, while it runs."""
+    for name, module in model.named_modules():
+        own = [leaf for leaf, weight in module._parameters.items() if weight is not None]
+        if not own:
+            continue
+        empty = {leaf: module._parameters[leaf] for leaf in own}
+
+        def bring(module: Module, _: Any, own: list[str] = own, prefix: str = name) -> None:
+            for leaf in own:
+                weight = module._parameters[leaf]
+                if weight is not None and weight.is_meta:
+                    value = read(f"{prefix}.{leaf}")
+                    done(value.numel())
+                    module._parameters[leaf] = Parameter(value.float(), requires_grad=False)
+
+        def take_back(module: Module, _: Any, output: Any, empty: dict[str, Any] = empty) -> None:
+            module._parameters.update(empty)
+
+        module.register_forward_pre_hook(bring)
+        module.register_forward_hook(take_back)
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    """Every parameter that is made in here is on torch's meta device. Buffers are made as they are: they hold numbers
+    that no checkpoint has."""
+    register = Module.register_parameter
+
+    def on_meta(self: Module, name: str, weight: Parameter | None) -> None:
+        register(self, name, None if weight is None else Parameter(weight.to("meta"), requires_grad=False))
+
+    Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Process groups of one process, as Megatron's layers need them."""
+    from tgdpo_megatron.platform import cpu
+
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    assert not dist.is_initialized(), "certify needs a process of its own"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _progress(description: ModelDescription, what: str) -> Iterator[Callable[[int], Any]]:
+    """A bar over the parameters of a model; none for a small one."""
+    count = parameters(description)
+    with tqdm(
+        total=count, desc=f"checking {what}", unit="weight", unit_scale=True, disable=count < _SLOW
+    ) as bar:
+        yield bar.update
+
+
+def _hashes(source: Path) -> dict[str, str]:
+    """SHA-256 of config.json and of every file of weights."""
+    names = ["config.json", *sorted(set(HfWeights(source).shard_of.values()))]
+    hashes = {}
+    for name in names:
+        with (source / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
