@@ -13,12 +13,17 @@ def main() -> None:
         parser.add_argument(
             "--dtype", choices=("bf16", "fp32"), help="dtype of the converted weights; default: as stored"
         )
+        parser.add_argument("--processes", type=int, default=1, help="how many processes share the work; default: 1")
         parsed = parser.parse_args()
+        if parsed.processes < 1:
+            raise UserError(f"--processes {parsed.processes}: at least one process has to work.")
         if not parsed.hf_folder.is_dir():
             raise UserError(f"{parsed.hf_folder}: no such model folder; nothing is looked for on a hub.")
         from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # imported here, since it loads torch and Megatron
 
-        manifest = hf_to_megatron(parsed.hf_folder, parsed.megatron_folder, dtype=parsed.dtype)
+        manifest = hf_to_megatron(
+            parsed.hf_folder, parsed.megatron_folder, dtype=parsed.dtype, processes=parsed.processes
+        )
         print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")
 
 

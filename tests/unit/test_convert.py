@@ -157,21 +157,16 @@ def test_storing_bf16_weights_in_fp32_keeps_the_fingerprint(hf_model: Path, tmp_
 def test_the_sum_of_shards_is_the_sum_of_the_whole(cut: int) -> None:
     whole = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
     shards = whole.split(4, dim=cut)
-    parts = [
-        tensor_sum(shard, shape=whole.shape, offset=[place * 4 * (1 - cut), place * 4 * cut])
-        for place, shard in enumerate(shards)
-    ]
-    assert sum(parts) % 2**64 == tensor_sum(whole, shape=whole.shape, offset=[0, 0])
+    parts = [tensor_sum(shard, offset=[place * 4 * (1 - cut), place * 4 * cut]) for place, shard in enumerate(shards)]
+    assert sum(parts) % 2**64 == tensor_sum(whole, offset=[0, 0])
 
 
 def test_the_sum_of_a_tensor_that_is_hashed_block_by_block_is_that_of_its_blocks() -> None:
     """Three blocks at once, against each alone at its own place."""
     rows = _BLOCK // 1024
     whole = torch.randn(3 * rows, 1024, generator=torch.Generator().manual_seed(0))
-    parts = [
-        tensor_sum(whole[first : first + rows], shape=whole.shape, offset=[first, 0]) for first in (0, rows, 2 * rows)
-    ]
-    assert sum(parts) % 2**64 == tensor_sum(whole, shape=whole.shape, offset=[0, 0])
+    parts = [tensor_sum(whole[first : first + rows], offset=[first, 0]) for first in (0, rows, 2 * rows)]
+    assert sum(parts) % 2**64 == tensor_sum(whole, offset=[0, 0])
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(ModelDescription)])

@@ -1,28 +1,25 @@
-"""Convert HuggingFace safetensors to a Megatron torch_dist checkpoint and back, tensor by tensor.
+"""Convert HuggingFace safetensors to a Megatron torch_dist checkpoint and back, some rows at a time.
 
-Neither direction builds a model or needs a process group. Memory holds one tensor at a time on the way to Megatron, and
-one output shard at a time on the way to HuggingFace.
+Neither direction builds a model or needs a process group. Memory holds a block of rows, on the way to Megatron and of a
+checkpoint that was converted; one tensor of a checkpoint that a run saved. Several processes can share the work.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from tqdm import tqdm
 
-from tgdpo_megatron.checkpoint.failures import readable, writable
-from tgdpo_megatron.checkpoint.fingerprint import combine, tensor_sum
+from tgdpo_megatron import __version__
+from tgdpo_megatron.checkpoint.failures import writable
+from tgdpo_megatron.checkpoint.fingerprint import combine
+from tgdpo_megatron.checkpoint.jobs import Part, Sums, ToHuggingFace, ToMegatron, in_parts
 from tgdpo_megatron.checkpoint.manifest import (
+    FORMAT,
     HF,
     WEIGHTS,
     CheckpointManifest,
@@ -32,30 +29,35 @@ from tgdpo_megatron.checkpoint.manifest import (
     read_metadata,
     write_manifest,
 )
-from tgdpo_megatron.checkpoint.safetensors import HfWeights, write_shards
+from tgdpo_megatron.checkpoint.safetensors import HfShards, HfTensor, HfWeights
+from tgdpo_megatron.checkpoint.torch_dist import write_index
+from tgdpo_megatron.checkpoint.work import check_target, work_on
 from tgdpo_megatron.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.families import family_of, read_description
 from tgdpo_megatron.model.tensor_maps import TensorMap
 
-CONTENT_METADATA = {"non_homogeneous_layers": True}
-"""Tells Megatron that every layer has keys of its own, and that layers are not stacked under one key."""
-
+BLOCK_BYTES = 30 * 1000**2
+"""Bytes of the rows that are read, joined and written at once. Malloc keeps blocks below 32 MiB, so that the next one
+gets memory that is there already."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> CheckpointManifest:
+def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None, processes: int = 1) -> CheckpointManifest:
     """Convert a HuggingFace folder to a Megatron checkpoint loadable at any tensor × pipeline layout.
 
     Args:
         source: Folder with config.json and safetensors. A tokenizer in the folder is copied too.
         target: Folder to make. It must not exist, or be empty.
-        dtype: `bf16` or `fp32`; default: as stored.
+        dtype: `bf16` or `fp32`; default: each tensor as stored.
+        processes: How many share the work.
 
     Raises:
         UserError: An unsupported model, missing or truncated weights, weights of the wrong shape, a weight that is not
-            finite, or a target in use. Nothing unfinished is left behind.
+            finite, a target in use, or no space for it. Nothing that looks whole is left behind. What is finished
+            stays in TARGET.partial only where the same call can go on from it: after a full disk or a killed process.
     """
+    check_target(target)
     description = read_description(source)
     tensors = family_of(description).tensors(description)
     weights = HfWeights(source)
@@ -67,71 +69,111 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None) -> C
             f"{source}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
             f"{description.vocab_size}; use the tokenizer that belongs to the model."
         )
-    work = _begin(target)
-    try:
-        sums = _save_weights(tensors, weights, dtypes, work / WEIGHTS, source)
-        copy_companions(source, work / HF)
-        manifest = CheckpointManifest(
-            weights=combine(sums[torch.float32], description),
-            weights_bf16=combine(sums[torch.bfloat16], description),
-            dtype=str(dtypes[tensors[0].key]).removeprefix("torch."),
-            tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
-            template=template_hash(tokenizer) if tokenizer else None,
-        )
-        write_manifest(work, manifest)
-        _finish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    parts = in_parts(
+        block for tensor in tensors for block in tensor.blocks(_rows_of_a_block(tensor.shape, dtypes[tensor.key]))
+    )
+    shapes = {tensor.key: tensor.shape for tensor in tensors}
+    with work_on(target, _identity(parts, dtypes, source, weights.files)) as work:
+        folder = work.folder / WEIGHTS
+        with writable(f"{folder}: the checkpoint"):
+            folder.mkdir(exist_ok=True)
+        job = ToMegatron(parts, dtypes, shapes, weights, folder)
+        records = work.do(job, [_bytes(part, dtypes) for part in parts], processes)
+        with writable(f"{folder}: the checkpoint"):
+            blocks = [block for part in parts for block in part]
+            write_index(folder, blocks, dtypes, shapes, [tuple(found) for one in records for found in one["stored"]])
+            copy_companions(source, work.folder / HF)
+            sums = Sums.of(records)
+            manifest = CheckpointManifest(
+                weights=combine(sums.exact, description),
+                weights_bf16=combine(sums.bf16, description),
+                dtype=str(dtypes[tensors[0].key]).removeprefix("torch."),
+                tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
+                template=template_hash(tokenizer) if tokenizer else None,
+            )
+            write_manifest(work.folder, manifest)
+        # Here work.folder is a whole checkpoint that nobody sees yet.
+        work.finish()
     return manifest
 
 
-def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None) -> None:
+def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, processes: int = 1) -> None:
     """Convert a Megatron checkpoint (converted, or saved by a run) to a HuggingFace folder.
 
     Args:
         source: Checkpoint folder.
         target: Folder to make. It must not exist, or be empty.
-        dtype: `bf16` or `fp32`; default: as stored.
+        dtype: `bf16` or `fp32`; default: each tensor as stored.
+        processes: How many share the work.
 
     Raises:
-        UserError: Not a checkpoint, unreadable weights, a weight that is not finite, or a target in use.
+        UserError: Not a checkpoint, unreadable or altered weights, a weight that is not finite, a target in use, or no
+            space for it. What is left behind: as in hf_to_megatron.
     """
+    check_target(target)
     manifest = read_manifest(source)
     description = describe(source)
     tensors = family_of(description).tensors(description)
-    wanted = _DTYPES[dtype] if dtype else None
-    stored = read_metadata(source / WEIGHTS).state_dict_metadata
-    if lacking := next((tensor.key for tensor in tensors if tensor.key not in stored), None):
-        raise UserError(f"{source}: the checkpoint lacks {lacking}.")
-    work = _begin(target)
-    try:
-        work.mkdir()
-        sizes = [
-            (name, int(torch.Size(shape).numel()) * (wanted or stored[tensor.key].properties.dtype).itemsize)
+    metadata = read_metadata(source / WEIGHTS)
+    stored = metadata.state_dict_metadata
+    _check_stored(tensors, stored, source)
+    dtypes = {tensor.key: _DTYPES[dtype] if dtype else stored[tensor.key].properties.dtype for tensor in tensors}
+    # Blocks that are no larger than a tensor's stored ones are each read once; of larger ones the tensor is read whole.
+    parts = in_parts(block for tensor in tensors for block in tensor.blocks(_rows_to_read(tensor, stored[tensor.key])))
+    shards = HfShards(
+        [
+            HfTensor(name, shape, dtypes[tensor.key])
             for tensor in tensors
             for name, shape in zip(tensor.names, tensor.shapes, strict=True)
         ]
-        write_shards(work, sizes, _hf_tensors(tensors, stored, source, wanted))
-        copy_companions(source / HF, work)
-        _set_dtype(work / "config.json", wanted or getattr(torch, manifest.dtype))
-        _finish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    )
+    files = [source / "manifest.json", *sorted((source / WEIGHTS).iterdir())]
+    with work_on(target, _identity(parts, dtypes, source / HF, files)) as work:
+        job = ToHuggingFace(parts, metadata, shards, source, work.folder)
+        with writable(f"{work.folder}: the model"):
+            shards.begin(work.folder)
+        records = work.do(job, [_bytes(part, dtypes) for part in parts], processes)
+        if combine(Sums.of(records).exact, description) != manifest.weights:
+            raise UserError(f"{source}: the weights are not those that the manifest names; the checkpoint was altered.")
+        with writable(f"{work.folder}: the model"):
+            shards.finish(work.folder)
+            copy_companions(source / HF, work.folder)
+            _complete_config(work.folder / "config.json", dtypes[tensors[0].key], family_of(description).architecture)
+        work.finish()
 
 
 def _check_tensors(tensors: list[TensorMap], weights: HfWeights, source: Path) -> None:
     """Refuse weights that are not exactly those of the model that config.json describes."""
+    known = [name for tensor in tensors for name in tensor.names]
+    stored = set(weights.names)
+    if lacking := [name for name in known if name not in stored]:
+        raise UserError(f"{source}: the weights lack the tensor {_first_of(lacking)}.")
     for tensor in tensors:
         for name, shape in zip(tensor.names, tensor.shapes, strict=True):
             if (found := weights.shape(name)) != shape:
                 raise UserError(f"{source}: {name} has shape {found}, but config.json describes {shape}.")
             weights.dtype(name)
-    known = {name for tensor in tensors for name in tensor.names} | {"lm_head.weight"}  # may be stored even if tied
-    extra = [name for name in weights.shard_of if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    allowed = {*known, "lm_head.weight"}  # may be stored even if tied
+    extra = [name for name in weights.names if name not in allowed and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise UserError(
-            f"{source}: {extra[0]} does not belong to the model that config.json describes ({len(extra)} such tensors)."
-        )
+        raise UserError(f"{source}: {_first_of(extra)} does not belong to the model that config.json describes.")
+
+
+def _check_stored(tensors: list[TensorMap], stored: dict[str, Any], source: Path) -> None:
+    """Refuse a checkpoint that does not hold the model that its config.json describes.
+
+    It may hold more: the optimizer's state, and rows of padding after the vocabulary.
+    """
+    if lacking := [tensor.key for tensor in tensors if tensor.key not in stored]:
+        raise UserError(f"{source}: the checkpoint lacks {_first_of(lacking)}.")
+    for tensor in tensors:
+        found = tuple(stored[tensor.key].size)
+        if found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
+            raise UserError(f"{source}: {tensor.key} has shape {found}, but config.json describes {tensor.shape}.")
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
 
 
 def _common_dtype(tensor: TensorMap, weights: HfWeights) -> torch.dtype:
@@ -142,92 +184,38 @@ def _common_dtype(tensor: TensorMap, weights: HfWeights) -> torch.dtype:
     return common
 
 
-class _OnDemand(DefaultSavePlanner):
-    """A save planner that reads each tensor only when it is about to be written."""
-
-    def __init__(self, read: Any) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.read = read
-
-    def resolve_data(self, write_item: Any) -> Tensor:
-        tensor: Tensor = self.read(write_item.index.fqn)
-        return tensor
+def _rows_of_a_block(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return max(1, BLOCK_BYTES // (torch.Size(shape[1:]).numel() * dtype.itemsize))
 
 
-def _save_weights(
-    tensors: list[TensorMap], weights: HfWeights, dtypes: dict[str, torch.dtype], folder: Path, source: Path
-) -> dict[torch.dtype, dict[str, int]]:
-    """Write all tensors and return their fingerprint sums, as stored and rounded to bf16."""
-    by_key = {tensor.key: tensor for tensor in tensors}
-    sums: dict[torch.dtype, dict[str, int]] = {torch.float32: {}, torch.bfloat16: {}}
-    progress = tqdm(total=len(tensors), desc="converting", unit="tensor", disable=len(tensors) < 50)
+def _rows_to_read(tensor: TensorMap, stored: Any) -> int:
+    rows = _rows_of_a_block(tensor.shape, stored.properties.dtype)
+    whole_rows = all(chunk.sizes[1:] == stored.size[1:] and chunk.sizes[0] <= rows for chunk in stored.chunks)
+    return rows if whole_rows else tensor.shape[0]
 
-    def read(key: str) -> Tensor:
-        tensor = by_key[key]
-        whole = tensor.join([weights.read(name) for name in tensor.names]).to(dtypes[key]).contiguous()
-        if not torch.isfinite(whole).all():
-            raise UserError(f"{source}: {' or '.join(tensor.names)} holds numbers that are not finite.")
-        for rounded_to, of_tensor in sums.items():
-            start = [0] * len(tensor.shape)
-            of_tensor[key] = tensor_sum(whole, shape=tensor.shape, offset=start, rounded_to=rounded_to)
-        progress.update()
-        return whole
 
-    placeholders = {
-        tensor.key: torch.empty(tensor.shape, dtype=dtypes[tensor.key], device="meta") for tensor in tensors
+def _bytes(part: Part, dtypes: dict[str, torch.dtype]) -> int:
+    """What a part writes."""
+    return sum(torch.Size(block.tensor.shape).numel() * dtypes[block.tensor.key].itemsize for block in part)
+
+
+def _identity(
+    parts: Sequence[Part], dtypes: dict[str, torch.dtype], config: Path, files: Iterable[Path]
+) -> dict[str, Any]:
+    """Everything that a conversion's result depends on. Files count as the same by their name, size and time."""
+    companions = [path for path in sorted(config.iterdir()) if path.is_file() and path.stat().st_size < 10**8]
+    text = json.dumps([repr(parts), {key: str(dtype) for key, dtype in dtypes.items()}])
+    return {
+        "program": [__version__, FORMAT],
+        "parts": hashlib.sha256(text.encode()).hexdigest(),
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*companions, *files)],
     }
-    folder.mkdir(parents=True)
-    with writable(f"{folder}: the checkpoint"):
-        dcp.save(placeholders, storage_writer=dcp.FileSystemWriter(folder), planner=_OnDemand(read), no_dist=True)
-        torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    progress.close()
-    return sums
 
 
-def _hf_tensors(
-    tensors: list[TensorMap], stored: dict[str, Any], source: Path, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    reader = dcp.FileSystemReader(source / WEIGHTS)
-    for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=len(tensors) < 50):
-        found = stored[tensor.key]
-        # A checkpoint of a run holds the padded vocabulary, which has more rows than the model.
-        whole = {tensor.key: torch.empty(found.size, dtype=found.properties.dtype)}
-        with readable(f"{source}: {tensor.key}"):
-            dcp.load(whole, storage_reader=reader, no_dist=True)
-        value = whole[tensor.key][: tensor.shape[0]]
-        if not torch.isfinite(value).all():
-            raise UserError(
-                f"{source}: {tensor.key} holds numbers that are not finite; the checkpoint is not exported."
-            )
-        for name, part in zip(tensor.names, tensor.part(value), strict=True):
-            yield name, part.to(dtype or part.dtype).contiguous().clone()
-
-
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+def _complete_config(path: Path, dtype: torch.dtype, architecture: str) -> None:
+    """Say the dtype in config.json, under the old name too where the model came with it, and the architecture."""
     config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
+    config.setdefault("architectures", [architecture])
     path.write_text(json.dumps(config, indent=2))
-
-
-def _begin(target: Path) -> Path:
-    """Check the target, and return the path of a working folder beside it that becomes the target when it is whole."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: already there and not empty; choose another folder.")
-    work = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        probe = target.parent / f".{work.name}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}).") from None
-    return work
-
-
-def _finish(work: Path, target: Path) -> None:
-    if target.exists():
-        target.rmdir()
-    work.rename(target)

@@ -12,6 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tgdpo_megatron.errors import LostRankError, UserError, in_short, lost_a_rank, ran_out_of_memory
 
 
+class NotWrittenError(UserError):
+    """The operating system refuses what is written. What was written before may be of use."""
+
+
 def cause(error: BaseException) -> BaseException:
     """The exception beneath torch's CheckpointException, which collects one entry for each rank."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -60,7 +64,7 @@ def writable(what: str) -> Iterator[None]:
         what: What is written, and where.
 
     Raises:
-        UserError: No space left, or the like.
+        NotWrittenError: No space left, or the like.
     """
     with plain_causes():
         try:
@@ -70,7 +74,7 @@ def writable(what: str) -> Iterator[None]:
             if not _is_of_the_system(beneath):
                 raise
             why = f"{what} cannot be written ({in_short(beneath)})"
-            raise UserError(f"{why}; look at the space left there, and at the permissions.") from error
+            raise NotWrittenError(f"{why}; look at the space left there, and at the permissions.") from error
 
 
 def _is_of_the_system(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
 """A fingerprint of weights that is the same at every parallel layout.
 
-Each element contributes its bits times an odd number that depends on the element's position in the whole tensor. The
-contributions are added modulo 2^64, so ranks can add theirs in any order. One flipped bit changes the sum. The sums of
-all tensors are hashed with SHA-256. The fingerprint protects against mistakes, not against forgery.
+Each element contributes its bits times an odd number of its row times an odd number of its column, both by their places
+in the whole tensor. The contributions are added modulo 2^64, so shards can add theirs in any order. One flipped bit
+changes the sum. The sums of all tensors are hashed with SHA-256. The fingerprint protects against mistakes, not against
+forgery.
 """
 
 from __future__ import annotations
@@ -10,50 +11,61 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from torch import Tensor
 
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
 _BLOCK = 1 << 20  # elements processed at once, to limit temporary memory
 _MASK = (1 << 64) - 1
+_ROWS, _COLUMNS = 1, 2
+"""Different numbers for rows and for columns, so that a transposed matrix has another sum."""
 
 
-def tensor_sum(
-    tensor: Tensor, *, shape: Sequence[int], offset: Sequence[int], rounded_to: torch.dtype = torch.float32
-) -> int:
+def tensor_sum(tensor: Tensor, *, offset: Sequence[int], rounded_to: torch.dtype = torch.float32) -> int:
     """What one shard contributes to the sum of its tensor.
 
     Args:
-        tensor: The shard, bf16 or fp32. Equal values give equal sums in both.
-        shape: Shape of the whole tensor.
+        tensor: The shard, of one or two axes; bf16, fp16 or fp32. Equal values give equal sums in all.
         offset: Index of the shard's first element in the whole tensor, for each axis.
-        rounded_to: Dtype to which the values are rounded first.
+        rounded_to: Dtype to which the values are rounded first: fp32, which keeps them all, or bf16.
     """
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)  # read once, since a read waits for the GPU
-    rows = tensor.detach().reshape(tensor.size(0), -1)  # every weight has one or two axes
-    width, first_column = (shape[1], offset[1]) if len(shape) > 1 else (1, 0)
-    columns = torch.arange(rows.size(1), device=tensor.device) + first_column
+    rows = tensor.detach().reshape(tensor.size(0), -1)
+    of_rows = _odd_numbers(offset[0], rows.size(0), _ROWS, tensor.device)[:, None]
+    of_columns = _odd_numbers(offset[1] if len(offset) > 1 else 0, rows.size(1), _COLUMNS, tensor.device)
+    # The bits of a bf16 number are the upper half of the same number's bits in fp32; the lower half is zero.
+    half = torch.bfloat16 in (tensor.dtype, rounded_to)
     step = max(1, _BLOCK // max(1, rows.size(1)))
     for first in range(0, rows.size(0), step):
-        block = rows[first : first + step]
-        bits = block.to(rounded_to).float().contiguous().view(torch.int32).long()
-        place = (torch.arange(block.size(0), device=tensor.device) + first + offset[0])[:, None] * width + columns
-        total += (bits * _odd_number(place)).sum()
-    return int(total) & _MASK
+        block = rows[first : first + step].to(torch.bfloat16 if half else torch.float32).contiguous()
+        bits = block.view(torch.int16 if half else torch.int32)
+        total += ((bits * of_columns).sum(dim=1, keepdim=True) * of_rows[first : first + step]).sum()
+    return (int(total) << 16 if half else int(total)) & _MASK
 
 
-def _odd_number(place: Tensor) -> Tensor:
-    """A scrambled odd int64 for each position, by the finaliser of splitmix64, with overflow wrapping around."""
+def _odd_numbers(first: int, count: int, kind: int, device: torch.device) -> Tensor:
+    """A scrambled odd int64 for each place, by the finaliser of splitmix64, with overflow wrapping around. [count]"""
+    place = torch.arange(first, first + count, device=device) * 4 + kind
     mixed = place * -7046029254386353131 + 1442695040888963407
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
     return (mixed ^ (mixed >> 31)) | 1
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite.
+
+    A sum takes one pass, and is finite only if all numbers are. It may also overflow; then each number is looked at.
+    """
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def combine(sums: Mapping[str, int], description: ModelDescription) -> str:
@@ -75,6 +87,8 @@ def model_fingerprint(
     Raises:
         UserError: A weight is not finite; the sentence names the tensor.
     """
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
     local: dict[str, int] = {}
     broken = ""
     for sharded in sharded_tensors(sharded_state_dict):
@@ -83,10 +97,10 @@ def model_fingerprint(
         data = sharded.data
         if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
             data = data[: max(0, description.vocab_size - sharded.global_offset[0])]
-        if not torch.isfinite(data).all():
+        if not all_finite(data):
             broken = sharded.key
         if data.numel():
-            value = tensor_sum(data, shape=sharded.global_shape, offset=sharded.global_offset, rounded_to=rounded_to)
+            value = tensor_sum(data, offset=sharded.global_offset, rounded_to=rounded_to)
             local[sharded.key] = local.get(sharded.key, 0) + value
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (local, broken))
@@ -101,6 +115,9 @@ def model_fingerprint(
 
 def sharded_tensors(sharded_state_dict: Mapping[str, Any]) -> list[ShardedTensor]:
     """All tensor shards in a sharded state dict, with gate and up projections as separate shards."""
+    # Loaded late, because the processes of a conversion need no Megatron.
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
     parts = dict(sharded_state_dict)
     apply_factories(parts)
     found: list[ShardedTensor] = []

@@ -19,7 +19,7 @@ from tgdpo_megatron.errors import UserError, in_short
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, HF = "weights", "hf"
 
 # Files of a HuggingFace folder that are not weights and may be needed to use the model.
@@ -31,6 +31,9 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
 )
 
 

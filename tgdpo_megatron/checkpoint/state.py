@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from tgdpo_megatron.checkpoint.convert import CONTENT_METADATA
 from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
 from tgdpo_megatron.checkpoint.manifest import (
@@ -25,6 +24,7 @@ from tgdpo_megatron.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from tgdpo_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
 from tgdpo_megatron.model.gpt import PreferenceGPT
 

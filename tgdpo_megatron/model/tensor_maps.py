@@ -7,8 +7,8 @@ bit-exact. torch is imported only where tensors are joined, because the memory p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +43,31 @@ class TensorMap:
         """The HuggingFace tensors."""
         return [whole]
 
+    def blocks(self, most: int) -> Iterator[Block]:
+        """The tensor cut along its first axis, each block joined from rows of the HuggingFace tensors alone.
+
+        Args:
+            most: Rows of the Megatron tensor in a block; more only where fewer cannot be joined.
+        """
+        for first in range(0, self.shape[0], max(1, most)):
+            shape = (min(max(1, most), self.shape[0] - first), *self.shape[1:])
+            yield Block(replace(self, shape=shape, shapes=(shape,)), first, (first,))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a Megatron tensor.
+
+    Attributes:
+        tensor: How these rows are joined and taken apart. Its shapes are those of the rows.
+        first: Place of the first row in the Megatron tensor.
+        firsts: Place of the first row in each of the HuggingFace tensors that `tensor` names.
+    """
+
+    tensor: TensorMap
+    first: int
+    firsts: tuple[int, ...]
+
 
 class Stacked(TensorMap):
     """HuggingFace tensors one after another. Megatron splits each of them on its own over tensor-parallel ranks."""
@@ -54,6 +79,13 @@ class Stacked(TensorMap):
 
     def part(self, whole: Tensor) -> Sequence[Tensor]:
         return whole.split([shape[0] for shape in self.shapes])
+
+    def blocks(self, most: int) -> Iterator[Block]:
+        start = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            for block in same(self.key, name, shape).blocks(most):
+                yield Block(block.tensor, start + block.first, block.firsts)
+            start += shape[0]
 
 
 @dataclass(frozen=True)
@@ -74,6 +106,15 @@ class ByGroup(TensorMap):
         rows = [shape[0] // self.groups for shape in self.shapes]
         by_group = whole.reshape(self.groups, -1, *columns).split(rows, dim=1)
         return [piece.reshape(-1, *columns) for piece in by_group]
+
+    def blocks(self, most: int) -> Iterator[Block]:
+        rows = [shape[0] // self.groups for shape in self.shapes]  # of one group
+        step = max(1, most // sum(rows))
+        for first in range(0, self.groups, step):
+            groups = min(step, self.groups - first)
+            shapes = tuple((groups * count, *self.shape[1:]) for count in rows)
+            tensor = replace(self, shape=(groups * sum(rows), *self.shape[1:]), shapes=shapes, groups=groups)
+            yield Block(tensor, first * sum(rows), tuple(first * count for count in rows))
 
 
 def same(key: str, name: str, shape: tuple[int, ...], *, split: int | None = None) -> TensorMap:

@@ -1,0 +1,149 @@
+"""Megatron's checkpoint format, torch_dist, written and read some rows at a time, without a model or process group.
+
+Every block of rows is a tensor of its own in a .distcp file. So a rank that needs a part of a tensor reads the blocks
+that overlap it, and not the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from tgdpo_megatron.model.tensor_maps import Block
+
+CONTENT_METADATA = {"non_homogeneous_layers": True}
+"""Tells Megatron that every layer has keys of its own, and that layers are not stacked under one key."""
+
+StoredBlock = tuple[str, int, str, int, int]
+"""Where a block lies, in JSON types: key, first row, file, first byte, bytes."""
+
+
+def write_blocks(
+    folder: Path,
+    part: int,
+    blocks: Sequence[Block],
+    dtypes: dict[str, torch.dtype],
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[Block], Tensor],
+) -> list[StoredBlock]:
+    """Write one .distcp file, and wait for the disk.
+
+    Args:
+        part: Number of the file.
+        dtypes: Of the tensors, by key.
+        shapes: Of the whole tensors, by key.
+        read: Gives a block's tensor when it is about to be written.
+    """
+    writer = dcp.FileSystemWriter(folder)
+    plan = SavePlan([_write_item(block, dtypes, shapes) for block in blocks])
+    plan = writer.prepare_global_plan([SavePlan([])] * part + [plan])[part]  # gives the file its number
+    by_place = {(block.tensor.key, block.first): block for block in blocks}
+    written = writer.write_data(plan, _OnDemand(lambda key, first: read(by_place[key, first]))).value()
+    return [
+        (found.index.fqn, found.index.offset[0], info.relative_path, info.offset, info.length)
+        for found in written
+        for info in (found.storage_data,)
+    ]
+
+
+def write_index(
+    folder: Path,
+    blocks: Sequence[Block],
+    dtypes: dict[str, torch.dtype],
+    shapes: dict[str, tuple[int, ...]],
+    stored: Sequence[StoredBlock],
+) -> None:
+    """Make a folder of .distcp files a checkpoint that Megatron loads."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # late: writing needs none of it
+
+    items = [_write_item(block, dtypes, shapes) for block in blocks]
+    _, metadata = create_default_global_save_plan([SavePlan(items)])
+    results = [
+        WriteResult(_place(key, first, shapes[key]), length, _StorageInfo(file, offset, length))
+        for key, first, file, offset, length in stored
+    ]
+    dcp.FileSystemWriter(folder).finish(metadata, [results])
+    torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _place(key: str, first: int, shape: Sequence[int]) -> MetadataIndex:
+    return MetadataIndex(key, (first, *(0 for _ in shape[1:])))
+
+
+def _write_item(block: Block, dtypes: dict[str, torch.dtype], shapes: dict[str, tuple[int, ...]]) -> WriteItem:
+    key = block.tensor.key
+    place = _place(key, block.first, shapes[key])
+    assert place.offset is not None
+    return WriteItem(
+        place,
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            ChunkStorageMetadata(place.offset, torch.Size(block.tensor.shape)),
+            TensorProperties(dtype=dtypes[key]),
+            torch.Size(shapes[key]),
+        ),
+    )
+
+
+class _OnDemand(DefaultSavePlanner):
+    """A save planner that makes each block only when it is about to be written."""
+
+    def __init__(self, read: Callable[[str, int], Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.index.offset is not None
+        return self.read(write_item.index.fqn, write_item.index.offset[0])
+
+
+def read_rows(folder: Path, metadata: Any, key: str, first: int, shape: Sequence[int]) -> Tensor:
+    """Read rows of a tensor, which may lie in blocks of any shape.
+
+    Args:
+        metadata: The checkpoint's index, from read_metadata.
+        first: Place of the first row in the whole tensor.
+        shape: Of the rows.
+    """
+    stored = metadata.state_dict_metadata[key]
+    target = torch.empty(shape, dtype=stored.properties.dtype)
+    place = _place(key, first, shape)
+    assert place.offset is not None
+    wanted = ChunkStorageMetadata(place.offset, torch.Size(shape))
+    items = create_read_items_for_chunk_list(key, stored, [wanted])
+    if sum(item.lengths.numel() for item in items) != target.numel():
+        raise ValueError("the index does not cover the whole tensor")
+    reader = dcp.FileSystemReader(folder)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(LoadPlan(items), _Into(target)).wait()
+    return target
+
+
+class _Into(DefaultLoadPlanner):
+    """A load planner that knows of one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: Any) -> Tensor:
+        target = self.target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(axis, start, length)
+        return target
