@@ -21,9 +21,9 @@ from torch.nn import Module, Parameter
 from tqdm import tqdm
 
 from tgdpo_megatron.checkpoint.certificate import Certificate, agrees, config_hash, write_certificate
-from tgdpo_megatron.checkpoint.convert import MegatronWeights
-from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
 from tgdpo_megatron.checkpoint.safetensors import HfWeights
+from tgdpo_megatron.checkpoint.torch_dist import read_rows
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
@@ -41,7 +41,7 @@ _PACKAGES = ("torch", "transformers", "megatron-core")
 def certify(source: Path, folder: Path) -> Certificate:
     """Compare a checkpoint with the HuggingFace folder it was converted from, and write its certificate.
 
-    This process must not have process groups of its own.
+    This process must not have process groups, and must not see a GPU.
 
     Args:
         source: The HuggingFace folder.
@@ -93,7 +93,8 @@ def _huggingfaces(source: Path, description: ModelDescription, dtype: torch.dtyp
 
     def read(name: str) -> Tensor:
         tied = name == "lm_head.weight" and description.tie_word_embeddings
-        return weights.read("model.embed_tokens.weight" if tied else name).to(dtype)
+        stored = "model.embed_tokens.weight" if tied else name
+        return weights.rows(stored, 0, weights.shape(stored)[0]).to(dtype)
 
     with _progress(description, "HuggingFace's model") as done:
         _lend(model.eval(), read, done)
@@ -123,12 +124,16 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
         with torch.device("meta"):
             (model,) = build_model(description, transformer_config(description, config))
         keys = {name: part.key for name, part in sharded_model_state([model])["0"].items()}
-        weights = MegatronWeights(folder / WEIGHTS, family_of(description).tensors(description))
+        index = read_metadata(folder / WEIGHTS)
+        shapes = {tensor.key: tensor.shape for tensor in family_of(description).tensors(description)}
+        padded = {name: weight.shape for name, weight in model.named_parameters()}
 
         def read(name: str) -> Tensor:
-            # The vocabulary of the model is padded, that of the checkpoint is not.
-            value, shape = weights.read(keys[name]), dict(model.named_parameters())[name].shape
-            whole = value.new_zeros(shape)
+            key = keys[name]
+            value = read_rows(folder / WEIGHTS, index, key, 0, shapes[key])
+            if value.shape == padded[name]:
+                return value
+            whole = value.new_zeros(padded[name])  # the vocabulary of the model is padded, that of the checkpoint is not
             whole[: len(value)] = value
             return whole
 
@@ -142,29 +147,26 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
             summary=Summary(source="", pairs=1),
         )
         with _progress(description, "the converted model") as done:
-            _lend(model.eval(), read, done)
             if description.tie_word_embeddings:  # the head multiplies by it without calling the embedding
-                embedding = model.embedding.word_embeddings
-                embedding.weight = Parameter(read("embedding.word_embeddings.weight").float(), requires_grad=False)
+                weight = read("embedding.word_embeddings.weight").float()
+                model.embedding.word_embeddings.weight = Parameter(weight, requires_grad=False)
+            _lend(model.eval(), read, done)
             found: Tensor = model(make_batch(pair, [0]))[0]
     return found
 
 
 def _lend(model: Module, read: Callable[[str], Tensor], done: Callable[[int], Any]) -> None:
-    """Let each module of a model without weights have its own weights, in fp32, while it runs."""
+    """Let each module without weights have its own weights, in fp32, while it runs."""
     for name, module in model.named_modules():
-        own = [leaf for leaf, weight in module._parameters.items() if weight is not None]
-        if not own:
+        empty = {leaf: weight for leaf, weight in module._parameters.items() if weight is not None and weight.is_meta}
+        if not empty:
             continue
-        empty = {leaf: module._parameters[leaf] for leaf in own}
 
-        def bring(module: Module, _: Any, own: list[str] = own, prefix: str = name) -> None:
-            for leaf in own:
-                weight = module._parameters[leaf]
-                if weight is not None and weight.is_meta:
-                    value = read(f"{prefix}.{leaf}")
-                    done(value.numel())
-                    module._parameters[leaf] = Parameter(value.float(), requires_grad=False)
+        def bring(module: Module, _: Any, empty: dict[str, Any] = empty, prefix: str = name) -> None:
+            for leaf in empty:
+                value = read(f"{prefix}.{leaf}")
+                done(value.numel())
+                module._parameters[leaf] = Parameter(value.float(), requires_grad=False)
 
         def take_back(module: Module, _: Any, output: Any, empty: dict[str, Any] = empty) -> None:
             module._parameters.update(empty)
@@ -220,9 +222,8 @@ def _progress(description: ModelDescription, what: str) -> Iterator[Callable[[in
 
 def _hashes(source: Path) -> dict[str, str]:
     """SHA-256 of config.json and of every file of weights."""
-    names = ["config.json", *sorted(set(HfWeights(source).shard_of.values()))]
     hashes = {}
-    for name in names:
-        with (source / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in (source / "config.json", *HfWeights(source).files):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
