@@ -240,5 +240,10 @@ def _variables(template: str) -> list[str]:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    parsed = environment.parse(template)
     given = {*environment.globals, "raise_exception", "strftime_now"}
-    return sorted(meta.find_undeclared_variables(environment.parse(template)) - given)
+    # Jinja also counts what a template sets in one branch and reads in another. Such a name is meant to be given only
+    # where the template asks whether it was.
+    own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+    asked = {test.node.name for test in parsed.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    return sorted(meta.find_undeclared_variables(parsed) - given - (own - asked))

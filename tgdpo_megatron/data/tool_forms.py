@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tgdpo_megatron.data.rendering import TemplateFailure, TemplateRefusal
+from tgdpo_megatron.data.thinking import thought_of
 
 Turns = Sequence[Mapping[str, Any]]
 _NUMBER = 718_281_828
@@ -47,11 +48,13 @@ class _Marked:
             function["description"] = self.word(_TOOLS)
         return {**tool, "function": function}
 
-    def turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+    def turn(self, turn: Mapping[str, Any], *, is_answer: bool) -> dict[str, Any]:
         marked = dict(turn)
         if turn["role"] == "tool":
             marked["content"] = self.word(_RESULTS)
         if calls := turn.get("tool_calls"):
+            if is_answer and turn["content"].strip() and thought_of(turn) is None:
+                marked["content"] = self.word(_TEXT)
             marked["tool_calls"] = [
                 {
                     **call,
@@ -66,6 +69,7 @@ class _Marked:
 
 
 _TOOLS, _CALLS, _RESULTS = "tools", "calls of tools", "results of tools"
+_TEXT = "an answer's text beside calls of tools"
 
 
 def uses_tools(turns: Turns, tools: Sequence[Mapping[str, Any]]) -> bool:
@@ -78,6 +82,7 @@ def check_forms(render: Callable[[Turns, Sequence[Mapping[str, Any]]], str], tur
 
     Args:
         render: Renders turns and tools.
+        turns: A conversation that ends in an answer.
 
     Raises:
         TemplateRefusal: It leaves something out, or does not take the conversation.
@@ -85,7 +90,7 @@ def check_forms(render: Callable[[Turns, Sequence[Mapping[str, Any]]], str], tur
     marked = _Marked()
     others = [marked.tool(tool) for tool in tools]
     try:
-        text = render([marked.turn(turn) for turn in turns], others)
+        text = render([marked.turn(turn, is_answer=turn is turns[-1]) for turn in turns], others)
     except TemplateFailure as failure:
         raise TemplateRefusal(f"the chat template has no form for tools ({failure})") from failure
     for word, what in marked.words.items():
