@@ -148,6 +148,10 @@ def _asked(what: str, arguments: dict[str, Any]) -> Any:
                 ended.ending.join()
                 if ended.status != 0:  # 0: it was idle, and ended just now
                     raise UserError(_end(ended.status)) from None
+            except BaseException:  # such as Ctrl-C: the answer to this question must not be taken for that to the next
+                _child.connection.close()
+                _child = None
+                raise
     if kind == "done":
         return found
     raise {"refused": TemplateRefusal, "failed": TemplateFailure}.get(kind, UserError)(found)
