@@ -133,6 +133,23 @@ def test_deepseeks_distillations_think_on_from_the_prompt(chosen: Any, prepare: 
     assert second == "Let me guess.\n</think>\n\nIt is cold.<｜end▁of▁sentence｜>"
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_template_that_closes_the_block_of_plain_answers_opens_it_when_it_is_to_think(
+    thinks: bool, prepare: Callable[..., PreparedPairs]
+) -> None:
+    """As DeepSeek-V3.1's: `thinking` decides how the prompt ends, and rendered answers always begin with `</think>`."""
+    using = given(tokenizer_of("DeepSeek-R1-Distill"), thinking=thinks)
+    using.chat_template = using.chat_template.replace(
+        "'<｜Assistant｜>' + content", "'<｜Assistant｜></think>' + content"
+    )
+    opens = "{{ '<｜Assistant｜><think>' if thinking else '<｜Assistant｜></think>' }}"
+    using.chat_template = using.chat_template.replace("{{ '<｜Assistant｜><think>\\n' }}", opens)
+    answers = (THOUGHT, THOUGHT_ELSE) if thinks else ("It is warm.", "It is cold.")
+    prompt, chosen, _ = texts(using, prepare(using, spoken(*answers)))
+    assert prompt.endswith("<｜Assistant｜><think>" if thinks else "<｜Assistant｜></think>")
+    assert chosen == f"{THOUGHT.removeprefix('<think>') if thinks else 'It is warm.'}<｜end▁of▁sentence｜>"
+
+
 def test_an_answer_that_does_not_close_the_block_of_the_prompt_is_left_out(
     prepare: Callable[..., PreparedPairs],
 ) -> None:

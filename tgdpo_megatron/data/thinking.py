@@ -14,6 +14,7 @@ OPEN, CLOSE = "<think>", "</think>"
 MARKS = (OPEN, CLOSE)
 """They belong to an answer. Where a tokenizer counts them as special tokens, they still are no marks of turns."""
 _LEFT_OPEN = re.compile(rf"{OPEN}\s*$")
+_EMPTY = re.compile(rf"({OPEN}\s*)?{CLOSE}\s*$")
 _CLOSED = re.compile(rf"{CLOSE}\s*$")
 
 
@@ -34,6 +35,11 @@ def opened(prompt: str) -> str:
 def is_closed(prompt: str) -> bool:
     """Whether a prompt ends with a closed block, which tells the model not to think."""
     return _CLOSED.search(prompt) is not None
+
+
+def without_block(text: str) -> str:
+    """A text without an open, closed or empty block at its end, and without blanks there."""
+    return _LEFT_OPEN.sub("", _EMPTY.sub("", text)).rstrip()
 
 
 def keeps(said: str, prompt: str, answer: Mapping[str, Any]) -> bool:

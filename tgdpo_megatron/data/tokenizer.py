@@ -234,7 +234,8 @@ def _said(
     before, _, after = probed.rpartition(_PROBE)
     if thinking.is_closed(prompt_text) and thought:
         raise TemplateRefusal("an answer has a thinking block, and the prompt ends with a closed one")
-    if before.rstrip() != prompt_text.removesuffix(start).rstrip() or (thought is None and not start):
+    same = thinking.without_block(before) == thinking.without_block(prompt_text)
+    if not same or (thought is None and not start):
         raise UserError(
             "the chat template does not render the prompt the same way with and without an answer; "
             "give the tokenizer a template that does."
