@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -102,9 +101,7 @@ class _Child:
         import jinja2.ext  # noqa: F401
         import transformers.utils.chat_template_utils  # noqa: F401
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of other threads, whose locks the child does not need
-            self.pid = os.fork()
+        self.pid = os.fork()  # with a warning of Python 3.12 about other threads, whose locks the child does not need
         if self.pid == 0:
             try:
                 _serve(theirs)
