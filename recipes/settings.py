@@ -160,7 +160,7 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
                 f"{COMMAND_LINE}: {group}.{one} and {group}.{other} say the same in two ways; give one of them."
             )
     for change in changes:
-        config = load(config, _nested(change), where=COMMAND_LINE)
+        config = load(config, _nested(change, config), where=COMMAND_LINE)
     return config
 
 
@@ -259,7 +259,8 @@ def _read_experiment(path: Path) -> dict[str, Any]:
     return content
 
 
-def _nested(change: str) -> dict[str, Any]:
+def _nested(change: str, config: Config) -> dict[str, Any]:
+    """A change as groups of settings. `data.columns.prompt=ask` changes one entry of a setting that has several."""
     key, equals, text = change.partition("=")
     if not equals:
         raise UserError(f"{COMMAND_LINE}: '{change}' is not of the form key=value.")
@@ -270,6 +271,8 @@ def _nested(change: str) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     inner = nested
     *groups, name = key.split(".")
+    if len(groups) == 2 and isinstance(known := getattr(getattr(config, groups[0], None), groups[1], None), dict):
+        *groups, name, value = *groups, {**known, name: value}
     for group in groups:
         inner = inner.setdefault(group, {})
     inner[name] = value

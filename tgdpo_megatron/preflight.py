@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from tgdpo_megatron.data.parts import prepare_parts
 from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared
 from tgdpo_megatron.data.read import source_files
 from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
-from tgdpo_megatron.data.tokenizer import load_tokenizer, template_of
+from tgdpo_megatron.data.tokenizer import template_of, tokenizer_for
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.scores.contrastive import read_prompts
@@ -163,6 +164,12 @@ def _companion(
             raise UserError(
                 f"{folder}: the {role} has another {words} than the policy; token log-probs would not match."
             )
+    given, now = manifest.chat_template_kwargs, config.data.chat_template_kwargs
+    if given is not None and given != now:
+        raise UserError(
+            f"{folder}: the {role} was trained with data.chat_template_kwargs={json.dumps(given)} and this run has "
+            f"{json.dumps(now)}; token log-probs would not match."
+        )
     return manifest
 
 
@@ -242,7 +249,7 @@ def load_data(
     checkpoint = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
 
     def prepare() -> dict[str, Path]:
-        places = prepare_parts(config.data, load_tokenizer(checkpoint / HF, config.data.template), folder, quiet=quiet)
+        places = prepare_parts(config.data, tokenizer_for(checkpoint / HF, config.data), folder, quiet=quiet)
         for place in places.values():
             pairs = load_prepared(place)
             if pairs.summary.longest_sequence > description.max_position_embeddings:
@@ -306,7 +313,7 @@ def scores_of_part(config: Config, models: Models, part: str, pairs: PreparedPai
         name = "reward_file" if part == "train" or config.data.validation_share else "validation_reward_file"
         path = required(getattr(config.scores, name), f"scores.{name}", "a .jsonl file of token rewards")
         checkpoint = required(config.model.checkpoint, "model.checkpoint", "the checkpoint to start from")
-        values["reward"] = read_reward_file(path, pairs, load_tokenizer(checkpoint / HF, config.data.template))
+        values["reward"] = read_reward_file(path, pairs, tokenizer_for(checkpoint / HF, config.data))
     return TokenScores.of(pairs, values, found)
 
 
@@ -316,6 +323,7 @@ def scores_manifest(config: Config, models: Models, pairs: PreparedPairs) -> Sco
     return ScoresManifest(
         tokenizer=pairs.summary.tokenizer,
         template=pairs.summary.template,
+        chat_template_kwargs=pairs.summary.chat_template_kwargs,
         max_length=pairs.summary.max_length,
         precision=config.train.precision,
         reference=models.reference.weights if "reference" in config.loss.frozen_models else None,

@@ -139,6 +139,8 @@ def check_continues(start: Path | None, config: Config, identity: CheckpointMani
     for name, words in _IDENTITY.items():
         if getattr(before, name) != getattr(identity, name):
             raise UserError(f"{start}: the run had {words} than now; start a new run.")
+    if before.chat_template_kwargs not in (None, identity.chat_template_kwargs):
+        raise UserError(f"{start}: the run had other data.chat_template_kwargs than now; start a new run.")
     saved = _kept_settings(start)
     current = config.model_dump(mode="json")
     for group, names in _FIXED_IN_A_RUN.items():

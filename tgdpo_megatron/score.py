@@ -30,7 +30,7 @@ from tgdpo_megatron.config import Config, check_layout, on_device
 from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.tokenizer import load_tokenizer
+from tgdpo_megatron.data.tokenizer import tokenizer_for
 from tgdpo_megatron.engine import token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -137,7 +137,7 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         run(part, [_plain_work(part, plain)], 2 * len(part.lacking(plain)), "scoring")
         if prompts is not None:
             longest = describe(checkpoints["reference"]).max_position_embeddings
-            tokenizer = load_tokenizer(checkpoints["reference"] / HF, config.data.template)
+            tokenizer = tokenizer_for(checkpoints["reference"] / HF, config.data)
             blocks = _prompted_blocks(part, tokenizer, prompts, longest)
             run(
                 part,

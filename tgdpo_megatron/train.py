@@ -32,7 +32,7 @@ from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import Mix, global_batch, mix_of
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
-from tgdpo_megatron.data.tokenizer import AS_THEY_ARE, load_tokenizer, template_of
+from tgdpo_megatron.data.tokenizer import hash_of, template_of, tokenizer_for
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, StoppedError, in_short
 from tgdpo_megatron.pair_losses import PreferenceLoss
@@ -256,7 +256,7 @@ def _answer(run: _Run, ranks: Ranks, when: str) -> None:
     if not (run.config.train.report and run.config.report.samples) or run.validation is None:
         return
     run.engine.gather_weights()
-    tokenizer = load_tokenizer(_start_of(run.config) / HF, run.config.data.template)
+    tokenizer = tokenizer_for(_start_of(run.config) / HF, run.config.data)
     held_out = run.validation.pairs
     found = answer_held_out(run.engine.chunks, held_out, tokenizer, run.config, ranks.device)
     if ranks.is_first:
@@ -317,7 +317,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         warmup = run_folder.warmup_of(resumed_from) if resumed_from else None
         config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
         scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
-        identity = _identity(config, models, pairs, scores)
+        identity = _identity(config, models, pairs, scores, template)
         run_folder.check_continues(resumed_from, config, identity)
         initialize_model_parallel(config.parallel, config.train.seed)
         engine = build_engine(
@@ -375,9 +375,17 @@ def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
 
 
 def _identity(
-    config: Config, models: preflight.Models, data: PreparedPairs, scores: TokenScores | None
+    config: Config,
+    models: preflight.Models,
+    data: PreparedPairs,
+    scores: TokenScores | None,
+    template: str | None,
 ) -> CheckpointManifest:
-    """Identity of the run's checkpoints, without fingerprints of weights and iteration."""
+    """Identity of the run's checkpoints, without fingerprints of weights and iteration.
+
+    Args:
+        template: Text of the chat template that they get in place of the tokenizer's own.
+    """
     guidance = models.guidance.weights if models.guidance else None
     if guidance is None and scores is not None and scores.manifest is not None:
         guidance = scores.manifest.guidance
@@ -390,18 +398,13 @@ def _identity(
         weights="",
         dtype="bfloat16" if config.train.precision == "bf16" else "float32",
         tokenizer=models.policy.tokenizer,
-        template=_template_of(config, models, data),
+        template=models.policy.template if template is None else hash_of(template),
+        chat_template_kwargs=config.data.chat_template_kwargs,
         reference=models.reference.weights if "reference" in config.loss.frozen_models else None,
         guidance=guidance if "guidance" in config.loss.frozen_models else None,
         pairs_hash=data.summary.pairs_hash,
         rewards=rewards,
     )
-
-
-def _template_of(config: Config, models: preflight.Models, data: PreparedPairs) -> str | None:
-    """Hash of the chat template that checkpoints of the run carry: that of data.template where it names a file."""
-    given = config.data.template not in (None, AS_THEY_ARE)
-    return data.summary.template if given else models.policy.template
 
 
 def _name_samples(data: PreparedPairs, picked: Sequence[int] | np.ndarray) -> str:

@@ -74,12 +74,12 @@ def main() -> None:
         settings = changed(Config(data=DataConfig(max_length=parsed.max_length, format=parsed.format)), parsed.changes)
         from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
         from tgdpo_megatron.data.prepare import prepare_pairs
-        from tgdpo_megatron.data.tokenizer import load_tokenizer
+        from tgdpo_megatron.data.tokenizer import tokenizer_for
         from tgdpo_megatron.run_folder import check_writable
 
         read_manifest(parsed.checkpoint)
         check_writable(parsed.folder)
-        tokenizer = load_tokenizer(parsed.checkpoint / HF, settings.data.template)
+        tokenizer = tokenizer_for(parsed.checkpoint / HF, settings.data)
         pairs = prepare_pairs(settings.data, parsed.pairs, tokenizer, parsed.folder)
         print(report(pairs.summary))
 

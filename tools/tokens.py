@@ -82,9 +82,9 @@ def prepared(source: Path, tokenizer_from: Path, settings: DataConfig) -> tuple[
     folder = tokenizer_folder(tokenizer_from)
     if not is_prepared(source):
         read_pairs(source, settings.format, settings.columns)
-    from tgdpo_megatron.data.tokenizer import load_tokenizer
+    from tgdpo_megatron.data.tokenizer import tokenizer_for
 
-    tokenizer = load_tokenizer(folder, settings.template)
+    tokenizer = tokenizer_for(folder, settings)
     with tempfile.TemporaryDirectory() as made:
         return prepare_pairs(settings, source, tokenizer, Path(made)), tokenizer
 

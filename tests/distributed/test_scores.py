@@ -169,3 +169,66 @@ def test_adding_pairs_scores_only_these_and_leaves_what_is_there(
     added = [key for name in set(fourth) - set(third) for key in keys[name]]
     assert sorted(added) == sorted((pair, side, "guidance") for pair in pairs[:5] for side in (0, 1))
     load_scores(folder, data, both)
+
+
+POLITE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}"
+    "{% if polite and message['role'] == 'user' %} Please.{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_a_run_records_what_its_template_was_given_and_refuses_scores_made_with_anything_else(
+    checkpoint: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    import json
+
+    import yaml
+
+    from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
+    from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.data.tokenizer import load_tokenizer, template_hash
+
+    (tmp_path / "polite.jinja").write_text(POLITE)
+    data = {"train": str(pairs_file), "template": str(tmp_path / "polite.jinja")}
+    common = {"model": {"checkpoint": str(checkpoint)}, "data": {**data, "chat_template_kwargs": {"polite": True}}}
+    store = {"path": str(tmp_path / "scores")}
+    run_ranks("tests.support.jobs", "score_all", 1, recipe="dpo_tiny", jobs=[{**common, "scores": store}])
+    made = json.loads((tmp_path / "scores" / "train" / "manifest.json").read_text())
+    assert made["chat_template_kwargs"] == {"polite": True}
+
+    train = {"train_iters": 1, "global_batch_size": 2, "micro_batch_size": 1, "output": str(tmp_path / "run")}
+    others: list[dict[str, Any]] = [
+        {},
+        {"chat_template_kwargs": {"polite": False}},
+        {"chat_template_kwargs": {"po": 1}},
+    ]
+    jobs = [
+        {**common, "scores": store, "train": train},
+        *(
+            {**common, "data": {**data, **other}, "scores": store, "train": {**train, "output": str(tmp_path / "no")}}
+            for other in others
+        ),
+    ]
+    taken, *refused = run_ranks("tests.support.jobs", "train_each", 1, recipe="dpo_tiny", jobs=jobs)
+    assert taken == ""
+    this_run = ("{}", "{'polite': False}")
+    for sentence, now in zip(refused[:2], this_run, strict=True):
+        assert (
+            f"these scores were made with other data.chat_template_kwargs ({{'polite': True}}, this run has {now})"
+            in (sentence)
+        )
+    assert refused[2] == "data.chat_template_kwargs: the chat template does not read 'po'; it reads polite."
+    assert not (tmp_path / "no").exists()
+
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    manifest = read_manifest(saved)
+    assert manifest.chat_template_kwargs == {"polite": True}
+    kept = load_tokenizer(saved / HF)
+    assert kept.chat_template == POLITE and manifest.template == template_hash(kept), "the template itself is unchanged"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["chat_template_kwargs"] == {
+        "polite": True
+    }
+    (place,) = (tmp_path / "run" / "data").iterdir()
+    pairs = load_prepared(place)
+    assert "Please." in kept.decode(pairs.sequence(0, 0)[: pairs.prompt_lengths[0]])

@@ -435,3 +435,23 @@ def wait_for(ready: Callable[[], bool], *, seconds: float, job: psutil.Popen) ->
         assert job.poll() is None, f"ended with exit code {job.poll()}"
         assert time.monotonic() < end, f"nothing after {seconds} seconds"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("{{ 'a' * 10 ** 10 }}", "the chat template takes more than 1024 MiB of memory"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "the chat template did not finish a conversation within 10 seconds",
+        ),
+    ],
+    ids=["fills the memory", "loops"],
+)
+def test_a_template_that_means_harm_ends_the_program_in_one_sentence(
+    harm: str, words: str, train: Callable[..., Said], tmp_path: Path
+) -> None:
+    template = tmp_path / "harm.jinja"
+    template.write_text(harm)
+    assert_refused(train(f"data.template={template}"), f"data.template={template}: {words}")
+    assert not (tmp_path / "run").exists()

@@ -327,13 +327,14 @@ def test_a_prompt_in_hh_rlhfs_writing_becomes_turns(read: Callable[..., TextPair
     assert list(pair.messages) == [turn("user", "Hi"), turn("assistant", "Hello"), QUESTION]
 
 
-def test_tools_inside_openais_input_leave_the_row_out(read: Callable[..., TextPairs]) -> None:
+def test_tools_inside_openais_input_belong_to_the_pair(read: Callable[..., TextPairs]) -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
     row = {
-        "input": {"messages": [QUESTION], "tools": [{}]},
+        "input": {"messages": [QUESTION], "tools": [tool]},
         "preferred_output": [BLUE],
         "non_preferred_output": [GREEN],
     }
-    assert read([row]).dropped == {"tools belong to the row": [1]}
+    assert read([row]).pairs[0].tools == (tool,)
 
 
 def test_answers_that_repeat_the_prompt_are_taken_without_it(read: Callable[..., TextPairs]) -> None:
@@ -364,8 +365,13 @@ CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
     ("change", "reason"),
     [
         ({"prompt": [IMAGE]}, "a turn holds more than text"),
-        ({"chosen": [CALL]}, "a turn calls a tool or gives a tool's answer"),
-        ({"prompt": [QUESTION, CALL, turn("tool", "blue")]}, "a turn calls a tool or gives a tool's answer"),
+        ({"chosen": [turn("assistant", None, tool_calls=[{"name": 1}])]}, "a turn calls a tool in a form that is not"),
+        ({"prompt": [QUESTION, turn("tool_call", "look!")]}, "a turn calls a tool in a form that is not known"),
+        (
+            {"prompt": [turn("user", "Look.", tool_calls=CALL["tool_calls"])]},
+            "a turn that is not the assistant's calls",
+        ),
+        ({"prompt": [turn("system", "Be brief."), turn("tool", "blue")]}, "the user says nothing"),
         ({"prompt": [QUESTION, BLUE]}, "the turn before the answers is not the user's"),
         ({"prompt": []}, "the turn before the answers is not the user's"),
         ({"prompt": [QUESTION, *EARLIER, QUESTION]}, "a system turn is not the first"),
@@ -373,7 +379,8 @@ CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
         ({"rejected": [QUESTION]}, "an answer is not one assistant turn after the shared prompt"),
         ({"rejected": []}, "an answer is not one assistant turn after the shared prompt"),
         ({"images": ["sky.png"]}, "images, videos or sound belong to the row"),
-        ({"tools": [{"name": "look"}]}, "tools belong to the row"),
+        ({"tools": ["look"]}, "tools belong to the row, in a form that is not known"),
+        ({"tools": [{"title": "look"}]}, "tools belong to the row, in a form that is not known"),
         ({"chosen": [turn("assistant", "\ud83d")]}, "the text holds an incomplete character"),
     ],
 )
@@ -381,8 +388,78 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(
     change: dict[str, Any], reason: str, read: Callable[..., TextPairs]
 ) -> None:
     found = read([GOOD, GOOD | change, GOOD])
-    assert found.dropped == {reason: [2]}
+    ((said, rows),) = found.dropped.items()
+    assert said.startswith(reason) and rows == [2]
     assert [pair.row for pair in found.pairs] == [1, 3]
+
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("calling", "result"),
+    [
+        (turn("assistant", None, tool_calls=[{"id": "c1", **LOOK}]), turn("tool", "blue", tool_call_id="c1")),
+        ({"role": "assistant", "tool_calls": [LOOK]}, turn("tool", "blue")),
+        (turn("assistant", "", tool_calls=[{"function": LOOK["function"]}]), turn("ipython", "blue")),
+        (
+            turn("assistant", "", tool_calls=[{"function": {"name": "look", "arguments": '{"at": "sky"}'}}]),
+            turn("function", "blue", name="look"),
+        ),
+        (turn("assistant", "", function_call=LOOK["function"]), turn("tool", {"colour": "blue"})),
+        (said("function_call", '{"name": "look", "arguments": {"at": "sky"}}'), said("observation", "blue")),
+        (turn("tool_call", '{"name": "look", "arguments": "{\\"at\\": \\"sky\\"}"}'), turn("tool_response", "blue")),
+    ],
+    ids=["OpenAI", "no content", "no type", "arguments as text", "function_call", "LLaMA-Factory", "ms-swift"],
+)
+def test_calls_and_results_are_read_in_the_forms_that_people_write(
+    calling: dict[str, Any], result: dict[str, Any], read: Callable[..., TextPairs]
+) -> None:
+    (pair,) = read([GOOD | {"prompt": [QUESTION, calling, result]}]).pairs
+    asked, called, told = pair.messages
+    assert (asked, called["role"], called["content"], told["role"]) == (QUESTION, "assistant", "", "tool")
+    assert [{key: call[key] for key in ("type", "function")} for call in called["tool_calls"]] == [LOOK]
+    assert told["content"] == ("blue" if result.get("content") != {"colour": "blue"} else '{"colour": "blue"}')
+
+
+def test_calls_that_follow_each_other_are_one_turn(read: Callable[..., TextPairs]) -> None:
+    """As ms-swift writes calls that are made at once."""
+    calls = [turn("tool_call", json.dumps({"name": "look", "arguments": {"at": at}})) for at in ("sky", "sea")]
+    (pair,) = read([GOOD | {"prompt": [QUESTION, *calls, turn("tool", "blue"), turn("tool", "green")]}]).pairs
+    assert [len(one.get("tool_calls", [])) for one in pair.messages] == [0, 2, 0, 0]
+
+
+@pytest.mark.parametrize("written", [[SCHEMA], json.dumps([SCHEMA]), [SCHEMA["function"]], [json.dumps(SCHEMA)]])
+def test_tools_are_read_as_schemas(written: Any, read: Callable[..., TextPairs]) -> None:
+    assert read([GOOD | {"tools": written}]).pairs[0].tools == (SCHEMA,)
+
+
+def test_an_answer_may_end_in_a_call_and_have_a_thought(read: Callable[..., TextPairs]) -> None:
+    chosen = turn("assistant", "Let me look.", tool_calls=[LOOK], reasoning_content="I cannot see.")
+    (pair,) = read([GOOD | {"chosen": [chosen]}]).pairs
+    assert pair.answers == (chosen, GREEN)
+    assert {"look", "sky", "I cannot see."} <= set(pair.texts)
+
+
+def test_conversations_with_calls_share_their_prompt(read: Callable[..., TextPairs]) -> None:
+    before = [QUESTION, turn("assistant", "", tool_calls=[LOOK]), turn("tool", "blue")]
+    (pair,) = read([{"chosen": [*before, BLUE], "rejected": [*before, GREEN]}]).pairs
+    assert (len(pair.messages), pair.chosen, pair.rejected) == (3, "Blue.", "Green.")
+
+
+def test_a_table_that_fills_calls_with_nulls_gives_the_same_pairs(
+    read: Callable[..., TextPairs], tmp_path: Path
+) -> None:
+    """Arrow gives every call the arguments of all others, and every turn the fields of all others."""
+    import pyarrow
+    from pyarrow import parquet
+
+    other = {"type": "function", "function": {"name": "listen", "arguments": {"to": "rain"}}}
+    prompts = [[QUESTION, turn("assistant", "", tool_calls=[call]), turn("tool", "blue")] for call in (LOOK, other)]
+    rows = [GOOD | {"prompt": prompt, "tools": [SCHEMA]} for prompt in prompts]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert read_pairs(tmp_path / "pairs.parquet").pairs == read(rows).pairs
 
 
 def test_empty_columns_for_images_and_tools_change_nothing(read: Callable[..., TextPairs]) -> None:

@@ -76,6 +76,24 @@ def test_a_frozen_model_with_another_tokenizer_is_refused(
         preflight.check_models(config)
 
 
+@pytest.mark.parametrize("role", ["reference", "guidance"])
+def test_a_frozen_model_whose_run_gave_its_template_something_else_is_refused(
+    role: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that was only converted goes with anything."""
+    kwargs = {"enable_thinking": False}
+    other = edited(checkpoint, tmp_path / "other", "manifest.json", chat_template_kwargs=kwargs)
+    config = Config(model=ModelConfig(checkpoint=checkpoint, **{role: other}))
+    with pytest.raises(
+        UserError, match=rf"the {role} was trained with data.chat_template_kwargs=.*this run has {{}}; "
+    ):
+        preflight.check_models(config)
+    config.data.chat_template_kwargs = kwargs
+    assert preflight.check_models(config)
+    plain = ModelConfig(checkpoint=checkpoint, **{role: edited(checkpoint, tmp_path / "plain", "manifest.json")})
+    assert preflight.check_models(config.model_copy(update={"model": plain}))
+
+
 def test_a_vocabulary_that_is_only_padded_differently_is_no_other_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
     """The tokenizer is the same; such a model can be scored, but not ride in the policy's pipeline."""
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", vocab_size=1000)

@@ -17,7 +17,15 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.run_folder import check_continues, check_output, keep_settings, newest_checkpoint
 
 IDENTITY = CheckpointManifest(
-    weights="w", dtype="float32", tokenizer="t", template="c", reference="r", guidance="g", pairs_hash="p", iteration=2
+    weights="w",
+    dtype="float32",
+    tokenizer="t",
+    template="c",
+    reference="r",
+    guidance="g",
+    pairs_hash="p",
+    iteration=2,
+    chat_template_kwargs={},
 )
 
 
@@ -103,6 +111,7 @@ def test_a_run_whose_settings_were_damaged_is_not_continued(stopped: tuple[Path,
         ("reference", "another reference"),
         ("guidance", "another guid"),
         ("rewards", "other contrastive prompts or another reward file"),
+        ("chat_template_kwargs", "other data.chat_template_kwargs"),
     ],
 )
 def test_a_run_is_not_continued_with_other_data_or_frozen_weights(

@@ -35,6 +35,8 @@ _COMPANIONS = (
     "merges.txt",
     "added_tokens.json",
 )
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer's other templates, such as one for tools."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class CheckpointManifest:
     tokenizer: str | None
     """tokenizer_hash, or None where the model came without a tokenizer."""
     template: str | None
-    """template_hash, or None where the model came without a tokenizer."""
+    """Hash of the chat template that the checkpoint carries, or None where the model came without a tokenizer."""
     iteration: int | None = None
     """Optimizer steps, for a checkpoint of a run."""
     reference: str | None = None
@@ -59,6 +61,9 @@ class CheckpointManifest:
     """Hash of the run's training pairs."""
     rewards: str | None = None
     """Hash of the contrastive prompts, or of the reward file, that the run's token rewards come from."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The run's data.chat_template_kwargs, which whoever uses the model has to give the template again. None for a
+    checkpoint that was converted."""
     weights_bf16: str = ""
     """Fingerprint of the weights rounded to bf16, which is how a bf16 run loads them."""
     format: int = FORMAT
@@ -177,6 +182,8 @@ def copy_companions(source: Path, target: Path, template: str | None = None) -> 
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if template is None:
+        if (source / _MORE_TEMPLATES).is_dir():
+            shutil.copytree(source / _MORE_TEMPLATES, target / _MORE_TEMPLATES, dirs_exist_ok=True)
         return
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = target / "tokenizer_config.json"

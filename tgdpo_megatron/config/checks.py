@@ -102,6 +102,11 @@ def complete(config: Config, *, where: str) -> Config:
 def _check_sources(config: Config, where: str) -> None:
     """Check that the settings of files of pairs fit each other."""
     data = config.data
+    if data.template == "none" and data.chat_template_kwargs:
+        raise UserError(
+            f"{where}: data.template=none takes texts as they are and reads no data.chat_template_kwargs; leave one of "
+            "them out."
+        )
     files = len(data.sources)
     if data.validation is not None and data.validation_share is not None:
         raise UserError(

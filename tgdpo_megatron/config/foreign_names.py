@@ -118,6 +118,13 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ),
     ("template", (LLAMA_FACTORY, SWIFT), "data.template", "the model's own by default, or a file; not a name"),
     ("use_chat_template", (SWIFT,), "data.template", "false is none here"),
+    (
+        "enable_thinking",
+        (LLAMA_FACTORY, SWIFT),
+        "data.chat_template_kwargs",
+        "one of the template's arguments, such as {enable_thinking: false}",
+    ),
+    ("policy.tokenizer.chat_template_kwargs", (NEMO,), "data.chat_template_kwargs", ""),
     ("columns", (SWIFT,), "data.columns", "the other way round: from the name that is known here to the file's column"),
     (
         "data.train.prompt_key data.train.chosen_key data.train.rejected_key",

@@ -53,7 +53,7 @@ ALTERNATIVES = (
 
 
 def _reason(error: Any) -> str:
-    text: str = error["msg"]
+    text: str = error["msg"].removeprefix("Value error, ")
     return text[0].lower() + text[1:]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, create_model
 
 from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
 from tgdpo_megatron.losses import LOSSES, Loss, Option
@@ -237,6 +238,30 @@ class ScoresConfig(_Group):
         return self.source == "cached" if self.source else self.path is not None
 
 
+_GIVEN_ANYWAY = frozenset(
+    {
+        *("self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "kwargs"),
+        *("conversations", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+        *("mask_token", "additional_special_tokens"),
+    }
+)
+"""Arguments of apply_chat_template, and what it gives every template itself."""
+
+
+def _template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
+        if name in _GIVEN_ANYWAY:
+            raise ValueError(f"'{name}' is given to the template by the program itself, leave it out")
+        if not name.isidentifier():
+            raise ValueError(f"'{name}' is no name of a variable")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, (dict, list)) or (isinstance(one, float) and not math.isfinite(one)):
+                raise ValueError(f"'{name}' must be a text, a number, true, false, null, or a list of these")
+    return given
+
+
 class DataConfig(_Group):
     """Preference pairs, and how they become tokens."""
 
@@ -273,6 +298,11 @@ class DataConfig(_Group):
     """Chat template that turns a conversation into text: a file (`FILE.jinja`), or `none` to take prompts and responses
     as they are, for texts in which the template is written already. Default: the tokenizer's own. Checkpoints of the
     run keep the template."""
+    chat_template_kwargs: Annotated[dict[str, JsonValue], AfterValidator(_template_kwargs)] = Field(
+        default_factory=dict
+    )
+    """What the chat template is given in every rendering, such as {enable_thinking: false} for Qwen3's: texts, numbers,
+    true, false, null, or lists of these. An argument that the template does not read is refused."""
     special_tokens: Literal["refuse", "drop", "keep"] = "refuse"
     """What becomes of a pair whose texts hold a special token of the tokenizer or a mark of a chat template, such as
     `<|im_end|>`. `refuse`: the program stops and names the row. `drop`: the pair is left out. `keep`: the text is

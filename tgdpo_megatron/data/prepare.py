@@ -22,16 +22,19 @@ from safetensors.numpy import load_file, save
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
 from tgdpo_megatron.data.read import place, source_files
+from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.data.tokenizer import (
     AS_THEY_ARE,
-    TemplateRefusal,
     check_template,
     encode_prompt,
     encode_response,
+    kwargs_of,
+    render,
     special_tokens,
     template_hash,
     tokenizer_hash,
 )
+from tgdpo_megatron.data.tool_forms import check_forms, uses_tools
 from tgdpo_megatron.data.truncation import fit
 from tgdpo_megatron.errors import UserError, in_short
 
@@ -66,6 +69,8 @@ class Summary:
     """Histograms of the kept pairs' `prompt`, `chosen` and `rejected`: bin in tokens (`17-32`) -> pairs."""
     tokenizer: str = ""
     template: str = ""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template was given. The hash `template` holds it too."""
     max_length: int = 0
     truncation: str = ""
     special_tokens: str = ""
@@ -244,6 +249,7 @@ def _check_shapes(prepared: PreparedPairs, folder: Path) -> None:
 def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: DataConfig) -> None:
     expected = {
         "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template_kwargs": kwargs_of(tokenizer),
         "template": template_hash(tokenizer),
         "max_length": config.max_length,
         "truncation": config.truncation,
@@ -255,7 +261,7 @@ def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: Data
         expected["renamed"] = config.columns
     for name, value in expected.items():
         if getattr(summary, name) != value:
-            setting = "data.columns" if name == "renamed" else name
+            setting = {"renamed": "data.columns", "chat_template_kwargs": "data.chat_template_kwargs"}.get(name, name)
             raise UserError(f"{source}: the prepared pairs were made with another {setting}; prepare them again.")
 
 
@@ -283,6 +289,7 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, config: DataConfig
         dropped={reason: list(rows) for reason, rows in texts.dropped.items()},
         tokenizer=tokenizer_hash(tokenizer),
         template=template_hash(tokenizer),
+        chat_template_kwargs=kwargs_of(tokenizer),
         max_length=config.max_length,
         truncation=config.truncation,
         special_tokens=config.special_tokens,
@@ -301,7 +308,8 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, config: DataConfig
         prompt_lengths.append(len(prompt))
         hashes.append(pair_hash(len(prompt), both))
         rows.append(text.row)
-        prompts.append(hashlib.sha256(json.dumps(text.messages).encode()).digest()[:8])
+        asked = [text.messages, text.tools] if text.tools else text.messages
+        prompts.append(hashlib.sha256(json.dumps(asked).encode()).digest()[:8])
     if not sequences:
         reasons = "; ".join(f"{len(dropped)} dropped: {reason}" for reason, dropped in summary.dropped.items())
         raise UserError(f"{source}: no pair is left to train on ({reasons}; the data is read as {texts.format}).")
@@ -344,8 +352,9 @@ def _encode(
         _Dropped: The pair is left out, and why.
         UserError: A text holds a special token, and data.special_tokens refuses that.
     """
-    if not text.chosen.strip() or not text.rejected.strip():
-        raise _Dropped(f"the {'rejected' if text.chosen.strip() else 'chosen'} response is empty")
+    for side, answer in zip(("chosen", "rejected"), text.answers, strict=True):
+        if not answer["content"].strip() and not answer.get("tool_calls"):
+            raise _Dropped(f"the {side} response is empty")
     if config.template != AS_THEY_ARE and config.special_tokens != "keep":
         found = next(filter(None, map(special.search, text.texts)), None)
         if found and config.special_tokens == "drop":
@@ -361,10 +370,16 @@ def _encode(
         prompt, responses = encode_text(tokenizer, text)
     except TemplateRefusal as refusal:
         raise _Dropped(str(refusal)) from None
+    except UserError as error:
+        raise UserError(f"{place(Path(summary.source), text.row)}: {error}") from error
     cut = fit(prompt, responses, config.max_length, config.truncation, tokenizer.bos_token_id)
     if cut is None:
         raise _Dropped(_too_long(config))
     kept, (chosen, rejected) = cut
+    if text.tools and config.truncation == "prompt_left" and len(kept) < len(prompt):
+        raise _Dropped(
+            f"a prompt with tools does not fit data.max_length={config.max_length}, and is not cut; raise it"
+        )
     if chosen == rejected:
         raise _Dropped("chosen and rejected are the same")
     summary.prompts_cut += len(kept) < len(prompt)
@@ -377,10 +392,14 @@ def encode_text(tokenizer: Any, text: TextPair) -> tuple[list[int], list[list[in
 
     Raises:
         UserError: As encode_prompt and encode_response.
+        TemplateRefusal: As they, or the template leaves out what has to do with tools.
     """
-    rendered, prompt = encode_prompt(tokenizer, text.messages)
-    answers = (text.chosen, text.rejected)
-    return prompt, [encode_response(tokenizer, text.messages, rendered, answer) for answer in answers]
+    for answer in text.answers:
+        if uses_tools(turns := [*text.messages, answer], text.tools):
+            check_forms(lambda turns, tools: render(tokenizer, turns, tools), turns, text.tools)
+    rendered, prompt = encode_prompt(tokenizer, text.messages, text.tools)
+    responses = [encode_response(tokenizer, text.messages, rendered, answer, text.tools) for answer in text.answers]
+    return prompt, responses
 
 
 def _too_long(config: DataConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class ScoresManifest:
     """Fingerprint of the reference weights."""
     guidance: str | None = None
     """Fingerprint of the guidance weights."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the chat template was given; None for scores of an earlier version. The hash `template` holds it too."""
     prompts: str | None = None
     """Hash of the contrastive prompts."""
     format: int = FORMAT

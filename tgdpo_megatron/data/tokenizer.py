@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data import rendering, thinking
+from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.errors import UserError, in_short
 
 DATE = "26 Jul 2024"
@@ -24,15 +27,17 @@ _AS_THEY_ARE = (
 )
 
 
-def load_tokenizer(folder: Path, template: str | None = None) -> Any:
+def load_tokenizer(folder: Path, template: str | None = None, template_kwargs: Mapping[str, Any] | None = None) -> Any:
     """Load a fast tokenizer from a local folder, never from a hub and never with remote code.
 
     Args:
         template: As data.template: a file with the chat template to use, `none` for texts that are taken as they are,
             or None for the tokenizer's own template, if it has one.
+        template_kwargs: As data.chat_template_kwargs: what every rendering gives the template.
 
     Raises:
-        UserError: No tokenizer in the folder, one that cannot be loaded, or a template that cannot be read.
+        UserError: No tokenizer in the folder, one that cannot be loaded, a template that cannot be read, or an argument
+            that the template does not read.
     """
     from transformers import AutoTokenizer
 
@@ -45,7 +50,50 @@ def load_tokenizer(folder: Path, template: str | None = None) -> Any:
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({in_short(error)}).") from error
     if template is not None:
         tokenizer.chat_template = _AS_THEY_ARE if template == AS_THEY_ARE else read_template(Path(template))
+    if template_kwargs:
+        _check_kwargs(tokenizer, template_kwargs)
+        # It belongs to the template, and wherever that is used it must be given: so it goes along with the tokenizer.
+        tokenizer.chat_template_kwargs = dict(template_kwargs)
     return tokenizer
+
+
+def tokenizer_for(folder: Path, data: DataConfig) -> Any:
+    """The tokenizer in a folder, with the template and its arguments that the settings of the data give it.
+
+    Raises:
+        UserError: As load_tokenizer.
+    """
+    return load_tokenizer(folder, data.template, data.chat_template_kwargs)
+
+
+def kwargs_of(tokenizer: Any) -> dict[str, Any]:
+    """What every rendering gives the tokenizer's chat template: the data.chat_template_kwargs it was loaded with."""
+    found: dict[str, Any] = getattr(tokenizer, "chat_template_kwargs", {})
+    return found
+
+
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+"""Variables that a rendering sets itself."""
+
+
+def _check_kwargs(tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """Refuse an argument that the template does not read: it would change nothing but the hash.
+
+    Raises:
+        UserError: There is no template, it has a mistake, or it does not read an argument.
+    """
+    templates = tokenizer.chat_template
+    if not templates:
+        raise UserError("data.chat_template_kwargs: the tokenizer has no chat template that could read them.")
+    texts = templates.values() if isinstance(templates, Mapping) else [templates]
+    read = {name for text in texts for name in rendering.variables_of(text)}
+    settable = sorted(read - _GIVEN - set(tokenizer.special_tokens_map))
+    for name in given:
+        if name not in settable:
+            raise UserError(
+                f"data.chat_template_kwargs: the chat template does not read '{name}'; "
+                + (f"it reads {', '.join(settable)}." if settable else "it reads nothing that can be set.")
+            )
 
 
 def template_of(setting: str | None) -> str | None:
@@ -85,19 +133,24 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """SHA-256 of the chat template and of the date that the template is given."""
-    return hashlib.sha256(json.dumps([tokenizer.chat_template, DATE], sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the chat template, of the date that the template is given, and of data.chat_template_kwargs."""
+    return hash_of(tokenizer.chat_template, kwargs_of(tokenizer))
 
 
-class TemplateRefusal(UserError):
-    """The chat template does not accept a conversation, such as one with a system turn."""
+def hash_of(template: str | Mapping[str, str] | None, kwargs: Mapping[str, Any] | None = None) -> str:
+    """As template_hash, of a template: its text, or text by name."""
+    identity = [template, DATE, kwargs] if kwargs else [template, DATE]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[str, list[int]]:
     """Render and tokenise the turns before an answer, with the answer's header.
 
     Args:
-        messages: Turns of `role` and `content`. The last is from the user.
+        messages: Turns as chat templates take them. The last is from the user or from a tool.
+        tools: What the model may call, as JSON schemas.
 
     Returns:
         The text, and its ids, with exactly one BOS if the template or the tokenizer adds one.
@@ -105,7 +158,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tupl
     Raises:
         TemplateRefusal: The template does not take these turns.
     """
-    text = _render(tokenizer, messages, add_generation_prompt=True)
+    text = render(tokenizer, messages, tools, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -119,7 +172,11 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tupl
 
 
 def encode_response(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt_text: str, response: str
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    prompt_text: str,
+    response: str | Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Ids of the assistant's turn, from its first token to the token that closes it.
 
@@ -129,18 +186,16 @@ def encode_response(
     Args:
         messages: The turns before the answer.
         prompt_text: The text that encode_prompt rendered from them.
+        response: The text of the answer, or the whole turn where it also has tool_calls or reasoning_content.
+        tools: As for encode_prompt.
 
     Raises:
         UserError: The template renders the prompt differently once there is an answer, or nothing closes the turn.
-        TemplateRefusal: The template does not take these turns.
+        TemplateRefusal: The template does not take these turns, or leaves no way to write the answer as the model does.
     """
-    text = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
-    if not text.startswith(prompt_text):
-        raise UserError(
-            "the chat template does not render the prompt the same way with and without an answer; "
-            "give the tokenizer a template that does."
-        )
-    ids: list[int] = tokenizer(text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
+    answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
+    said = _said(tokenizer, messages, prompt_text, answer, tools)
+    ids: list[int] = tokenizer(said, add_special_tokens=False)["input_ids"]
     special = special_ids(tokenizer)
     last_special = max((place for place, token in enumerate(ids) if token in special), default=-1)
     if last_special >= 0 and not tokenizer.decode(ids[last_special + 1 :]).strip():
@@ -150,6 +205,46 @@ def encode_response(
             "the chat template closes no turn and the tokenizer has no end-of-sequence token; give it either one."
         )
     return [*ids, tokenizer.eos_token_id]
+
+
+_PROBE = "zq-answer-zq"
+"""An answer that no template changes, and that is found again in what a template writes."""
+
+
+def _said(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    prompt_text: str,
+    answer: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]],
+) -> str:
+    """What the model writes after the prompt, its thinking block included, and what the template writes after that.
+
+    A template that drops the block from the answer, or has opened it in the prompt, renders something else than the
+    model writes. Then the answer is taken as it stands, between the prompt and what the template writes after answers.
+
+    Raises:
+        UserError, TemplateRefusal: As encode_response.
+    """
+    text = render(tokenizer, [*messages, answer], tools)
+    if text.startswith(prompt_text) and thinking.keeps(text[len(prompt_text) :], prompt_text, answer):
+        return text[len(prompt_text) :]
+    thought, start = thinking.thought_of(answer), thinking.opened(prompt_text)
+    probed = render(tokenizer, [*messages, {"role": "assistant", "content": _PROBE}], tools)
+    before, _, after = probed.rpartition(_PROBE)
+    if thinking.is_closed(prompt_text) and thought:
+        raise TemplateRefusal("an answer has a thinking block, and the prompt ends with a closed one")
+    same = thinking.without_block(before) == thinking.without_block(prompt_text)
+    if not same or (thought is None and not start):
+        raise UserError(
+            "the chat template does not render the prompt the same way with and without an answer; "
+            "give the tokenizer a template that does."
+        )
+    if thought is None:
+        raise TemplateRefusal("the prompt opens a thinking block, and an answer does not close it")
+    if answer.get("tool_calls") or (answer.get("reasoning_content") and not start):
+        raise TemplateRefusal("the chat template drops the thinking block of an answer")
+    return thinking.as_written(prompt_text, answer) + after
 
 
 def check_template(tokenizer: Any) -> None:
@@ -166,8 +261,10 @@ def check_template(tokenizer: Any) -> None:
         )
     turn, answer = {"role": "user", "content": "a"}, "answer"
     prompt_text, _ = encode_prompt(tokenizer, [turn])
-    if answer not in _render(tokenizer, [turn, {"role": "assistant", "content": answer}]).removeprefix(prompt_text):
+    if answer not in render(tokenizer, [turn, {"role": "assistant", "content": answer}]).removeprefix(prompt_text):
         raise UserError("the chat template loses the assistant's answer; give data.template=FILE.jinja that writes it.")
+    if thinking.opened(prompt_text):
+        answer = f"a\n{thinking.CLOSE}\n\n{answer}"
     if encode_response(tokenizer, [turn], prompt_text, answer)[0] in special_ids(tokenizer):
         raise UserError(
             "the chat template ignores add_generation_prompt, so the header of an answer would be learned as its "
@@ -209,26 +306,40 @@ MARKS = (
 
 
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the texts of the tokenizer's special tokens, and marks of chat templates."""
-    return re.compile("|".join(map(re.escape, (*special_texts(tokenizer), *MARKS))))
+    """Finds the texts of the tokenizer's special tokens, and marks of chat templates, but no thinking blocks."""
+    texts = [text for text in (*special_texts(tokenizer), *MARKS) if text not in thinking.MARKS]
+    return re.compile("|".join(map(re.escape, texts)))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of the special tokens."""
-    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    """Ids of the special tokens, without those that begin and end thinking blocks, which are part of an answer."""
+    return {
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special and added.content not in thinking.MARKS
+    }
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-    from jinja2 import TemplateError, TemplateSyntaxError
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text that the tokenizer's chat template makes of a conversation.
 
+    Raises:
+        UserError: As rendering.render, or several templates of which none is the usual one.
+    """
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=DATE, **options)
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template has a mistake in line {error.lineno} ({error.message}); mend it."
-        ) from error
-    except TemplateError as error:
-        raise TemplateRefusal(f"the chat template refuses the conversation ({error})") from error
-    except Exception as error:  # a template is a program: it can fail like one
-        raise UserError(f"the chat template fails ({type(error).__name__}: {in_short(error)}); mend it.") from error
-    return text
+        template = tokenizer.get_chat_template(None, list(tools) or None)
+    except ValueError as error:
+        raise UserError(f"the tokenizer has no chat template to use ({in_short(error)}).") from error
+    return rendering.render(
+        template,
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        variables={**tokenizer.special_tokens_map, "date_string": DATE, **kwargs_of(tokenizer)},
+    )

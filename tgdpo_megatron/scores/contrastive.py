@@ -107,13 +107,17 @@ def contrastive_sequences(
     prompt_lengths, shown, keys, too_long = [], [], [], []
     for pair, text in zip(pairs, texts, strict=True):
         check_text(data, pair, text, tokenizer)
-        *before, last = text.messages
+        # The last turn may be a tool's, which stays as it is.
+        asked = max(place for place, turn in enumerate(text.messages) if turn["role"] == "user")
         for side, response in enumerate((text.chosen, text.rejected)):
             ids = data.sequence(pair, side)[data.prompt_lengths[pair] :]
+            if text.beside[side]:  # a thinking block or a call of a tool, as the template writes it
+                response = tokenizer.decode(ids, skip_special_tokens=True)
             prompted = {}
             for kind in PROMPT_KINDS:
-                turn = {"role": last["role"], "content": prompts.turn(kind, last["content"], response)}
-                prompted[kind] = encode_prompt(tokenizer, [*before, turn])[1]
+                turns = list(text.messages)
+                turns[asked] = {"role": "user", "content": prompts.turn(kind, turns[asked]["content"], response)}
+                prompted[kind] = encode_prompt(tokenizer, turns, text.tools)[1]
             names = [Key(data.hashes[pair].tobytes(), side, kind) for kind in PROMPT_KINDS]
             if max(map(len, prompted.values())) + len(ids) > longest:
                 too_long += names  # both kinds, since a reward is their difference

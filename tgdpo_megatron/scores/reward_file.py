@@ -122,7 +122,8 @@ def _from_spans(spans: list[Any], ids: np.ndarray, tokenizer: Any, response: str
     """Rewards of a response's tokens: the mean over the characters of each token. [tokens] fp32.
 
     Args:
-        response: The text whose characters the spans count. The chat template may have removed blanks at its ends.
+        response: The text whose characters the spans count. The chat template may have removed blanks at its ends, or
+            written a thinking block or a call of a tool beside it, whose tokens get 0.
     """
     of_character, given = np.zeros(len(response)), np.zeros(len(response), bool)
     for start, end, number in spans:
@@ -133,13 +134,20 @@ def _from_spans(spans: list[Any], ids: np.ndarray, tokenizer: Any, response: str
         of_character[start:end], given[start:end] = number, True
     learned: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     encoded = tokenizer(learned, add_special_tokens=False, return_offsets_mapping=True)
-    before = response.find(learned)
-    if before < 0 or encoded["input_ids"] != ids[: len(encoded["input_ids"])].tolist():
+    text = response.strip()
+    before, after = response.find(learned), learned.rfind(text) if text else -1
+    if max(before, after) < 0 or encoded["input_ids"] != ids[: len(encoded["input_ids"])].tolist():
         raise UserError(
             f"{where}: tokenising its text again gives other tokens, so spans cannot be used; give one number for each "
             "token."
         )
+    of_learned = np.zeros(len(learned))
+    if before >= 0:
+        of_learned[:] = of_character[before : before + len(learned)]
+    else:
+        first = response.find(text)
+        of_learned[after : after + len(text)] = of_character[first : first + len(text)]
     rewards = np.zeros(len(ids), np.float32)
     for place, (start, end) in enumerate(encoded["offset_mapping"]):
-        rewards[place] = of_character[before + start : before + end].mean() if end > start else 0.0
+        rewards[place] = of_learned[start:end].mean() if end > start else 0.0
     return rewards

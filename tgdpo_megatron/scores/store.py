@@ -185,6 +185,7 @@ def check_belongs(found: ScoresManifest, expected: ScoresManifest, folder: Path)
     """
     words = {
         "tokenizer": "another tokenizer",
+        "chat_template_kwargs": "other data.chat_template_kwargs",
         "template": "another chat template",
         "max_length": "another data.max_length",
         "precision": "another train.precision",

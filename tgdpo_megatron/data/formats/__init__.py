@@ -2,7 +2,7 @@
 
 A format is a set of column names with the kind of value in each column (table.py). The first row decides which format a
 source has, and every row is checked against that format. A row with values of the wrong kind is an error that names the
-row. A row that is well formed but cannot be trained on (tool calls, images, a tie) is left out and counted.
+row. A row that is well formed but cannot be trained on (images, a tie) is left out and counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from tgdpo_megatron.config import FormatName
 from tgdpo_megatron.data.formats.recognition import Ambiguous, format_of, recognise, renamed
 from tgdpo_megatron.data.formats.table import FORMATS, SYSTEM, Format
-from tgdpo_megatron.data.formats.values import KINDS, Malformed, Row, Turn, Unusable, kind_of, read_optional
+from tgdpo_megatron.data.formats.tools import read_tools, strings_of
+from tgdpo_megatron.data.formats.values import KINDS, Answer, Malformed, Row, Turn, Unusable, kind_of, read_optional
 from tgdpo_megatron.data.read import place, read_rows
 from tgdpo_megatron.errors import UserError
 
@@ -24,23 +25,41 @@ __all__ = ["FORMATS", "TextPair", "TextPairs", "Turn", "read_pairs"]
 
 @dataclass(frozen=True)
 class TextPair:
-    """One conversation up to the user's last turn, with a chosen and a rejected answer.
+    """One conversation up to the turn before the answers, with a chosen and a rejected answer.
 
     Attributes:
-        messages: The turns before the answers. Only the first may be a system turn, and the last is from the user.
+        messages: The turns before the answers. Only the first may be a system turn, and the last is from the user or
+            from a tool.
         chosen, rejected: Text of the assistant's next turn.
         row: Number of the pair's line in a .jsonl file, else of its row, from 1.
+        tools: What the model may call, as JSON schemas.
+        beside: What the chosen and the rejected answer have beside their text: `reasoning_content`, `tool_calls`.
     """
 
     messages: tuple[Turn, ...]
     chosen: str
     rejected: str
     row: int
+    tools: tuple[dict[str, Any], ...] = ()
+    beside: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+
+    @property
+    def answers(self) -> tuple[Turn, Turn]:
+        """The chosen and the rejected answer as turns."""
+        texts = (self.chosen, self.rejected)
+        first, second = (
+            {"role": "assistant", "content": text, **more} for text, more in zip(texts, self.beside, strict=True)
+        )
+        return first, second
 
     @property
     def texts(self) -> list[str]:
-        """All texts of the pair: every turn and both answers."""
-        return [*(turn["content"] for turn in self.messages), self.chosen, self.rejected]
+        """All texts of the pair: every turn and both answers, then what they have beside, and tools."""
+        more = [{key: turn[key] for key in turn if key not in ("role", "content")} for turn in self.messages]
+        said = [*(turn["content"] for turn in self.messages), self.chosen, self.rejected]
+        return [*said, *strings_of([value for one in (*more, *self.beside) for value in one.values()])] + strings_of(
+            self.tools
+        )
 
 
 @dataclass(frozen=True)
@@ -104,10 +123,18 @@ def _pair(form: Format, number: int, row: Any) -> TextPair:
             raise Malformed(f"'{column}' must hold {kind}, found {kind_of(row[column])}")
     if any(row.get(column) for column in ("images", "videos", "audios")):
         raise Unusable("images, videos or sound belong to the row")
-    if row.get("tools") not in (None, "", "[]", []):
-        raise Unusable("tools belong to the row")
-    turns, chosen, rejected = form.read(row)
-    return _checked(TextPair((*_system(form, row, turns), *turns), chosen, rejected, number))
+    tools = read_tools(form.tools(row))
+    turns, *answers = form.read(row)
+    (chosen, *_), (rejected, *_) = both = [_parts(answer) for answer in answers]
+    messages = (*_system(form, row, turns), *turns)
+    return _checked(TextPair(messages, chosen, rejected, number, tools, (both[0][1], both[1][1])))
+
+
+def _parts(answer: Answer) -> tuple[str, dict[str, Any]]:
+    """The text of an answer, and what it has beside."""
+    if isinstance(answer, str):
+        return answer, {}
+    return answer["content"], {key: value for key, value in answer.items() if key not in ("role", "content")}
 
 
 def _system(form: Format, row: Row, turns: list[Turn]) -> list[Turn]:
@@ -118,8 +145,10 @@ def _system(form: Format, row: Row, turns: list[Turn]) -> list[Turn]:
 
 def _checked(pair: TextPair) -> TextPair:
     roles = [turn["role"] for turn in pair.messages]
-    if roles[-1:] != ["user"]:
+    if roles[-1:] not in (["user"], ["tool"]):
         raise Unusable("the turn before the answers is not the user's")
+    if "user" not in roles:
+        raise Unusable("the user says nothing")
     if "system" in roles[1:]:
         raise Unusable("a system turn is not the first")
     try:

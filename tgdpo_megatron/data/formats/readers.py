@@ -6,23 +6,21 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tgdpo_megatron.data.formats.turns import only_answer, read_answer, read_prompt, read_turns
 from tgdpo_megatron.data.formats.values import (
+    Answer,
     Malformed,
     Row,
     Turn,
     Unusable,
     number,
-    only_answer,
-    read_answer,
     read_optional,
-    read_prompt,
     read_text,
-    read_turns,
     shared_length,
     split_transcript,
 )
 
-Conversation = tuple[list[Turn], str, str]
+Conversation = tuple[list[Turn], Answer, Answer]
 """Turns before the answers, chosen, rejected."""
 
 
@@ -94,8 +92,6 @@ def rejected_beside_messages(row: Row, *, rejected: str) -> Conversation:
 
 def openai_preference(row: Row) -> Conversation:
     """OpenAI's format for preference fine-tuning."""
-    if row["input"].get("tools"):
-        raise Unusable("tools belong to the row")
     turns = read_turns("input", row["input"]["messages"])
     chosen, rejected = (read_answer(name, row[name], turns) for name in ("preferred_output", "non_preferred_output"))
     return turns, chosen, rejected
@@ -103,10 +99,10 @@ def openai_preference(row: Row) -> Conversation:
 
 def lmflow(row: Row) -> Conversation:
     """Each conversation is an object with `messages`, and perhaps a `system` text and `tools`."""
+    if row["chosen"].get("tools") != row["rejected"].get("tools"):
+        raise Unusable("the two conversations have different tools")
     conversations = []
     for column in ("chosen", "rejected"):
-        if any(row[column].get("tools") or []):
-            raise Unusable("tools belong to the row")
         conversations.append([*_system_turn(row[column].get("system")), *read_turns(column, row[column]["messages"])])
     return _shared_turns(*conversations)
 

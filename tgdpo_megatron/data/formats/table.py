@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import tgdpo_megatron.data.formats.readers as readers
 from tgdpo_megatron.config import FormatName
@@ -20,6 +21,7 @@ class Format:
         columns: Column -> kind of its values, one of KINDS.
         read: Makes a conversation of a row whose columns are of these kinds.
         optional: Columns that are read if the row has them.
+        tools: Where the row has the tools that the model may call.
         lacks_prompt: Whether a row shows no prompt. Where another column might be the prompt, such a row is not
             recognised.
     """
@@ -28,6 +30,7 @@ class Format:
     read: Callable[[Row], Conversation]
     optional: tuple[str, ...] = ("system", "system_prompt")
     lacks_prompt: Callable[[Row], bool] = lambda row: False
+    tools: Callable[[Row], Any] = lambda row: row.get("tools")
 
     def fits(self, row: Row) -> bool:
         """Whether the row has every column, with a value of its kind."""
@@ -168,9 +171,12 @@ FORMATS: dict[FormatName, Sequence[Format]] = {
             {"input": "conversation", "preferred_output": "turns", "non_preferred_output": "turns"},
             readers.openai_preference,
             optional=(),
+            tools=lambda row: row["input"].get("tools"),
         ),
     ],
-    "lmflow": [Format(_answers("conversation"), readers.lmflow, optional=())],
+    "lmflow": [
+        Format(_answers("conversation"), readers.lmflow, optional=(), tools=lambda row: row["chosen"].get("tools")),
+    ],
     "vertex_gemini": [
         Format(
             {"contents": "turns", "completions": "scored turns"},

@@ -1,4 +1,4 @@
-"""The kinds of values that a column can hold, and how they become turns and texts."""
+"""The kinds of values that a column can hold, and how they become texts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Turn = dict[str, str]
-"""`role` (system, user or assistant) and `content`, as chat templates take them."""
+Turn = dict[str, Any]
+"""A turn as chat templates take it: `role` (system, user, assistant or tool) and `content`, a text. An assistant's turn
+may also have `reasoning_content`, a text, and `tool_calls`; a tool's turn `tool_call_id` and `name`."""
+Answer = str | Turn
+"""The assistant's turn that follows a prompt: its text, or the whole turn where it holds more than text."""
 Row = Mapping[str, Any]
 
 
@@ -27,12 +30,17 @@ TURN_KEYS = (("role", "content"), ("from", "value"), ("from", "content"), ("role
 """Names that a turn gives to its speaker and its text."""
 
 
-def _turn_keys(value: Any) -> tuple[str, str] | None:
-    return next((keys for keys in TURN_KEYS if set(keys) <= value.keys()), None) if isinstance(value, dict) else None
+def turn_keys(value: Any) -> tuple[str, str] | None:
+    """The names that a turn gives to its speaker and its text; None for what is no turn."""
+    if not isinstance(value, dict):
+        return None
+    if "role" in value and value.get("tool_calls"):  # it may say nothing beside
+        return TURN_KEYS[0]
+    return next((keys for keys in TURN_KEYS if set(keys) <= value.keys()), None)
 
 
 def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_turn_keys, value))
+    return isinstance(value, list) and all(map(turn_keys, value))
 
 
 def _is_list_of(item: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -54,7 +62,7 @@ def _is_candidates(value: Any) -> bool:
 KINDS: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "turns": _is_turns,
-    "turn": lambda value: _turn_keys(value) is not None,
+    "turn": lambda value: turn_keys(value) is not None,
     "number": lambda value: number(value) is not None,
     "string or turns": lambda value: isinstance(value, str) or _is_turns(value),
     "string, turn or turns": lambda value: KINDS["string or turns"](value) or KINDS["turn"](value),
@@ -104,27 +112,6 @@ ROLES = {
     **{"system": "system", "user": "user", "human": "user"},
     **{"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant"},
 }
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
-
-
-def read_turns(column: str, values: Sequence[Any]) -> list[Turn]:
-    """Turns as chat templates take them.
-
-    Raises:
-        Malformed: A role that is not known, or a text that is none.
-        Unusable: A turn that calls a tool or holds more than text.
-    """
-    return [_turn(column, value) for value in values]
-
-
-def _turn(column: str, value: Row) -> Turn:
-    role_key, text_key = _turn_keys(value) or TURN_KEYS[0]
-    role, content = value[role_key], value[text_key]
-    if role in TOOL_ROLES or value.get("tool_calls"):
-        raise Unusable("a turn calls a tool or gives a tool's answer")
-    if not isinstance(role, str) or role not in ROLES:
-        raise Malformed(f"'{column}' has a turn of {role_key} {role!r}; known are {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": read_text(f"'{column}' has a turn whose {text_key}", content)}
 
 
 def read_text(what: str, content: Any) -> str:
@@ -137,26 +124,6 @@ def read_text(what: str, content: Any) -> str:
     if len(texts) < len(content):
         raise Unusable("a turn holds more than text")
     return "".join(read_text(f"{what} part", piece) for piece in texts)
-
-
-def read_prompt(column: str, value: Any) -> list[Turn]:
-    """The turns before the answers: a string is one user turn."""
-    return [{"role": "user", "content": value}] if isinstance(value, str) else read_turns(column, value)
-
-
-def read_answer(column: str, value: Any, prompt: list[Turn]) -> str:
-    """The text of an answer: a string, a turn, or turns that may repeat the prompt."""
-    if isinstance(value, str):
-        return value
-    found = read_turns(column, value if isinstance(value, list) else [value])
-    return only_answer(found[len(prompt) :] if found[: len(prompt)] == prompt else found)
-
-
-def only_answer(turns: list[Turn]) -> str:
-    """The text of the one assistant turn that there is."""
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise Unusable("an answer is not one assistant turn after the shared prompt")
-    return turns[0]["content"]
 
 
 def split_transcript(text: str) -> list[Turn]:
