@@ -147,7 +147,9 @@ def find_models(config: Config) -> dict[str, sources.Source]:
     required(config.model.checkpoint, "model.checkpoint", "the model to start from")
     found = sources.find_models(config, run_folder.kept_commits(config))
     for source in found.values():
-        if not source.is_converted:
+        if source.is_converted:
+            read_manifest(source.folder, with_index=False)
+        else:
             _check_unconverted(source)
     if all(source.is_converted for source in found.values()):
         check_models(
@@ -161,15 +163,19 @@ def find_models(config: Config) -> dict[str, sources.Source]:
 
 
 def _check_unconverted(source: sources.Source) -> None:
-    """Refuse a HuggingFace folder that lacks something, before anything of it is read through."""
-    read_description(source.folder)
-    if (missing := sources.missing_file(source.folder)) is not None:
+    """Refuse a HuggingFace folder that lacks something, before its weights are read."""
+    try:
+        read_description(source.folder)
+        missing = sources.missing_file(source.folder)
+    except UserError as error:
+        raise source.refusal(str(error)) from None
+    if missing is not None:
         raise UserError(
-            f"{source.folder}: no {missing} there; only weights in safetensors files are read, since others would "
-            "have to be unpickled."
+            f"{source.given}: no {missing} there; other formats than safetensors are not read, because they would have "
+            "to be unpickled."
         )
     if not (source.folder / "tokenizer.json").is_file():
-        raise UserError(f"{source.folder}: no tokenizer.json there; save the tokenizer beside the model.")
+        raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
 
 
 def convert_models(config: Config, *, quiet: bool = False) -> tuple[Config, dict[str, sources.Source]]:

@@ -49,6 +49,10 @@ class Source:
     def __str__(self) -> str:
         return f"{self.given} (commit {self.commit})" if self.commit else str(self.given)
 
+    def refusal(self, sentence: str) -> UserError:
+        """What is wrong with the folder, said of the model as the user knows it."""
+        return UserError(sentence.replace(str(self.folder.absolute()), str(self)).replace(str(self.folder), str(self)))
+
     @property
     def is_converted(self) -> bool:
         """Whether this is a Megatron checkpoint, or a folder that must be refused as one; not a HuggingFace folder."""
@@ -205,7 +209,7 @@ def _convert(source: Source, target: Path, lock: int, *, quiet: bool) -> None:
             program.terminate()
             raise
     if code == USER_ERROR and error:
-        raise UserError(error.replace(str(source.folder.absolute()), str(source.given)))
+        raise source.refusal(error)
     if code < 0:
         raise UserError(
             f"{source.given}: the conversion was ended by {signal.Signals(-code).name}; where that is SIGKILL, memory "
