@@ -65,8 +65,13 @@ def snapshot(named: HubId, patterns: Sequence[str], is_whole: Callable[[Path], b
     if (cached := cached_snapshot(named)) is not None and is_whole(cached):
         return cached
     check_reachable(named)
-    print(f"{named.given}: downloading from {endpoint()}", flush=True)
+    tell_of_download(named)
     return download(named, patterns, ignored=["*/*"])
+
+
+def tell_of_download(named: HubId) -> None:
+    """Say that files are downloaded; on stderr, since stdout may be a program's result."""
+    print(f"{named.given}: downloading from {endpoint()}", file=sys.stderr, flush=True)
 
 
 def download(named: HubId, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:

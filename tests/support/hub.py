@@ -73,9 +73,10 @@ def put_into_cache(repo: Repo, cache: Path, only: tuple[str, ...] | None = None)
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
-    (root / "refs").mkdir(exist_ok=True)
     for tag in repo.tags:
-        (root / "refs" / tag).write_text(repo.commit)
+        ref = root / "refs" / tag
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(repo.commit)
     return folder
 
 
@@ -110,7 +111,7 @@ class Hub:
         if repo is None:
             return 401, {"X-Error-Code": "RepoNotFound"}, b'{"error": "Repository not found"}'
         what, _, rest = rest[len(repo.name) :].strip("/").partition("/")
-        revision, _, name = rest.partition("/")
+        revision, name = map(unquote, rest.partition("/")[::2])
         if what and revision not in (*repo.tags, repo.commit):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error": "Invalid rev id"}'
         if what in ("", "revision"):
@@ -141,7 +142,7 @@ def serve(*repos: Repo) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def respond(self) -> None:
-            path = unquote(urlsplit(self.path).path)
+            path = urlsplit(self.path).path  # still quoted: a revision may hold a slash
             hub.requests.append(f"{self.command} {path}")
             status, headers, body = hub.answer(self.command, path, self.headers.get("Authorization"))
             self.send_response(status)

@@ -171,7 +171,7 @@ def converted(source: Source, *, quiet: bool = False) -> Path:
     with locked(target.with_name(f"{name}.lock"), waiting) as lock:
         if not (target / "manifest.json").is_file():
             if not quiet:
-                print(f"{source.given}: converting once, to {target}", flush=True)
+                print(f"{source.given}: converting once, to {target}", file=sys.stderr, flush=True)
             _convert(source, target, lock, quiet=quiet)
     return target
 

@@ -64,10 +64,11 @@ class ModelConfig(_Group):
     `ORGANISATION/NAME@REVISION`), a Megatron checkpoint, or the folder of a run. HuggingFace models are converted once,
     into the cache folder."""
     reference: Path | None = None
-    """Frozen reference checkpoint. Default: `model.checkpoint`, from which the policy starts. Given in the same ways."""
-    guidance: Path | None = None
-    """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward. Given in the same
+    """Frozen reference checkpoint. Default: `model.checkpoint`, from which the policy starts. It is given in the same
     ways."""
+    guidance: Path | None = None
+    """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward. It is given in
+    the same ways."""
 
 
 class ParallelConfig(_Group):

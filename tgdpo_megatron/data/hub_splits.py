@@ -72,7 +72,7 @@ def find_split(wanted: HubSplit) -> Found:
             if all((cached / name).is_file() for name in names):
                 return _keep(wanted, cached, names)
     hub.check_reachable(wanted.named)
-    print(f"{wanted.named.given}: downloading from {hub.endpoint()}", flush=True)
+    hub.tell_of_download(wanted.named)
     card = hub.download(wanted.named, [_CARD])
     commit = replace(wanted.named, revision=card.name)  # the branch may move meanwhile
     names = _choose(wanted, card, hub.list_files(commit))
