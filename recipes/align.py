@@ -1,11 +1,11 @@
 """From a start model to an aligned one: guidance, token scores, training and export in one command.
 
-python -m recipes.align (--recipe NAME | --conf FILE) model.checkpoint=FOLDER data.train=PAIRS [train.output=FOLDER]
+python -m recipes.align (--recipe NAME | --conf FILE) model.checkpoint=MODEL data.train=PAIRS [train.output=FOLDER]
                         [--nproc-per-node N] [key=value ...] [guidance.key=value ...]
 
 Each stage is one of the programs that are also run by hand, and its command is printed as it runs. Stages that the
-settings make unnecessary are left out: a HuggingFace folder is converted first, a guidance model is trained only where
-the loss needs one and model.guidance names none, and tokens are scored only where the loss reads scores from files.
+settings make unnecessary are left out: a guidance model is trained only where the loss needs one and model.guidance
+names none, and tokens are scored only where the loss reads scores from files.
 Stopped or failed, the same command goes on where it was. Settings of data, parallel and train go to all stages, all
 others to the training alone; guidance.optimizer.lr=1e-6 and the like go to the training of the guidance alone.
 """
@@ -27,7 +27,7 @@ from typing import Any
 from recipes.settings import RECIPES, Command, read_command_line
 from tgdpo_megatron.config import check_batch_layout, check_layout
 from tgdpo_megatron.errors import USER_ERROR, UserError, one_sentence_errors
-from tgdpo_megatron.preflight import check_pairs
+from tgdpo_megatron.preflight import PAIRS, check_pairs, find_models, required
 from tgdpo_megatron.report.terminal import Loudness
 from tgdpo_megatron.run_folder import REPORT, check_writable, is_finished
 
@@ -86,7 +86,9 @@ def align(arguments: Sequence[str]) -> None:
 
 
 def _check_early(command: Command, stages: Sequence[Stage]) -> None:
-    """Refuse what a later stage would refuse, as far as settings and pairs show it, before the first one runs.
+    """Refuse what a later stage would refuse, as far as settings, models and pairs show it, before the first one runs.
+
+    What is on a hub is downloaded.
 
     Raises:
         UserError: As the programs of the stages.
@@ -97,6 +99,7 @@ def _check_early(command: Command, stages: Sequence[Stage]) -> None:
             check_layout(given.config, world_size=given.processes)
             if stage.module == "recipes.train":
                 check_batch_layout(given.config, world_size=given.processes)
+    find_models(command.config)
     check_pairs(command.config, batch=command.config.train.global_batch_size)
 
 
@@ -111,20 +114,14 @@ def stages_of(command: Command, of_guidance: Sequence[str], output: Path) -> lis
         UserError: The start model or the pairs are not given, or a guidance model cannot be trained.
     """
     config = command.config
-    start = _required(config.model.checkpoint, "model.checkpoint", "the model to start from")
-    for source in config.data.sources:
-        _required(source, "data.train", "")
-    if not config.data.sources:
-        _required(None, "data.train", "a file, or a saved datasets folder, of preference pairs")
+    start = required(config.model.checkpoint, "model.checkpoint", "the model to start from")
+    required(next(iter(config.data.sources), None), "data.train", PAIRS)
     ranks = [f"--nproc-per-node={command.processes}"] if command.processes > 1 else []
     loudness = {Loudness.QUIET: ["--quiet"], Loudness.VERBOSE: ["--verbose"]}.get(command.loudness, [])
     policy = [f"--conf={command.conf}" if command.conf else f"--recipe={command.recipe}", *ranks]
     policy += [text for text in command.changes if text.partition("=")[0] not in _OWN]
     stages = []
 
-    if (start / "config.json").is_file() and not (start / "manifest.json").is_file():
-        hf_start, start = start, output / "start"
-        stages.append(Stage("start", "tools.convert_hf_to_megatron", (str(hf_start), str(start)), made=start))
     models = [f"model.checkpoint={start}"]
     models += [f"model.reference={config.model.reference}"] if config.model.reference else []
 
@@ -186,14 +183,6 @@ _OWN = (
     *("train.output", "train.resume", "scores.path"),
 )
 """Settings that this program gives to each stage."""
-
-
-def _required(value: Path | None, key: str, purpose: str) -> Path:
-    if value is None:
-        raise UserError(f"{key} is not set; give {purpose}.")
-    if not value.exists():
-        raise UserError(f"{key}={value}: no such file or folder.")
-    return value
 
 
 def _guidance_recipe(recipe: str) -> str:

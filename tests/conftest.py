@@ -26,6 +26,12 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Models that tests convert stay out of the user's cache."""
+    os.environ["TGDPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """Numbers computed in float64 by an independent program, gradients checked by finite differences."""

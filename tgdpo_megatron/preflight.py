@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgdpo_megatron import run_folder
+from tgdpo_megatron.checkpoint import sources
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.formats import read_pairs
@@ -19,6 +22,7 @@ from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
 from tgdpo_megatron.data.tokenizer import template_of, tokenizer_for
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
+from tgdpo_megatron.model.families import read_description
 from tgdpo_megatron.scores.contrastive import read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.scores.store import check_belongs, load_scores, read_scores_manifest
@@ -51,6 +55,8 @@ def required(value: Path | None, key: str, purpose: str) -> Path:
     return value
 
 
+PAIRS = "a file of preference pairs, a saved datasets folder, or a data set on a hub"
+"""What data.train asks for."""
 SMALL_SOURCE = 64 * 2**20
 """Largest size in bytes of a source of pairs that is read once more before torch is loaded."""
 
@@ -58,15 +64,17 @@ SMALL_SOURCE = 64 * 2**20
 def check_files(config: Config, *, batch: int | None = None) -> None:
     """Check what can be checked of all input files before torch is loaded, which takes seconds.
 
+    Models and data sets on a hub are downloaded for it.
+
     Args:
         batch: Pairs of an optimizer step, for a training.
 
     Raises:
-        UserError: A checkpoint, a file of pairs or rewards, or a template that is missing or cannot be used.
+        UserError: A model, a file of pairs or rewards, or a template that is missing or cannot be used.
     """
-    check_models(config, with_index=False)
+    found = find_models(config)
     if batch is not None:
-        carried_checkpoints(config)
+        carried_checkpoints(sources.with_folders(config, {role: source.folder for role, source in found.items()}))
         required(config.train.output, "train.output", "a folder for this run")
     check_pairs(config, batch=batch)
     for name in ("reward_file", "validation_reward_file", "contrastive_prompts"):
@@ -81,7 +89,7 @@ def check_files(config: Config, *, batch: int | None = None) -> None:
 
 def _check_train_is_given(config: Config) -> None:
     given = next(iter(config.data.sources), None)
-    required(given, "data.train", "a file, or a saved datasets folder, of preference pairs")
+    required(given, "data.train", PAIRS)
 
 
 def _count_early(config: Config, source: Path) -> int | None:
@@ -126,6 +134,82 @@ def check_batch_fits(config: Config, counts: Sequence[int], batch: int) -> None:
     if batch > pairs:
         files = " and ".join(map(str, config.data.sources))
         raise UserError(f"train.global_batch_size={batch} is more than the {pairs} pairs of {files}; lower it.")
+
+
+def find_models(config: Config) -> dict[str, sources.Source]:
+    """Find every model that the configuration names, and check what can be checked before a conversion.
+
+    Returns:
+        Role -> where the model was found.
+
+    Raises:
+        UserError: A model that is missing or cannot be used, or does not fit the layout.
+    """
+    required(config.model.checkpoint, "model.checkpoint", "the model to start from")
+    found = sources.find_models(config, run_folder.kept_commits(config))
+    for source in found.values():
+        if source.is_converted:
+            read_manifest(source.folder, with_index=False)
+        else:
+            _check_unconverted(source)
+    if all(source.is_converted for source in found.values()):
+        check_models(
+            sources.with_folders(config, {role: source.folder for role, source in found.items()}), with_index=False
+        )
+    else:
+        description = describe(found["checkpoint"].folder)
+        check_model_layout(description, config.parallel)
+        check_fp8_sizes(description, config)
+    return found
+
+
+def _check_unconverted(source: sources.Source) -> None:
+    """Refuse a HuggingFace folder that lacks something, before its weights are read."""
+    try:
+        read_description(source.folder)
+        missing = sources.missing_file(source.folder)
+    except UserError as error:
+        raise source.refusal(str(error)) from None
+    if missing is not None:
+        raise UserError(
+            f"{source.given}: no {missing} there; other formats than safetensors are not read, because they would have "
+            "to be unpickled."
+        )
+    if not (source.folder / "tokenizer.json").is_file():
+        raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
+
+
+def convert_models(config: Config, *, quiet: bool = False) -> tuple[Config, dict[str, sources.Source]]:
+    """Find every model, and convert those that are not yet, each once.
+
+    Args:
+        quiet: Whether to leave out the progress.
+
+    Returns:
+        The settings with the folder of a Megatron checkpoint for every model, and where each model was found.
+
+    Raises:
+        UserError: As find_models, or what the conversion refuses.
+    """
+    found = find_models(config)
+    folders = {role: sources.converted(source, quiet=quiet) for role, source in found.items()}
+    return sources.with_folders(config, folders), found
+
+
+def models_on_every_rank(
+    config: Config, ranks: Ranks, *, quiet: bool = False
+) -> tuple[Config, dict[str, sources.Source]]:
+    """As convert_models, done by the first rank. Collective.
+
+    A rank whose machine does not see the first rank's cache uses its own: it finds and converts the models as well.
+    """
+    from tgdpo_megatron.platform.processes import on_first_rank  # late: it loads torch
+
+    located: Config
+    located, found = on_first_rank(ranks, partial(convert_models, config, quiet=quiet))
+    if all(getattr(located.model, role).is_dir() for role in found):
+        return located, found
+    return convert_models(config, quiet=quiet)
 
 
 def check_models(config: Config, *, with_index: bool = True) -> Models:

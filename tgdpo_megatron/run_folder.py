@@ -1,6 +1,7 @@
 """The folder of a run: whether it can be used, where a run continues, what must not change when it does.
 
-FOLDER/config.yaml                resolved settings
+FOLDER/config.yaml                resolved settings, with the models as they were named
+FOLDER/sources.json               where each model was found: its commit on a hub, its Megatron checkpoint
 FOLDER/data/                      tokenised pairs
 FOLDER/metrics.jsonl, tensorboard/
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
@@ -11,19 +12,22 @@ FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tgdpo_megatron.cache import write_json
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.sources import Source, with_folders
 from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.errors import UserError, in_short, refusal
 from tgdpo_megatron.quiet import debugging
@@ -175,13 +179,57 @@ def _kept_settings(start: Path) -> dict[str, dict[str, Any]]:
     return saved
 
 
-def keep_settings(output: Path, config: Config) -> str:
-    """Write the resolved configuration to config.yaml, and return it as text."""
-    settings: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def keep_settings(output: Path, config: Config, found: Mapping[str, Source]) -> str:
+    """Write the resolved configuration to config.yaml, and return it as text. Beside it: where the models were found.
+
+    Args:
+        config: The settings, with the folders of the checkpoints that the run reads.
+        found: Role -> where the model was found, and how the user had named it.
+    """
+    kept = {
+        role: {
+            "given": str(source.given),
+            "commit": source.commit,
+            "checkpoint": str(getattr(config.model, role)),
+        }
+        for role, source in found.items()
+    }
+    write_json(output / _SOURCES, kept)
+    settings: str = yaml.safe_dump(as_given(config, found).model_dump(mode="json"), sort_keys=False)
     part = output / "config.yaml.tmp"
     part.write_text(settings)
     os.replace(part, output / "config.yaml")
     return settings
+
+
+def as_given(config: Config, found: Mapping[str, Source]) -> Config:
+    """The same settings, with the models as the user named them."""
+    return with_folders(config, {role: source.given for role, source in found.items()})
+
+
+_SOURCES = "sources.json"
+
+
+def kept_sources(output: Path) -> dict[str, Source]:
+    """Role -> a model of a run or of a folder of scores: how it was named, and the Megatron checkpoint that was read.
+
+    Empty where this was not kept, as in runs of earlier versions, whose settings name the checkpoints themselves.
+    """
+    try:
+        kept = json.loads((output / _SOURCES).read_text())
+        return {
+            role: Source(Path(of["given"]), Path(of["checkpoint"]), commit=of["commit"]) for role, of in kept.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def kept_commits(config: Config) -> dict[str, str]:
+    """The commits that names on a hub stood for when the run began that is to be continued: name -> commit."""
+    if config.train.output is None or not config.train.resume:
+        return {}
+    kept = kept_sources(config.train.output).values()
+    return {str(source.given): source.commit for source in kept if source.commit}
 
 
 def what_is_kept(output: Path) -> str:

@@ -106,15 +106,16 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     wanted = list(config.loss.log_prob_scores)
     if not wanted:
         raise UserError(f"loss.type={config.loss.type} needs no scores of frozen models; there is nothing to compute.")
-    models = preflight.check_models(config)
     prompts = contrastive.read_prompts(config.scores.contrastive_prompts) if "better" in wanted else None
-    checkpoints = _checkpoints(config, wanted)
     folder = preflight.required(config.scores.path, "scores.path", "a folder for the scores")
     if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: is a training run, not a folder of scores; choose another scores.path.")
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
         run_folder.keep_output(folder, ranks.rank)
+        config, found = preflight.models_on_every_rank(config, ranks, quiet=loudness == Loudness.QUIET)
+        models = preflight.check_models(config)
+        checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(
             config, models.description, ranks, folder / "data", quiet=loudness == Loudness.QUIET
         )
@@ -124,7 +125,7 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 opening = partial(_open_store, config, models, pairs, folder / name, wanted)
                 parts.append(_Part(pairs, folder / name, on_first_rank(ranks, opening)))
         if ranks.is_first:
-            settings = run_folder.keep_settings(folder, config)
+            settings = run_folder.keep_settings(folder, config, found)
             if loudness == Loudness.VERBOSE:
                 print(settings, end="", flush=True)
         running = {name: path for name, path in checkpoints.items() if _lack(parts, GIVEN_BY[name], wanted)}

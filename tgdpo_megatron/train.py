@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tgdpo_megatron import preflight, run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.checkpoint.state import load_training_state, save_checkpoint
 from tgdpo_megatron.config import Config, check_batch_layout, on_device, with_steps
 from tgdpo_megatron.data.batch import Batch, rank_batches
@@ -71,6 +72,7 @@ class _Run:
         mix: How often the pairs of each file are seen; None for once in each epoch.
         resumed_from: The checkpoint from which the run continues; None for a new run.
         first: Number of optimizer steps done before.
+        found: Role -> where each model was found, and how the user had named it.
         identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
         template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
     """
@@ -83,6 +85,7 @@ class _Run:
     validation: _Part | None
     resumed_from: Path | None
     first: int
+    found: dict[str, Source]
     identity: CheckpointManifest
     template: str | None
 
@@ -219,12 +222,12 @@ def _picked(run: _Run, iteration: int) -> np.ndarray:
 
 def _introduce(run: _Run, loudness: Loudness) -> None:
     """Keep the settings with the run, and say what is about to happen."""
-    settings = run_folder.keep_settings(run.output, run.config)
+    settings = run_folder.keep_settings(run.output, run.config, run.found)
     words, unusual = length_of_run(run.config, run.epoch_size)
     if loudness == Loudness.VERBOSE:
         print(settings, end="")
     elif loudness == Loudness.NORMAL:
-        print("\n".join(changed_settings(run.config)))
+        print("\n".join(changed_settings(run_folder.as_given(run.config, run.found))))
     arithmetic = f"{run.config.train.precision} on the {run.engine.device.type.upper().replace('CUDA', 'GPU')}"
     if loudness > Loudness.QUIET:
         where = f"going on from {run.resumed_from}" if run.resumed_from else f"in {run.output}"
@@ -302,14 +305,15 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     config = on_device(config, ranks.device.type)
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
-    models = preflight.check_models(config)
-    frozen = preflight.carried_checkpoints(config)
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
         run_folder.keep_output(output, ranks.rank)
-        template = template_of(config.data.template)
         quiet = loudness == Loudness.QUIET
+        config, found = preflight.models_on_every_rank(config, ranks, quiet=quiet)
+        models = preflight.check_models(config)
+        frozen = preflight.carried_checkpoints(config)
+        template = template_of(config.data.template)
         pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
         counts = [file.pairs for file in pairs.files]
         preflight.check_batch_fits(config, counts, config.train.global_batch_size)
@@ -332,7 +336,8 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
             load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
             first = read_manifest(resumed_from).iteration or 0
     held_out = _Part(validation, validation_scores) if validation is not None else None
-    return _Run(config, output, engine, _Part(pairs, scores), mix, held_out, resumed_from, first, identity, template)
+    part = _Part(pairs, scores)
+    return _Run(config, output, engine, part, mix, held_out, resumed_from, first, found, identity, template)
 
 
 def _start_of(config: Config) -> Path:

@@ -1,14 +1,19 @@
-"""Convert a HuggingFace model folder to a Megatron checkpoint that can be loaded at any parallel layout."""
+"""Convert a HuggingFace model (a folder, or a name on a hub) to a Megatron checkpoint that loads at any layout.
+
+Then both models score the same tokens on the CPU, and the result is kept as the checkpoint's certificate.
+"""
 
 from pathlib import Path
 
+from tgdpo_megatron.checkpoint.sources import find
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.hub import FORM
 
 
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.convert_hf_to_megatron", description=__doc__)
-        parser.add_argument("hf_folder", type=Path, help="model folder with config.json, safetensors and tokenizer")
+        parser.add_argument("hf_model", type=Path, help=f"folder with config.json, safetensors, tokenizer; or {FORM}")
         parser.add_argument("megatron_folder", type=Path, help="checkpoint folder to make")
         parser.add_argument(
             "--dtype", choices=("bf16", "fp32"), help="dtype of the converted weights; default: as stored"
@@ -17,13 +22,10 @@ def main() -> None:
         parsed = parser.parse_args()
         if parsed.processes < 1:
             raise UserError(f"--processes {parsed.processes}: at least one process has to work.")
-        if not parsed.hf_folder.is_dir():
-            raise UserError(f"{parsed.hf_folder}: no such model folder; nothing is looked for on a hub.")
+        source = find(parsed.hf_model)
         from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # imported here, since it loads torch and Megatron
 
-        manifest = hf_to_megatron(
-            parsed.hf_folder, parsed.megatron_folder, dtype=parsed.dtype, processes=parsed.processes
-        )
+        manifest = hf_to_megatron(source.folder, parsed.megatron_folder, dtype=parsed.dtype, processes=parsed.processes)
         print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")
 
 

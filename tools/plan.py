@@ -3,7 +3,8 @@
 Takes the same arguments as recipes.train, and also
 
   --memory GIB          memory of one GPU; default: that of the GPU in this machine, if there is one
-  --model FOLDER        HuggingFace folder, of which only config.json is read; default: model.checkpoint
+  --model MODEL         HuggingFace folder, or the name of a model on a hub; default: model.checkpoint. Of either
+                        only config.json is read
   --transformer-engine  plan for the layers of Transformer Engine, which keep less than the local layers and are
                         always used with train.fp8
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.settings import read_command_line
+from tgdpo_megatron.checkpoint import sources
+from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.config import Config, check_batch_layout, on_device
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
@@ -77,14 +80,13 @@ def report(
 
 
 def _description(model: Path | None, config: Config) -> ModelDescription:
-    if model is not None:
-        return read_description(model)
-    if config.model.checkpoint is None:
-        raise UserError("model.checkpoint is not set; set it, or give --model with a HuggingFace folder.")
-    from tgdpo_megatron.checkpoint.manifest import describe, read_manifest  # imported here, since it loads torch
-
-    read_manifest(config.model.checkpoint)
-    return describe(config.model.checkpoint)
+    given = model or config.model.checkpoint
+    if given is None:
+        raise UserError("model.checkpoint is not set; set it, or give --model with a HuggingFace model.")
+    source = sources.find(given, needs=sources.CONFIG)
+    if source.is_converted and model is None:
+        read_manifest(source.folder)
+    return read_description(source.config_folder if model is None else source.folder)
 
 
 def _gpu() -> int | None:

@@ -52,8 +52,8 @@ def _bar(count: int, most: int) -> str:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(prog="python -m tools.prepare_pairs", description=__doc__)
-        parser.add_argument("pairs", type=Path, help="a file, or a saved datasets folder, of pairs in any format")
-        parser.add_argument("checkpoint", type=Path, help="Megatron checkpoint whose tokenizer is used")
+        parser.add_argument("pairs", type=Path, help="pairs, in any form that data.train takes")
+        parser.add_argument("checkpoint", type=Path, help="model whose tokenizer is used, as model.checkpoint")
         parser.add_argument("folder", type=Path, help="folder to make")
         parser.add_argument(
             "changes", nargs="*", metavar="data.key=value", help="settings, as recipes.train takes them"
@@ -72,14 +72,17 @@ def main() -> None:
         )
         parsed = parser.parse_intermixed_args()
         settings = changed(Config(data=DataConfig(max_length=parsed.max_length, format=parsed.format)), parsed.changes)
-        from tgdpo_megatron.checkpoint.manifest import HF, read_manifest
+        from tgdpo_megatron.checkpoint.manifest import read_manifest
+        from tgdpo_megatron.checkpoint.sources import TOKENIZER, find
         from tgdpo_megatron.data.prepare import prepare_pairs
         from tgdpo_megatron.data.tokenizer import tokenizer_for
         from tgdpo_megatron.run_folder import check_writable
 
-        read_manifest(parsed.checkpoint)
+        source = find(parsed.checkpoint, needs=TOKENIZER)
+        if source.is_converted:
+            read_manifest(source.folder)
         check_writable(parsed.folder)
-        tokenizer = tokenizer_for(parsed.checkpoint / HF, settings.data)
+        tokenizer = tokenizer_for(source.config_folder, settings.data)
         pairs = prepare_pairs(settings.data, parsed.pairs, tokenizer, parsed.folder)
         print(report(pairs.summary))
 

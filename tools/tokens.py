@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.settings import changed
+from tgdpo_megatron.checkpoint.sources import TOKENIZER, find
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs, few, is_prepared, prepare_pairs
@@ -62,12 +63,13 @@ def as_lines(row: int, texts: list[list[str]]) -> str:
 
 
 def tokenizer_folder(given: Path) -> Path:
-    """The folder of a tokenizer: a HuggingFace folder itself, or the one within a Megatron checkpoint.
+    """The folder of a tokenizer: a HuggingFace folder itself, that in the cache of a hub, or the one in a checkpoint.
 
     Raises:
         UserError: There is no tokenizer.
     """
-    for folder in (given, given / "hf"):
+    found = find(given, needs=TOKENIZER).folder
+    for folder in (found, found / "hf"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UserError(f"{given}: no tokenizer.json there; give a checkpoint, or a HuggingFace folder with its tokenizer.")
@@ -97,7 +99,7 @@ def main() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("pairs", type=Path, help="pairs, in any form that data.train takes")
-        parser.add_argument("checkpoint", type=Path, help="checkpoint, or HuggingFace folder, with the tokenizer")
+        parser.add_argument("checkpoint", type=Path, help="model with the tokenizer, as model.checkpoint")
         parser.add_argument("changes", nargs="*", metavar="data.key=value", help="data settings, as in training")
         parser.add_argument("--row", type=int, help="print only the pair of this row, or of this line of a .jsonl file")
         parser.add_argument("--json", action="store_true", help="print one JSON object for each row")

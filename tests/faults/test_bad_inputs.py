@@ -291,13 +291,13 @@ socket.getaddrinfo = socket.gethostbyname = refuse
 """
 
 
-def test_a_path_that_does_not_exist_is_not_looked_for_on_a_hub(train: Callable[..., Said], tmp_path: Path) -> None:
-    """A folder that looks like a hub name, with the hub reachable as far as the program knows: one sentence, soon."""
+def test_a_path_that_is_no_name_on_a_hub_is_not_looked_for_there(train: Callable[..., Said], tmp_path: Path) -> None:
+    """With the hub reachable as far as the program knows: one sentence, soon."""
     (tmp_path / "site").mkdir()
     record = tmp_path / "looked-up"
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(record=str(record)))
-    said = train("model.checkpoint=meta-llama/Meta-Llama-3-8B-Instruct", PYTHONPATH=str(tmp_path / "site"))
-    assert_refused(said, "meta-llama/Meta-Llama-3-8B-Instruct: no such checkpoint folder")
+    said = train("model.checkpoint=models/meta-llama/Meta-Llama-3-8B-Instruct", PYTHONPATH=str(tmp_path / "site"))
+    assert_refused(said, "models/meta-llama/Meta-Llama-3-8B-Instruct: no such checkpoint folder")
     assert not record.exists(), record.read_text()
     assert said.seconds < NETWORK_WAIT
     assert not (tmp_path / "run").exists()

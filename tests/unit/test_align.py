@@ -17,9 +17,13 @@ from tgdpo_megatron.errors import UserError
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> tuple[str, str]:
-    """A HuggingFace folder and a file of pairs, of which only the names matter here."""
+    """A HuggingFace folder without a weight or a token in it, which shows only late, and a file of pairs."""
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text("{}")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 330, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_act": "silu", **shape}))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "hf" / name).touch()
     (tmp_path / "pairs.jsonl").write_text(40 * '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     return f"model.checkpoint={tmp_path / 'hf'}", f"data.train={tmp_path / 'pairs.jsonl'}"
 
@@ -32,13 +36,13 @@ def planned(*arguments: str, guidance: tuple[str, ...] = ()) -> dict[str, Stage]
 @pytest.mark.parametrize(
     ("settings", "stages"),
     [
-        ([], ["start", "guidance", "scores", "policy", "hf"]),
-        (["loss.type=dpo"], ["start", "policy", "hf"]),
-        (["loss.type=simpo"], ["start", "policy", "hf"]),
-        (["loss.type=tdpo2"], ["start", "policy", "hf"]),
-        (["loss.type=dpo_reg"], ["start", "scores", "policy", "hf"]),
-        (["loss.type=dpo", "scores.path=kept"], ["start", "scores", "policy", "hf"]),
-        (["model.guidance=somewhere"], ["start", "scores", "policy", "hf"]),
+        ([], ["guidance", "scores", "policy", "hf"]),
+        (["loss.type=dpo"], ["policy", "hf"]),
+        (["loss.type=simpo"], ["policy", "hf"]),
+        (["loss.type=tdpo2"], ["policy", "hf"]),
+        (["loss.type=dpo_reg"], ["scores", "policy", "hf"]),
+        (["loss.type=dpo", "scores.path=kept"], ["scores", "policy", "hf"]),
+        (["model.guidance=somewhere"], ["scores", "policy", "hf"]),
     ],
     ids=str,
 )
@@ -48,15 +52,9 @@ def test_only_the_stages_that_the_loss_needs_are_run(
     assert list(planned(*inputs, *settings)) == stages
 
 
-def test_a_checkpoint_that_is_converted_already_is_taken_as_it_is(tmp_path: Path, inputs: tuple[str, str]) -> None:
-    (tmp_path / "hf" / "manifest.json").write_text("{}")
-    stages = planned(*inputs)
-    assert "start" not in stages and inputs[0] in stages["policy"].arguments
-
-
 def test_each_stage_reads_what_the_one_before_it_wrote(inputs: tuple[str, str]) -> None:
     stages = planned(*inputs)
-    assert "model.checkpoint=out/start" in stages["guidance"].arguments
+    assert inputs[0] in stages["guidance"].arguments and inputs[0] in stages["policy"].arguments
     assert "model.guidance=out/guidance" in stages["scores"].arguments
     assert "scores.path=out/scores" in stages["scores"].arguments
     assert {"scores.path=out/scores", "train.output=out/policy"} <= set(stages["policy"].arguments)
@@ -87,7 +85,7 @@ def test_an_experiment_file_goes_to_the_training_and_its_data_to_the_guidance(
     ("arguments", "words"),
     [
         ([], "model.checkpoint is not set"),
-        (["model.checkpoint=nowhere", "data.train=x"], "model.checkpoint=nowhere: no such file or folder"),
+        (["model.checkpoint=nowhere", "data.train=x"], "nowhere: no such checkpoint folder, and no name on a hub"),
         (["guidance.optimizer.lr=1", "loss.type=dpo"], "guidance.optimizer.lr=1: no guidance is trained"),
     ],
 )
@@ -103,15 +101,21 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
 def test_stages_of_other_settings_in_the_folder_are_refused(tmp_path: Path, inputs: tuple[str, str]) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    kept = {"start": {"command": ["python", "-m", "tools.convert_hf_to_megatron", "other", "x"], "finished": True}}
+    stages = planned(*inputs, "loss.type=dpo", f"train.output={output}")
+    kept = {
+        name: {"command": ["python", "-m", stage.module, *stage.arguments], "finished": True}
+        for name, stage in stages.items()
+    }
+    kept["hf"]["command"] = ["python", "-m", "tools.convert_megatron_to_hf", "other", "x"]
+    kept["policy"]["command"] = [word.replace("out/", f"{output}/") for word in kept["policy"]["command"]]
     (output / "align.json").write_text(json.dumps(kept))
-    (output / "start").mkdir()
-    with pytest.raises(UserError, match="its start was made from something else"):
-        align([*inputs, f"train.output={output}"])
+    (output / "hf").mkdir()
+    with pytest.raises(UserError, match="its hf was made from something else"):
+        align([*inputs, "loss.type=dpo", f"train.output={output}"])
 
 
 def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(tmp_path: Path, inputs: tuple[str, str]) -> None:
-    """The folder is no model, which the first stage says."""
+    """The files of the model are empty, which the first stage says."""
     output = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "recipes.align", *inputs, f"train.output={output}"],
@@ -119,8 +123,8 @@ def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(tmp_path: Path, in
         text=True,
         check=False,
     )
-    assert done.returncode == 2 and not (output / "start").exists()
-    assert "stage start refused its input; give the command again with what was wrong mended." in done.stderr
+    assert done.returncode == 2 and not (output / "guidance").exists()
+    assert "stage guidance refused its input; give the command again with what was wrong mended." in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -177,21 +181,21 @@ def test_a_stage_that_had_made_nothing_is_run_with_other_settings(
     """Its folder holds nothing that belongs to the settings before."""
     output = tmp_path / "out"
     output.mkdir()
-    before = {"start": {"command": ["python", "-m", "tools.convert_hf_to_megatron", "other", "x"], "finished": False}}
+    before = {"guidance": {"command": ["python", "-m", "recipes.train", "other", "x"], "finished": False}}
     (output / "align.json").write_text(json.dumps(before))
     with pytest.raises(SystemExit) as ended:  # the folder is no model, which the program says
         align([*inputs, f"train.output={output}"])
-    assert ended.value.code == 2 and "$ python -m tools.convert_hf_to_megatron" in capfd.readouterr().out
+    assert ended.value.code == 2 and "$ python -m recipes.train" in capfd.readouterr().out
 
 
 def test_a_folder_that_was_not_made_here_is_never_deleted(tmp_path: Path, inputs: tuple[str, str]) -> None:
     """Not even where everything before it was run anew: the program refuses the folder instead."""
     output = tmp_path / "out"
-    (output / "start").mkdir(parents=True)
-    (output / "start" / "mine.txt").write_text("precious")
+    (output / "guidance").mkdir(parents=True)
+    (output / "guidance" / "mine.txt").write_text("precious")
     with pytest.raises(SystemExit):
         align([*inputs, f"train.output={output}"])
-    assert (output / "start" / "mine.txt").read_text() == "precious"
+    assert (output / "guidance" / "mine.txt").read_text() == "precious"
 
 
 def test_ranks_that_torchrun_started_are_refused(inputs: tuple[str, str]) -> None:

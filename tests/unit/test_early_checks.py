@@ -33,7 +33,7 @@ finally:
             ["loss.token_rewards=file", "scores.reward_file=r.jsonl"],
             "scores.reward_file=r.jsonl: no such file",
         ),
-        ("train", ["model.guidance=hf"], "hf: this is a HuggingFace model; convert it"),
+        ("train", ["model.guidance=hf"], "hf/config.json: architecture 'None' is not supported"),
         ("score", ["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder"),
         ("score", ["data.train=broken.jsonl"], "broken.jsonl line 2: not valid JSON"),
         ("score", ["data.train=kto.jsonl"], "kto.jsonl"),

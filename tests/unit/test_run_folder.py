@@ -38,7 +38,7 @@ def stopped(tmp_path: Path) -> tuple[Path, Config]:
     index = Metadata(state_dict_metadata={})
     (folder / WEIGHTS / ".metadata").write_bytes(pickle.dumps(index))
     write_manifest(folder, IDENTITY)
-    keep_settings(tmp_path / "run", config)
+    keep_settings(tmp_path / "run", config, {})
     return folder, config
 
 

@@ -1,7 +1,7 @@
 """The certificate of a checkpoint: what shows that its weights are those of the HuggingFace model it came from.
 
-FOLDER/certificate.json records what was converted, what came out, and by how much the log-probs of the two differ. It is
-written by checkpoint/certify.py. A checkpoint that a run saves carries the certificate of the checkpoint that the run
+FOLDER/certificate.json records what was converted, what came out, and by how much the log-probs of the two differ.
+checkpoint/certify.py writes it. A checkpoint that a run saves carries the certificate of the checkpoint that the run
 started from, under its own fingerprint. The seal protects against mistakes, not against forgery.
 """
 
@@ -18,8 +18,8 @@ from tgdpo_megatron.errors import UserError
 
 NAME = "certificate.json"
 LIMIT = 1e-3
-"""Largest difference of a token log-prob, nats, in fp32. A mistake of a conversion is larger by far: two rotary bases in
-each other's place, or two heads, change log-probs by tenths."""
+"""Largest difference of a token log-prob, nats, in fp32. A mistake of a conversion is larger by far: where two heads
+have each other's place, log-probs change by tenths."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def hand_on(start: Path, folder: Path, manifest: CheckpointManifest) -> None:
     """Give a checkpoint that a run saves the certificate of the checkpoint that the run started from, if it has one."""
     if not (start / NAME).is_file():
         return
-    before = read_certificate(start)
+    try:
+        before = read_certificate(start)
+    except UserError:  # model.require_certificate=false accepted it
+        return
     after = replace(
         before,
         weights=manifest.weights,
@@ -86,8 +89,8 @@ def read_certificate(folder: Path) -> Certificate:
         found = Certificate(**json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; make "
-            f"one with python -m tools.certify HF_FOLDER {folder}, or set model.require_certificate=false."
+            f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; "
+            f"make one with python -m tools.certify HF_FOLDER {folder}, or set model.require_certificate=false."
         ) from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: not a certificate; {_again(folder)}") from None

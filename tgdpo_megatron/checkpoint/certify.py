@@ -133,7 +133,9 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
             value = read_rows(folder / WEIGHTS, index, key, 0, shapes[key])
             if value.shape == padded[name]:
                 return value
-            whole = value.new_zeros(padded[name])  # the vocabulary of the model is padded, that of the checkpoint is not
+            whole = value.new_zeros(
+                padded[name]
+            )  # the vocabulary of the model is padded, that of the checkpoint is not
             whole[: len(value)] = value
             return whole
 
@@ -214,9 +216,7 @@ def _alone() -> Iterator[None]:
 def _progress(description: ModelDescription, what: str) -> Iterator[Callable[[int], Any]]:
     """A bar over the parameters of a model; none for a small one."""
     count = parameters(description)
-    with tqdm(
-        total=count, desc=f"checking {what}", unit="weight", unit_scale=True, disable=count < _SLOW
-    ) as bar:
+    with tqdm(total=count, desc=f"checking {what}", unit="weight", unit_scale=True, disable=count < _SLOW) as bar:
         yield bar.update
 
 

@@ -23,7 +23,7 @@ FORMAT = 2
 WEIGHTS, HF = "weights", "hf"
 
 # Files of a HuggingFace folder that are not weights and may be needed to use the model.
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -110,8 +110,8 @@ def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
 
 
 def describe(folder: Path) -> ModelDescription:
-    """Shape of the model in a checkpoint folder."""
-    return read_description(folder / HF)
+    """Shape of the model in a checkpoint folder, or in a HuggingFace folder."""
+    return read_description(folder if (folder / "config.json").is_file() else folder / HF)
 
 
 def read_metadata(folder: Path) -> Any:
@@ -178,7 +178,7 @@ def copy_companions(source: Path, target: Path, template: str | None = None) -> 
         template: Text of a chat template that takes the place of the tokenizer's own.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if template is None:

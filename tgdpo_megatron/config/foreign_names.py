@@ -48,8 +48,8 @@ class Foreign:
         return f"'{written}' is {whose} name; here it is {self.ours}: write {example}{difference}"
 
 
-_CONVERTED = "a Megatron checkpoint, which tools.convert_hf_to_megatron makes of a HuggingFace folder"
-_FILE = "the path of a file or folder of pairs; nothing is downloaded"
+_MODEL = "a HuggingFace folder or a name on a hub, with a revision as NAME@REVISION; or a checkpoint of a run here"
+_FILE = "a file or folder of pairs, or a name on a hub with its split, as NAME:SPLIT"
 _DTYPE = "bfloat16 is bf16 here and float32 is fp32"
 _LENGTH = "a limit for prompt and answer together; data.truncation says what is cut"
 _WEIGHTS = "how many times an epoch shows the pairs of each file of data.train, not a probability"
@@ -72,13 +72,13 @@ _WHOLE_RUN = "the schedule always covers the whole run"
 
 _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     # models
-    ("model_name_or_path", (TRL, LLAMA_FACTORY), "model.checkpoint", _CONVERTED),
-    ("model", (SWIFT,), "model.checkpoint", _CONVERTED),
-    ("policy.model_name", (NEMO,), "model.checkpoint", _CONVERTED),
+    ("model_name_or_path", (TRL, LLAMA_FACTORY), "model.checkpoint", _MODEL),
+    ("model", (SWIFT,), "model.checkpoint", _MODEL),
+    ("policy.model_name", (NEMO,), "model.checkpoint", _MODEL),
     ("load", MCORE, "model.checkpoint", "where the policy starts; train.resume=true continues a run"),
-    ("pretrained_checkpoint", (MEGATRON,), "model.checkpoint", _CONVERTED),
-    ("ref_model", TRAINER, "model.reference", f"{_CONVERTED}; by default the policy's start"),
-    ("ref_load", (SWIFT,), "model.reference", f"{_CONVERTED}; by default the policy's start"),
+    ("pretrained_checkpoint", (MEGATRON,), "model.checkpoint", _MODEL),
+    ("ref_model", TRAINER, "model.reference", f"{_MODEL}; by default the policy's start"),
+    ("ref_load", (SWIFT,), "model.reference", f"{_MODEL}; by default the policy's start"),
     ("dtype", (TRL,), "train.precision", _DTYPE),
     ("torch_dtype", (TRL, SWIFT), "train.precision", _DTYPE),
     ("policy.precision", (NEMO,), "train.precision", _DTYPE),
@@ -97,7 +97,12 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("data.train.dataset_name", (NEMO,), "data.train", _FILE),
     ("data_path train_data_path", (MEGATRON,), "data.train", "preference pairs as text, not tokens in .bin files"),
     ("dataset_dir", (LLAMA_FACTORY,), None, "data.train is the path of the file itself, and nothing is registered"),
-    ("dataset_test_split", (TRL,), "data.validation", "a file or folder of its own"),
+    (
+        "dataset_test_split",
+        (TRL,),
+        "data.validation",
+        "a file or folder of its own, or NAME:SPLIT of a data set on a hub",
+    ),
     ("eval_dataset", (LLAMA_FACTORY,), "data.validation", _FILE),
     ("val_dataset", (SWIFT,), "data.validation", _FILE),
     ("data.validation.data_path", (NEMO,), "data.validation", ""),

@@ -59,13 +59,17 @@ class _Group(BaseModel):
 class ModelConfig(_Group):
     """Which weights are trained, and which frozen weights they are compared with."""
 
+    # A Path, like every other place: the name of a model on a hub stays what it is in one.
     checkpoint: Path | None = None
-    """Megatron checkpoint that the policy starts from (made by tools.convert_hf_to_megatron, or saved by a run).
-    recipes.align also takes a HuggingFace folder."""
+    """Model that the policy starts from: a HuggingFace folder, the name of a model on a hub (`ORGANISATION/NAME` or
+    `ORGANISATION/NAME@REVISION`), a Megatron checkpoint, or the folder of a run. HuggingFace models are converted once,
+    into the cache folder."""
     reference: Path | None = None
-    """Frozen reference checkpoint. Default: `model.checkpoint`, from which the policy starts."""
+    """Frozen reference checkpoint. Default: `model.checkpoint`, from which the policy starts. It is given in the same
+    ways."""
     guidance: Path | None = None
-    """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward."""
+    """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward. It is given in
+    the same ways."""
 
 
 class ParallelConfig(_Group):
@@ -266,13 +270,14 @@ class DataConfig(_Group):
     """Preference pairs, and how they become tokens."""
 
     train: Path | list[Path] | None = None
-    """Pairs to train on or to score: a file or a saved `datasets` folder in any known format (docs/formats.md), or a
-    folder written by tools.prepare_pairs. Or a list of these, each in a format of its own."""
+    """Pairs to train on or to score: a file, a saved `datasets` folder, or a split of a data set on a hub
+    (`ORGANISATION/NAME[@REVISION][:[CONFIG/]SPLIT]`) in any known format (docs/formats.md), or a folder written by
+    tools.prepare_pairs. Or a list of these, each in a format of its own."""
     weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """How many times the pairs of each file in `train` are seen in an epoch: 2 shows each pair twice, 0.5 half of them,
     another half in the next epoch. Default: once each."""
     validation: Path | None = None
-    """Held-out pairs in one file or folder, evaluated every `train.eval_interval` iterations."""
+    """Held-out pairs in one file, folder or split of a data set, evaluated every `train.eval_interval` iterations."""
     validation_share: float | None = Field(None, gt=0, lt=1)
     """Share of the pairs of `train` that is held out, in place of `validation`. Pairs with the same prompt stay
     together, and which prompts are held out depends on their text alone."""
@@ -312,7 +317,7 @@ class DataConfig(_Group):
 
     @property
     def sources(self) -> list[Path]:
-        """The files and folders of `train`."""
+        """The files, folders and splits of `train`."""
         if self.train is None:
             return []
         return self.train if isinstance(self.train, list) else [self.train]

@@ -95,6 +95,7 @@ def join(parts: Sequence[PreparedPairs]) -> PreparedPairs:
     summary = replace(
         files[0],
         source=", ".join(file.source for file in files),
+        commit=", ".join(file.commit for file in files if file.commit),
         rows=sum(file.rows for file in files),
         format=", ".join(dict.fromkeys(file.format for file in files)),
         columns=list(dict.fromkeys(column for file in files for column in file.columns)),

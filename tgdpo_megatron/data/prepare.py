@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
-from tgdpo_megatron.data.read import place, source_files
+from tgdpo_megatron.data.read import commit_of, place, source_files
 from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.data.tokenizer import (
     AS_THEY_ARE,
@@ -49,6 +49,8 @@ class Summary:
     """How many rows of a source were kept and dropped, and the identity of everything that shaped the pairs."""
 
     source: str
+    commit: str = ""
+    """Of a data set on a hub: its commit."""
     rows: int = 0
     pairs: int = 0
     format: str = ""
@@ -282,6 +284,7 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, config: DataConfig
         raise UserError(f"data.template={config.template}: {error}") from None
     summary = Summary(
         source=str(source),
+        commit=commit_of(source),
         rows=texts.rows,
         format=texts.format,
         columns=list(texts.columns),

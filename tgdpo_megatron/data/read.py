@@ -1,4 +1,4 @@
-"""Read rows from files: JSON, JSON lines, CSV, Parquet, or a folder saved by the `datasets` library."""
+"""Read rows from files: JSON, JSON lines, CSV, Parquet, a folder saved by the `datasets` library, a split on a hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.data import hub_splits
 from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
 
 NumberedRows = list[tuple[int, Any]]
@@ -25,14 +26,18 @@ KNOWN = "a .json, .jsonl, .csv or .tsv file, perhaps compressed as .gz or .zst, 
 
 
 def read_rows(path: Path) -> NumberedRows:
-    """Read all rows of a file (SUFFIXES, compressed or not, or .parquet), or of a saved `datasets` folder.
+    """Read all rows of a file (SUFFIXES, perhaps compressed, or .parquet), a saved `datasets` folder or a hub's split.
 
     Raises:
         UserError: The source is missing, empty or unreadable, or has no rows. Where a line is at fault, it is named.
     """
-    for file in source_files(path):
+    files = source_files(path)
+    for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty.")
+    if not path.exists():  # a split on a hub, whose files are read one after another
+        rows_of_files = (row for file in files for _, row in read_rows(file))
+        return list(enumerate(rows_of_files, start=1))
     kind = _kind(path)
     if path.is_dir() or kind == ".parquet":
         rows = _read_arrow(path)
@@ -58,9 +63,9 @@ def _kind(path: Path) -> str:
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files that hold the rows of a source, in order: one file, or the Arrow files of a saved `datasets` folder.
+    """The files that hold the rows of a source, in order: one file, or those of a saved `datasets` folder or a split.
 
-    Other files in the folder, such as the library's caches, are left out.
+    Other files in the folder, such as the library's caches, are left out. A split on a hub is downloaded if need be.
 
     Raises:
         UserError: There is no such source, the folder holds several splits, or it is another kind of folder.
@@ -68,7 +73,7 @@ def source_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such data file; nothing is looked for on a hub.")
+        return _split_of(path).files
     if (path / "dataset_dict.json").is_file():
         splits = _description(path / "dataset_dict.json", lambda described: [str(name) for name in described["splits"]])
         raise UserError(f"{path}: holds the splits {', '.join(splits)}; give one of them, such as {path / splits[0]}.")
@@ -83,6 +88,18 @@ def source_files(path: Path) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{file}: this part of the saved dataset is missing.")
     return files
+
+
+def commit_of(path: Path) -> str:
+    """The commit of the data set on a hub that a source is a split of; empty for a local source."""
+    return "" if path.exists() else _split_of(path).commit
+
+
+def _split_of(path: Path) -> hub_splits.Found:
+    wanted = hub_splits.hub_split(path)
+    if wanted is None:
+        raise UserError(f"{path}: no such data file, and no data set on a hub, which is {hub_splits.FORM}.")
+    return hub_splits.find_split(wanted)
 
 
 def _description(file: Path, names: Callable[[Any], list[str]]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from tgdpo_megatron.checkpoint import sources
 from tgdpo_megatron.checkpoint.manifest import describe
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.errors import UserError, ran_out_of_memory
@@ -42,7 +43,7 @@ def sentence(program: Program, config: Config, ranks: Ranks) -> str:
     folder = config.model.checkpoint if program == "train" else config.reference_checkpoint
     if folder is None:
         return f"{asked}."
-    description = describe(folder)
+    description = describe(sources.find(folder).folder)
     cuda = ranks.device.type == "cuda"
     there = available(ranks.device)
     where = {

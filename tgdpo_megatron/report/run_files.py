@@ -7,21 +7,30 @@ from pathlib import Path
 
 import yaml
 
+from tgdpo_megatron.checkpoint.sources import converted, find, with_folders
 from tgdpo_megatron.config import Config, load
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.run_folder import kept_sources
 
 
 def settings_of(folder: Path) -> Config:
-    """The settings that a run or a folder of scores was made with.
+    """The settings that a run or a folder of scores was made with, with the checkpoints that it read.
+
+    A model that is gone from the cache is found and converted again.
 
     Raises:
-        UserError: The folder is neither.
+        UserError: The folder is neither, or a model is gone.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: neither a run nor a folder of scores (it has no config.yaml).")
-    return load(Config(), yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    config = load(Config(), yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    folders = {
+        role: source.folder if source.folder.is_dir() else converted(find(source.given, commit=source.commit))
+        for role, source in kept_sources(folder).items()
+    }
+    return with_folders(config, folders)
 
 
 def pairs_of(folder: Path, config: Config, part: str) -> PreparedPairs:

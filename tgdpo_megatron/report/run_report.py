@@ -52,7 +52,7 @@ from tgdpo_megatron.report.tokens import (
 )
 from tgdpo_megatron.report.viewer import ViewedResponse
 from tgdpo_megatron.report.words import number, percent, plural
-from tgdpo_megatron.run_folder import ANSWERS, REPORT, newest_checkpoint
+from tgdpo_megatron.run_folder import ANSWERS, REPORT, as_given, kept_sources, newest_checkpoint
 
 SHOWN_PAIRS = 4
 SHOWN_TOKENS = 300
@@ -159,7 +159,10 @@ def _page(run: _Run) -> Page:
             Section("Answers to held-out prompts", _samples(run)),
             Section("Data", _data(run)),
             Section("What to do next", [Commands(_commands(run))]),
-            Section("Settings that differ from the defaults", [Facts(_settings(run.config))]),
+            Section(
+                "Settings that differ from the defaults",
+                [Facts(_settings(as_given(run.config, kept_sources(run.output))))],
+            ),
             Section("Versions", [Facts(versions())]),
         ],
     )
@@ -207,14 +210,17 @@ def _from_to(first: Step, last: Step, name: str, words: Callable[[float], str]) 
 def _facts(run: _Run) -> list[tuple[str, str]]:
     config, loss = run.config, run.config.loss
     epochs = run.steps[-1].get("epoch", run.last * config.train.global_batch_size / len(run.train))
-    places = {"reference": config.reference_checkpoint, "guidance": config.model.guidance}
-    models = [(name, str(place)) for name, place in places.items() if place and name in loss.frozen_models]
+    places = {"checkpoint": config.model.checkpoint, "guidance": config.model.guidance}
+    names = {role: str(place) for role, place in places.items() if place}
+    names |= {role: str(source) for role, source in kept_sources(run.output).items()}
+    names.setdefault("reference", str(config.model.reference or names["checkpoint"]))
+    models = [(name, names[name]) for name in ("reference", "guidance") if name in names and name in loss.frozen_models]
     scored = [("frozen models", f"scored before, in {config.scores.path}")] if config.scores.cached else []
     seconds = [step["perf/seconds_per_step"] for step in run.steps if "perf/seconds_per_step" in step]
     pace = [("pace", f"{median(seconds):.3g} s a step (median)")] if seconds else []
     return [
         ("method", f"{loss.type}: {loss.method.meaning}"),
-        ("model", f"{config.model.checkpoint}: {_describe(run.model)}"),
+        ("model", f"{names['checkpoint']}: {_describe(run.model)}"),
         *models,
         *scored,
         ("training pairs", _files(run.train)),

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from tgdpo_megatron.config import FormatName
 from tgdpo_megatron.data.formats import TextPair, read_pairs
+from tgdpo_megatron.data.hub_splits import hub_split
 from tgdpo_megatron.data.prepare import PreparedPairs, encode_text
 from tgdpo_megatron.data.truncation import fit
 from tgdpo_megatron.errors import UserError
@@ -21,7 +22,7 @@ def read_texts(data: PreparedPairs) -> list[TextPair]:
     texts: dict[str, dict[int, TextPair]] = {}
     for file in data.files:
         source = Path(file.source)
-        if not source.exists():
+        if not source.exists() and hub_split(source) is None:
             raise UserError(
                 f"{source}: the pairs were tokenised from this data and their text is needed, but the data is gone; "
                 "put it back, or prepare the pairs again from its new path."

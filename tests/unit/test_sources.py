@@ -1,0 +1,294 @@
+"""HuggingFace models are converted once, into a cache that is named by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.hub import ROOT, Repo, environment, files_of, put_into_cache
+from tgdpo_megatron.cache import cache_folder, locked, sha256_of
+from tgdpo_megatron.checkpoint.manifest import read_manifest
+from tgdpo_megatron.checkpoint.sources import Source, content_hash, converted, find
+from tgdpo_megatron.config import Config, ModelConfig, ParallelConfig
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.preflight import convert_models, find_models
+
+CONVERT = """
+import sys
+from pathlib import Path
+from tgdpo_megatron.checkpoint.sources import converted, find
+from tgdpo_megatron.errors import one_sentence_errors
+with one_sentence_errors():
+    print(converted(find(Path(sys.argv[1]))))
+"""
+HOLD = """
+import sys, time
+from pathlib import Path
+from tgdpo_megatron.cache import locked
+with locked(Path(sys.argv[1]), ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TGDPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def start(given: Path, **changes: str) -> subprocess.Popen[str]:
+    """Another program that wants the checkpoint of a model."""
+    command = [sys.executable, "-c", CONVERT, str(given)]
+    changes = {"TGDPO_CACHE": os.environ["TGDPO_CACHE"], "OMP_NUM_THREADS": "1", **changes}
+    env = {**os.environ, **changes}
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# ---------------------------------------------------------------- hashes of files
+
+
+def test_a_hash_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    for _ in range(2):  # read, and remembered
+        assert sha256_of(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_file_that_has_not_changed_is_not_read_again(tmp_path: Path) -> None:
+    """Other bytes of the same size, time and inode are not noticed, which only a look at them would."""
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    before, status = sha256_of(file), file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"CONTENT")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_of(file) == before
+
+
+@pytest.mark.parametrize("change", ["time", "size", "inode"])
+def test_a_file_that_has_changed_is_read_again(change: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    sha256_of(file)
+    status = file.stat()
+    content = b"CONTENT+" if change == "size" else b"CONTENT"
+    (tmp_path / "other").write_bytes(content)
+    if change == "inode":
+        os.replace(tmp_path / "other", file)
+    else:
+        file.write_bytes(content)
+    later = 10**9 if change == "time" else 0
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + later))
+    assert sha256_of(file) == hashlib.sha256(content).hexdigest()
+
+
+def test_weights_in_the_cache_of_a_hub_are_known_by_their_name(tmp_path: Path) -> None:
+    """The hub's name is taken without a look at the content, which is another here."""
+    folder = put_into_cache(Repo("a/b", {"model.safetensors": b"weights", "config.json": b"{}"}), tmp_path)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    weights.resolve().write_bytes(b"other")
+    assert sha256_of(weights) == hashlib.sha256(b"weights").hexdigest()
+    assert sha256_of(config) == hashlib.sha256(b"{}").hexdigest()
+
+
+def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    before = sha256_of(tmp_path / "file")
+    (cache / "hashes.json").write_text("{")
+    assert sha256_of(tmp_path / "file") == before and json.loads((cache / "hashes.json").read_text())
+
+
+# ---------------------------------------------------------------- identity of a model
+
+
+@pytest.mark.parametrize(
+    ("file", "same"),
+    [
+        *(("config.json", False), ("tokenizer.json", False), ("chat_template.jinja", False)),
+        *(("model.safetensors", False), ("README.md", True), ("pytorch_model.bin", True)),
+    ],
+)
+def test_what_a_conversion_reads_decides_about_its_folder(
+    file: str, same: bool, hf_model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(hf_model, tmp_path / "other")
+    with (other / file).open("ab") as opened:
+        opened.write(b" ")
+    assert (content_hash(other) == content_hash(hf_model)) == same
+
+
+def test_a_model_has_the_same_checkpoint_in_a_folder_and_in_the_cache_of_a_hub(hf_model: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(hf_model, tmp_path / "copied")
+    snapshot = put_into_cache(Repo("acme/tiny", files_of(hf_model)), tmp_path / "hub")
+    assert content_hash(hf_model) == content_hash(copied) == content_hash(snapshot)
+
+
+def test_a_checkpoint_and_a_folder_of_neither_kind_are_left_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    for folder in (checkpoint, tmp_path):
+        assert converted(find(folder)) == folder
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def test_a_model_is_converted_once(
+    hf_model: Path, checkpoint: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Into what the converter makes of it by hand."""
+    first = converted(find(hf_model))
+    assert f"{hf_model}: converting once, to {first}" in capfd.readouterr().err
+    times = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert first.parent == cache / "checkpoints" and read_manifest(first) == read_manifest(checkpoint)
+    assert converted(find(hf_model)) == first and capfd.readouterr().err == ""
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == times
+
+
+def test_a_conversion_in_a_rank_is_no_rank_itself(hf_model: Path, checkpoint: Path) -> None:
+    """It would wait for the others."""
+    place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    out, err = start(hf_model, **place, SLURM_NTASKS="4", SLURM_STEP_ID="0").communicate(timeout=120)
+    assert read_manifest(Path(out.strip())) == read_manifest(checkpoint), err
+
+
+def test_the_sentence_of_the_conversion_is_ours_and_nothing_is_left(
+    hf_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    """It speaks of the model by the name that the user gave it."""
+    broken = shutil.copytree(hf_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^acme/tiny \(commit abc\): model.norm.weight holds numbers that are not fin"):
+        converted(Source(Path("acme/tiny"), broken, commit="abc"))
+    assert [path.suffix for path in (cache / "checkpoints").iterdir()] == [".lock"]
+
+
+def test_several_programs_at_once_convert_a_model_once(hf_model: Path) -> None:
+    """They wait for one another, and say so."""
+    target = cache_folder() / "checkpoints" / content_hash(hf_model)[:32]
+    with locked(target.with_name(f"{target.name}.lock"), ""):
+        programs = [start(hf_model) for _ in range(2)]
+        for program in programs:
+            assert program.stderr is not None
+            assert f"waiting for {target}" in program.stderr.readline()
+        assert not target.exists()
+    results = [program.communicate(timeout=120) for program in programs]
+    assert [out.strip() for out, _ in results] == [str(target)] * 2
+    assert sum("converting once" in err for _, err in results) == 1
+
+
+def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    began = time.monotonic()
+    with locked(path, "waiting"):
+        assert time.monotonic() - began < 10
+
+
+# ---------------------------------------------------------------- checks before a conversion
+
+
+def changed(hf_model: Path, folder: Path, **config: object) -> Path:
+    shutil.copytree(hf_model, folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return folder
+
+
+def without(hf_model: Path, folder: Path, name: str) -> Path:
+    shutil.copytree(hf_model, folder)
+    (folder / name).unlink()
+    return folder
+
+
+def sharded(hf_model: Path, folder: Path, index: str) -> Path:
+    shutil.copytree(hf_model, folder)
+    (folder / "model.safetensors.index.json").write_text(index)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda hf, to: changed(hf, to, architectures=["Mamba"]), "architecture 'Mamba' is not supported"),
+        (lambda hf, to: without(hf, to, "tokenizer.json"), "no tokenizer.json there; save the tokenizer"),
+        (lambda hf, to: without(hf, to, "model.safetensors"), "no model.safetensors there; other formats"),
+        (lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "model-1.safetensors"}}'), "no model-1.safetensors"),
+        (
+            lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "../m.safetensors"}}'),
+            "index of the weight shards is dam",
+        ),
+        (lambda hf, to: sharded(hf, to, "{"), "the index of the weight shards is damaged"),
+    ],
+)
+def test_a_folder_that_lacks_something_is_refused_before_it_is_converted(
+    spoil: Callable[[Path, Path], Path], words: str, hf_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    folder = spoil(hf_model, tmp_path / "spoilt")
+    with pytest.raises(UserError, match=words) as refused:
+        convert_models(Config(model=ModelConfig(checkpoint=folder)))
+    assert str(refused.value).startswith(str(folder)) and not cache.exists()
+
+
+def test_a_layout_is_checked_before_a_conversion(hf_model: Path, cache: Path) -> None:
+    config = Config(model=ModelConfig(checkpoint=hf_model), parallel=ParallelConfig(tensor_model_parallel_size=4))
+    with pytest.raises(UserError, match="does not divide the model's 2 key-value heads"):
+        convert_models(config)
+    assert not cache.exists()
+
+
+def test_every_role_takes_a_huggingface_folder(hf_model: Path, checkpoint: Path) -> None:
+    model = ModelConfig(checkpoint=checkpoint, reference=hf_model, guidance=hf_model)
+    located, found = convert_models(Config(model=model))
+    assert located.model.checkpoint == checkpoint and located.model.reference == located.model.guidance
+    assert {role: source.given for role, source in found.items()} == {
+        "checkpoint": checkpoint,
+        "reference": hf_model,
+        "guidance": hf_model,
+    }
+    assert read_manifest(located.model.reference or Path()) == read_manifest(checkpoint)
+
+
+# ---------------------------------------------------------------- a run that is continued
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(hf_model: Path, tmp_path: Path) -> None:
+    """Though main is another commit by now."""
+    hub_cache, run = tmp_path / "hf" / "hub", tmp_path / "run"
+    older, newer = (Repo("acme/tiny", {**files_of(hf_model), "README.md": text}) for text in (b"older", b"newer"))
+    put_into_cache(older, hub_cache)
+    put_into_cache(newer, hub_cache)
+    run.mkdir()
+    (run / "sources.json").write_text(
+        json.dumps({"checkpoint": {"given": "acme/tiny", "commit": older.commit, "checkpoint": "elsewhere"}})
+    )
+    script = f"""
+from tgdpo_megatron.config import Config, ModelConfig, TrainConfig
+from tgdpo_megatron.preflight import find_models
+for resume in (True, False):
+    train = TrainConfig(output={str(run)!r}, resume=resume)
+    print(find_models(Config(model=ModelConfig(checkpoint="acme/tiny"), train=train))["checkpoint"].commit)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [older.commit, newer.commit]
+
+
+def test_the_first_model_must_be_given() -> None:
+    with pytest.raises(UserError, match="^model.checkpoint is not set; give the model to start from"):
+        find_models(Config())
