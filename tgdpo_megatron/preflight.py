@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tgdpo_megatron import run_folder
 from tgdpo_megatron.checkpoint import sources
+from tgdpo_megatron.checkpoint.certificate import check_certificate
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.formats import read_pairs
@@ -222,7 +223,7 @@ def check_models(config: Config, *, with_index: bool = True) -> Models:
         UserError: A missing or unusable checkpoint, other tokenizers or templates.
     """
     policy_folder = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
-    policy, description = read_manifest(policy_folder, with_index=with_index), describe(policy_folder)
+    policy, description = _certified(policy_folder, config, with_index), describe(policy_folder)
     check_model_layout(description, config.parallel)
     check_fp8_sizes(description, config)
     reference = policy
@@ -234,6 +235,14 @@ def check_models(config: Config, *, with_index: bool = True) -> Models:
     return Models(description, policy, reference, guidance)
 
 
+def _certified(folder: Path, config: Config, with_index: bool) -> CheckpointManifest:
+    """The manifest of a checkpoint, whose certificate is valid unless none is required."""
+    manifest = read_manifest(folder, with_index=with_index)
+    if config.model.require_certificate:
+        check_certificate(folder, manifest)
+    return manifest
+
+
 def _companion(
     folder: Path, role: str, policy: CheckpointManifest, config: Config, with_index: bool
 ) -> CheckpointManifest:
@@ -241,7 +250,7 @@ def _companion(
 
     Where data.template gives the template, that of a checkpoint is not used and need not be the same.
     """
-    manifest = read_manifest(folder, with_index=with_index)
+    manifest = _certified(folder, config, with_index)
     same = {"tokenizer": "tokenizer"} | ({"template": "chat template"} if config.data.template is None else {})
     for field, words in same.items():
         if getattr(manifest, field) != getattr(policy, field):

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,14 +23,20 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
-from tgdpo_megatron.checkpoint.certificate import Certificate, agrees, config_hash, write_certificate
+from tgdpo_megatron.checkpoint.certificate import (
+    Certificate,
+    agrees,
+    config_hash,
+    read_certificate,
+    write_certificate,
+)
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
 from tgdpo_megatron.checkpoint.safetensors import HfWeights
 from tgdpo_megatron.checkpoint.torch_dist import read_rows
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import family_of, parameters
 
@@ -41,7 +50,7 @@ _PACKAGES = ("torch", "transformers", "megatron-core")
 def certify(source: Path, folder: Path) -> Certificate:
     """Compare a checkpoint with the HuggingFace folder it was converted from, and write its certificate.
 
-    This process must not have process groups, and must not see a GPU.
+    The comparison runs in this process, or in a child where this one sees a GPU or is a rank of a job.
 
     Args:
         source: The HuggingFace folder.
@@ -50,6 +59,8 @@ def certify(source: Path, folder: Path) -> Certificate:
     Raises:
         UserError: The log-probs differ by more than rounding explains. No certificate is written.
     """
+    if torch.cuda.is_available() or dist.is_initialized():
+        return _in_child(source, folder)
     manifest, description = read_manifest(folder), describe(folder)
     sequences = _sequences(description.vocab_size)
     theirs = _huggingfaces(source, description, getattr(torch, manifest.dtype), sequences)
@@ -73,6 +84,17 @@ def certify(source: Path, folder: Path) -> Certificate:
     )
     write_certificate(folder, certificate)
     return certificate.sealed()
+
+
+def _in_child(source: Path, folder: Path) -> Certificate:
+    """As certify, in a process of its own that sees no GPU."""
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    command = [sys.executable, "-m", __name__, str(source), str(folder)]
+    environment = {**alone, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{folder}: it could not be compared with {source} ({done.stderr.strip()[-500:]}).")
+    return read_certificate(folder)
 
 
 def _sequences(vocab_size: int) -> list[Tensor]:
@@ -133,9 +155,7 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
             value = read_rows(folder / WEIGHTS, index, key, 0, shapes[key])
             if value.shape == padded[name]:
                 return value
-            whole = value.new_zeros(
-                padded[name]
-            )  # the vocabulary of the model is padded, that of the checkpoint is not
+            whole = value.new_zeros(padded[name])  # only the model's vocabulary is padded, not the checkpoint's
             whole[: len(value)] = value
             return whole
 
@@ -183,14 +203,15 @@ def _without_weights() -> Iterator[None]:
     that no checkpoint has."""
     register = Module.register_parameter
 
-    def on_meta(self: Module, name: str, weight: Parameter | None) -> None:
-        register(self, name, None if weight is None else Parameter(weight.to("meta"), requires_grad=False))
+    def on_meta(self: Module, name: str, param: Parameter | None) -> None:
+        register(self, name, None if param is None else Parameter(param.to("meta"), requires_grad=False))
 
-    Module.register_parameter = on_meta  # type: ignore[method-assign]
+    module: Any = Module
+    module.register_parameter = on_meta
     try:
         yield
     finally:
-        Module.register_parameter = register  # type: ignore[method-assign]
+        module.register_parameter = register
 
 
 @contextlib.contextmanager
@@ -227,3 +248,8 @@ def _hashes(source: Path) -> dict[str, str]:
         with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        certify(*map(Path, sys.argv[1:]))

@@ -1,7 +1,8 @@
 """Convert HuggingFace safetensors to a Megatron torch_dist checkpoint and back, some rows at a time.
 
-Neither direction builds a model or needs a process group. Memory holds a block of rows, on the way to Megatron and of a
-checkpoint that was converted; one tensor of a checkpoint that a run saved. Several processes can share the work.
+Neither direction builds a model or needs a process group; only the comparison for the certificate does. Memory holds a
+block of rows, on the way to Megatron and of a checkpoint that was converted; one tensor of a checkpoint that a run
+saved. Several processes can share the work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from tgdpo_megatron import __version__
+from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.failures import writable
 from tgdpo_megatron.checkpoint.fingerprint import combine
 from tgdpo_megatron.checkpoint.jobs import Part, Sums, ToHuggingFace, ToMegatron, in_parts
@@ -44,7 +46,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None, processes: int = 1) -> CheckpointManifest:
-    """Convert a HuggingFace folder to a Megatron checkpoint loadable at any tensor × pipeline layout.
+    """Convert a HuggingFace folder to a Megatron checkpoint loadable at any tensor × pipeline layout, and certify it.
 
     Args:
         source: Folder with config.json and safetensors. A tokenizer in the folder is copied too.
@@ -54,8 +56,9 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None, proc
 
     Raises:
         UserError: An unsupported model, missing or truncated weights, weights of the wrong shape, a weight that is not
-            finite, a target in use, or no space for it. Nothing that looks whole is left behind. What is finished
-            stays in TARGET.partial only where the same call can go on from it: after a full disk or a killed process.
+            finite, a target in use, no space for it, or log-probs that are not HuggingFace's. Nothing that looks whole
+            is left behind. What is finished stays in TARGET.partial only where the same call can go on from it: after
+            a full disk or a killed process.
     """
     check_target(target)
     description = read_description(source)
@@ -92,7 +95,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: str | None = None, proc
                 template=template_hash(tokenizer) if tokenizer else None,
             )
             write_manifest(work.folder, manifest)
-        # Here work.folder is a whole checkpoint that nobody sees yet.
+        certify(source, work.folder)
         work.finish()
     return manifest
 

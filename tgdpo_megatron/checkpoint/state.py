@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from tgdpo_megatron.checkpoint.certificate import hand_on
 from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
 from tgdpo_megatron.checkpoint.manifest import (
@@ -102,6 +103,7 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
     if dist.get_rank() == 0:
         copy_companions(companions / HF, work / HF, template)
+        hand_on(companions, work, manifest)
         write_manifest(work, manifest)
         work.rename(folder)
     dist.barrier()

@@ -70,6 +70,8 @@ class ModelConfig(_Group):
     guidance: Path | None = None
     """Frozen, already aligned checkpoint whose log-ratio to the reference is TGDPO's token reward. It is given in
     the same ways."""
+    require_certificate: bool = True
+    """Whether a checkpoint is refused that no certificate shows to give HuggingFace's log-probs (docs/models.md)."""
 
 
 class ParallelConfig(_Group):
