@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,6 +76,22 @@ def inputs_of(loss: LossConfig, pairs: Pairs, **scores: Tensor) -> dict[str, Ten
     if loss.reward_source is not None:
         inputs["rewards"] = token_rewards(loss.reward_source, pairs, scores, **loss.reward_options)
     return inputs
+
+
+def start_value(loss: LossConfig) -> float | None:
+    """The loss of every pair while the policy is the reference, as ln 2 for DPO; None where it depends on the pair.
+
+    It is found by computing the loss of two made-up pairs.
+    """
+    if "reference" not in loss.method.reads:
+        return None
+    tokens = torch.arange(12)
+    pairs = Pairs(pair=tokens // 6, side=tokens // 3 % 2, num_pairs=2)
+    logps = -torch.linspace(0.1, 3.0, len(tokens), dtype=torch.float64)
+    scores = {name: logps * torch.cos(tokens * number) for number, name in enumerate(loss.scores, start=1)}
+    scores |= {"reference": logps, "divergence": torch.zeros_like(logps)}
+    first, second = pair_losses(loss, logps, pairs, **scores)[0].tolist()
+    return first if math.isclose(first, second, abs_tol=1e-9) else None
 
 
 def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor) -> tuple[Tensor, Tensor]:

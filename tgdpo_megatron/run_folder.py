@@ -62,6 +62,8 @@ _IDENTITY = {
 
 REPORT = "report.html"
 """File in the folder of a run."""
+EXPORTS = "hf"
+"""Folder of a run's exports to HuggingFace."""
 ANSWERS = "answers.json"
 """Another: prompt, chosen answer, and the model's answers before and after training."""
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tgdpo_megatron import preflight, run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
+from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.checkpoint.state import load_training_state, save_checkpoint
@@ -35,8 +36,8 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.data.tokenizer import hash_of, template_of, tokenizer_for
 from tgdpo_megatron.engine import Engine, build_engine
-from tgdpo_megatron.errors import NonFiniteError, StoppedError, in_short
-from tgdpo_megatron.pair_losses import PreferenceLoss
+from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, in_short
+from tgdpo_megatron.pair_losses import PreferenceLoss, start_value
 from tgdpo_megatron.platform import interrupts
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
@@ -53,6 +54,9 @@ from tgdpo_megatron.report.terminal import (
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
+START, START_FP8 = {"fp32": 1e-3, "bf16": 0.05}, 0.1
+"""How far the loss of the first step may be from its known value, relative to values above 1. Rounding of log-probs to
+bf16 moves single pairs by more, and the mean over a batch by less."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class _Run:
         mix: How often the pairs of each file are seen; None for once in each epoch.
         resumed_from: The checkpoint from which the run continues; None for a new run.
         first: Number of optimizer steps done before.
+        start_value: What the loss of the first step must be; None where that is not known.
         found: Role -> where each model was found, and how the user had named it.
         identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
         template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
@@ -85,6 +90,7 @@ class _Run:
     validation: _Part | None
     resumed_from: Path | None
     first: int
+    start_value: float | None
     found: dict[str, Source]
     identity: CheckpointManifest
     template: str | None
@@ -154,7 +160,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 progress.set_postfix_str(result_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
-            keep = done == last or stop or _is_due(done, config.train.save_interval)
+            export = config.train.export_interval > 0 and (done == last or _is_due(done, config.train.export_interval))
+            keep = done == last or stop or export or _is_due(done, config.train.save_interval)
             if keep or save:
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
                 _check_finite(engine.forward(batches), f"the loss after {where}", output)
@@ -162,6 +169,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 if ranks.is_first and replaced is not None:
                     shutil.rmtree(replaced, ignore_errors=True)
                 replaced, saved_at = None if keep else checkpoint, time.monotonic()
+                if export:
+                    on_first_rank(ranks, partial(_export, checkpoint, output))
             if stop:
                 progress.update()
                 break
@@ -195,6 +204,8 @@ def _step(
     totals = run.engine.forward_backward(batches, votes={"stop": stop, "save": save})
     stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
     _check_finite(totals, f"the loss of {where}", run.output)
+    if done == 1 and run.start_value is not None:
+        _check_start(totals["loss"] / totals["pairs"], run.start_value, run.config)
     grad_norm, learning_rate = run.engine.update()
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(run.output)}.")
@@ -206,6 +217,22 @@ def _step(
         "num_padding_tokens": totals["padding"],
     }
     return metrics, stop, save
+
+
+def _check_start(found: float, known: float, config: Config) -> None:
+    """Refuse a first loss that is not what it must be while the policy is the reference. Nothing was updated yet.
+
+    Raises:
+        UserError: Policy and reference give different log-probs.
+    """
+    # Cached scores were computed in other micro-batches, and an FP8 policy stands beside a reference in bf16.
+    room = START_FP8 if config.train.fp8 else START[config.train.precision]
+    if abs(found - known) > room * max(1.0, known):
+        raise UserError(
+            f"the loss of the first step is {found:.4f}, but policy and reference are the same model, where "
+            f"loss.type={config.loss.type} gives {known:.4f}; nothing was updated. Either the cached scores are of "
+            "another model, or this layout computes something else than the one that scored."
+        )
 
 
 def _picked(run: _Run, iteration: int) -> np.ndarray:
@@ -252,6 +279,13 @@ def _save(run: _Run, done: int) -> Path:
         manifest=replace(run.identity, iteration=done),
     )
     return folder
+
+
+def _export(checkpoint: Path, output: Path) -> None:
+    """Write a checkpoint as a HuggingFace model into the folder of the run."""
+    folder = output / run_folder.EXPORTS / checkpoint.name
+    if not folder.exists():  # a resumed run may have come here before
+        megatron_to_hf(checkpoint, folder)
 
 
 def _answer(run: _Run, ranks: Ranks, when: str) -> None:
@@ -337,7 +371,9 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
             first = read_manifest(resumed_from).iteration or 0
     held_out = _Part(validation, validation_scores) if validation is not None else None
     part = _Part(pairs, scores)
-    return _Run(config, output, engine, part, mix, held_out, resumed_from, first, found, identity, template)
+    same = models.policy.weights == models.reference.weights
+    start = start_value(config.loss) if same else None
+    return _Run(config, output, engine, part, mix, held_out, resumed_from, first, start, found, identity, template)
 
 
 def _start_of(config: Config) -> Path:

@@ -19,13 +19,24 @@ def main() -> None:
             "--dtype", choices=("bf16", "fp32"), help="dtype of the converted weights; default: as stored"
         )
         parser.add_argument("--processes", type=int, default=1, help="how many processes share the work; default: 1")
+        parser.add_argument(
+            "--no-certificate",
+            action="store_true",
+            help="do not compare the two models; programs then refuse the checkpoint unless told otherwise",
+        )
         parsed = parser.parse_args()
         if parsed.processes < 1:
             raise UserError(f"--processes {parsed.processes}: at least one process has to work.")
         source = find(parsed.hf_model)
         from tgdpo_megatron.checkpoint.convert import hf_to_megatron  # imported here, since it loads torch and Megatron
 
-        manifest = hf_to_megatron(source.folder, parsed.megatron_folder, dtype=parsed.dtype, processes=parsed.processes)
+        manifest = hf_to_megatron(
+            source.folder,
+            parsed.megatron_folder,
+            dtype=parsed.dtype,
+            processes=parsed.processes,
+            certificate=not parsed.no_certificate,
+        )
         print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")
 
 

@@ -67,13 +67,13 @@ def test_scores_of_anything_else_are_refused_in_its_own_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def converted(hf_model: Path, tmp_path: Path, change: Callable[[Path], None]) -> Path:
+def converted(hf_model: Path, tmp_path: Path, change: Callable[[Path], None], *, certificate: bool = True) -> Path:
     """The model with something changed, as a checkpoint."""
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 
     shutil.copytree(hf_model, tmp_path / "hf")
     change(tmp_path / "hf")
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", certificate=certificate)
     return tmp_path / "megatron"
 
 
@@ -153,9 +153,10 @@ def test_a_log_prob_that_is_not_finite_ends_scoring_with_the_row(
     checkpoint: Path, hf_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     """Weights that are finite, but so large that what they give is not."""
-    model = converted(hf_model, tmp_path, explode)
+    model = converted(hf_model, tmp_path, explode, certificate=False)
     folder = tmp_path / "scores"
     arguments = ["--recipe=dpo_tiny", f"data.train={pairs_file}", f"scores.path={folder}"]
+    arguments.append("model.require_certificate=false")
     said = say("recipes.score", f"model.checkpoint={model}", *arguments)
     assert_refused(said, "the scores of row ", "of pairs.jsonl are not finite; check the frozen checkpoints")
     assert not list(folder.glob("train/scores-*"))
@@ -226,8 +227,42 @@ def test_the_viewer_refuses_what_is_neither_a_run_nor_scores_and_scores_made_oth
     )
     assert said.code == 0, said.err
     other = converted(hf_model, tmp_path, flip_a_bit)
-    kept = scores / "config.yaml"
-    kept.write_text(kept.read_text().replace(str(checkpoint), str(other)))
+    for kept in (scores / "config.yaml", scores / "sources.json"):
+        kept.write_text(kept.read_text().replace(str(checkpoint), str(other)))
     said = say("tools.view", str(scores))
     assert_refused(said, "these scores were made with other weights of the reference (")
     assert not (scores / "view.html").exists()
+
+
+# ---------------------------------------------------------------- scores that only pretend
+
+
+def test_a_first_loss_that_cannot_be_ends_the_run_before_the_first_update(
+    checkpoint: Path, hf_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """The scores are of another model, and their manifest says that they are of this one."""
+    from tgdpo_megatron.checkpoint.manifest import read_manifest
+
+    other, scores = converted(hf_model, tmp_path, scale_the_head), tmp_path / "scores"
+    write_scores(scores, other, pairs_file)
+    manifest = scores / "train" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"reference": read_manifest(checkpoint).weights}))
+    said = say(
+        "recipes.train",
+        *settings(checkpoint, pairs_file, tmp_path / "run"),
+        "scores.source=cached",
+        f"scores.path={scores}",
+        "loss.type=dpo",
+    )
+    assert_refused(said, "the loss of the first step is ")
+    assert "where loss.type=dpo gives 0.6931; nothing was updated" in said.err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def scale_the_head(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -258,8 +258,8 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(hf_model: Path, t
     ("changes", "words"),
     [
         (
-            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-            "architecture 'Qwen2ForCausalLM' is not supported",
+            {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
+            "architecture 'Phi3ForCausalLM' is not supported",
         ),
         ({"architectures": "MambaForCausalLM"}, "architecture 'MambaForCausalLM' is not supported"),
         ({"rope_parameters": {"rope_theta": int("9" * 400)}}, "a field has a value of the wrong kind"),

@@ -16,7 +16,7 @@ from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.losses import CHOSEN, LOSSES, REJECTED, Pairs
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES, reward_options, token_rewards
 from tgdpo_megatron.losses.tgdpo import token_weights
-from tgdpo_megatron.pair_losses import inputs_of, pair_losses
+from tgdpo_megatron.pair_losses import inputs_of, pair_losses, start_value
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -614,3 +614,35 @@ def test_imports_without(blocked: str, imported: str) -> None:
     code = f"import sys; sys.modules['{blocked}'] = None; import {imported}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- the loss while the policy is the reference
+
+LN_2 = math.log(2)
+START_VALUES = {
+    "dpo": LN_2,
+    "dpo_norm": LN_2,
+    "robust": LN_2,
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "ipo_sum": 25.0,
+    "tgdpo": LN_2,
+    "tdpo1": LN_2,
+    "tdpo2": LN_2,
+    "sft": None,
+    "simpo": None,
+    "sepo": None,
+    "dpo_reg": None,
+    "simpo_reg": None,
+}
+"""With the defaults: β = 0.1 makes (1 / 2β)² = 25. None where every pair has a start value of its own."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_of_a_policy_that_is_the_reference_is_the_known_one(name: str) -> None:
+    known = START_VALUES[name]
+    assert start_value(LossConfig(type=name)) == (None if known is None else pytest.approx(known))
+
+
+def test_a_share_of_sft_makes_the_first_loss_unknown() -> None:
+    assert start_value(LossConfig(type="dpo", sft_loss_weight=0.1)) is None

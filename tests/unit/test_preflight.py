@@ -97,7 +97,7 @@ def test_a_frozen_model_whose_run_gave_its_template_something_else_is_refused(
 def test_a_vocabulary_that_is_only_padded_differently_is_no_other_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
     """The tokenizer is the same; such a model can be scored, but not ride in the policy's pipeline."""
     other = edited(checkpoint, tmp_path / "other", "hf/config.json", vocab_size=1000)
-    config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other))
+    config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other, require_certificate=False))
     assert preflight.check_models(config).guidance is not None
     with pytest.raises(UserError, match="in vocab_size and cannot run beside it"):
         preflight.carried_checkpoints(config)
@@ -197,7 +197,7 @@ def test_scores_of_another_guidance_model_are_refused(checkpoint: Path, pairs: P
     def load_with(weights: str) -> Any:
         guidance = edited(checkpoint, tmp_path / weights[0], "manifest.json", weights=weights)
         config = Config(
-            model=ModelConfig(checkpoint=checkpoint, guidance=guidance),
+            model=ModelConfig(checkpoint=checkpoint, guidance=guidance, require_certificate=False),
             loss=LossConfig(type="tgdpo"),
             scores=ScoresConfig(source="cached", path=tmp_path / "scores"),
             train=TrainConfig(precision="bf16"),

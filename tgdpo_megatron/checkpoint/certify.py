@@ -66,6 +66,8 @@ def certify(source: Path, folder: Path) -> Certificate:
     theirs = _huggingfaces(source, description, getattr(torch, manifest.dtype), sequences)
     ours = _ours(folder, description, sequences)
     difference = float((ours - theirs).abs().max())  # not a number where either is not
+    if not theirs.isfinite().all():
+        raise UserError(f"{source}: the model's log-probs are not finite; use another checkpoint.")
     if not agrees(difference):
         raise UserError(
             f"{folder}: the converted model's log-probs differ from HuggingFace's by {difference:.2g} nats, more than "

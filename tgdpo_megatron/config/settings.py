@@ -403,6 +403,9 @@ class TrainConfig(_Group):
     """Iterations between evaluations on `data.validation`. 0 evaluates only before the first step and at the end."""
     save_interval: int = Field(0, ge=0)
     """Iterations between checkpoints that are kept. 0 keeps only the last."""
+    export_interval: int = Field(0, ge=0)
+    """Iterations between exports to HuggingFace, into the folder hf of `output`. A checkpoint is kept at each. The
+    last is exported as well. 0 exports nothing."""
     save_minutes: float = Field(30.0, ge=0, allow_inf_nan=False)
     """Minutes after which a checkpoint is saved in any case. The next checkpoint replaces it. 0 saves none."""
     report: bool = True
