@@ -43,8 +43,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         tgdpo.tgdpo_llama3_8b_armorm,
         tgdpo.dpo_llama32_3b,
         tgdpo.tgdpo_llama32_3b,
+        tgdpo.dpo_gemma2_2b,
+        tgdpo.tgdpo_gemma2_2b,
         treg.dpo_reg_llama3_8b,
         treg.simpo_reg_llama3_8b,
+        treg.simpo_reg_gemma2_9b,
     )
 }
 

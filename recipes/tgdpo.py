@@ -5,7 +5,7 @@ which starts from the same model as the guidance did, not from the guidance. Wha
 ultrafeedback.py. Where every value is from: docs/methods.md, "Where the papers' values come from".
 """
 
-from recipes.ultrafeedback import llama3_8b, llama32_3b
+from recipes.ultrafeedback import gemma2_2b, llama3_8b, llama32_3b
 from tgdpo_megatron.config import Config, LossConfig
 
 
@@ -37,6 +37,16 @@ def dpo_llama32_3b() -> Config:
 def tgdpo_llama32_3b() -> Config:
     """TGDPO: Llama-3.2-3B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
     return llama32_3b(_tgdpo(), lr=7e-7)
+
+
+def dpo_gemma2_2b() -> Config:
+    """DPO, the guidance for TGDPO: Gemma-2-2B-it, pairs chosen by ArmoRM, 8 × 80 GB."""
+    return gemma2_2b(_guidance(), lr=5e-7)
+
+
+def tgdpo_gemma2_2b() -> Config:
+    """TGDPO: Gemma-2-2B-it, pairs chosen by ArmoRM, 8 × 80 GB."""
+    return gemma2_2b(_tgdpo(), lr=7e-7)
 
 
 def _guidance() -> LossConfig:

@@ -5,7 +5,7 @@ worse. Then train. What all settings share is in ultrafeedback.py. Where every v
 the papers' values come from".
 """
 
-from recipes.ultrafeedback import llama3_8b
+from recipes.ultrafeedback import gemma2_9b, llama3_8b
 from tgdpo_megatron.config import Config, LossConfig
 
 
@@ -17,3 +17,8 @@ def dpo_reg_llama3_8b() -> Config:
 def simpo_reg_llama3_8b() -> Config:
     """T-REG on SimPO: Llama-3-8B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
     return llama3_8b(LossConfig(type="simpo_reg", beta=10.0, gamma_beta_ratio=0.3, alpha=0.25), lr=1e-6)
+
+
+def simpo_reg_gemma2_9b() -> Config:
+    """T-REG on SimPO: Gemma-2-9B-it, pairs chosen by ArmoRM, 8 × 80 GB."""
+    return gemma2_9b(LossConfig(type="simpo_reg", beta=10.0, gamma_beta_ratio=0.5, alpha=0.25), lr=8e-7)

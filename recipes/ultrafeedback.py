@@ -30,6 +30,18 @@ def llama32_3b(loss: LossConfig, *, lr: float) -> Config:
     return _one_epoch(loss, lr, tensor_parallel=1)
 
 
+def gemma2_2b(loss: LossConfig, *, lr: float) -> Config:
+    """Gemma-2-2B at DP8."""
+    # 49.6 GiB with DPO's live reference, 44.7 with cached scores.
+    return _one_epoch(loss, lr, tensor_parallel=1)
+
+
+def gemma2_9b(loss: LossConfig, *, lr: float) -> Config:
+    """Gemma-2-9B at TP4 DP2."""
+    # 44.4 GiB with cached scores; TP2: 73.5, which an 80 GB GPU hardly has.
+    return _one_epoch(loss, lr, tensor_parallel=4)
+
+
 def _one_epoch(loss: LossConfig, lr: float, *, tensor_parallel: int) -> Config:
     return Config(
         parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel, sequence_parallel=tensor_parallel > 1),
