@@ -4,9 +4,10 @@
 
 Wall-clock time, in turn with a copy in the same round. The copy reads every shard in pieces of 16 MiB, writes them to
 the same disk, and waits for the disk after each shard. Before each measurement the source's pages are dropped from the
-page cache, as far as the system allows, so that all read from the same place. Conversions are timed inside a fresh process,
-without its imports, but with the start of the processes that share the work. Memory: the highest peak of any process of
-a conversion, its libraries included. Everything is written below the folder for temporary files and deleted after.
+page cache, as far as the system allows, so that all read from the same place. Conversions are timed inside a fresh
+process, without its imports, but with the start of the processes that share the work. Memory: the highest peak of any
+process of a conversion, its libraries included. Everything is written below the folder for temporary files and deleted
+after.
 """
 
 from __future__ import annotations

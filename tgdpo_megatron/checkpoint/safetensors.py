@@ -105,7 +105,7 @@ class HfWeights:
         path = self.folder / stored.file
         with readable(f"{path}: {name}"), path.open("rb", buffering=0) as file:
             file.seek(stored.start + first * row_bytes)
-            rest = memoryview(content.numpy())
+            rest = memoryview(content.numpy())  # type: ignore[arg-type]
             while len(rest):
                 if not (got := file.readinto(rest)):
                     raise EOFError("the file ends early")
@@ -234,7 +234,8 @@ class HfShards:
         row_bytes = tensor.bytes // tensor.shape[0]
         with (folder / file).open("r+b", buffering=0) as opened:
             opened.seek(start + first * row_bytes)
-            rest = memoryview(rows.to(tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            content = rows.to(tensor.dtype).contiguous().flatten().view(torch.uint8)
+            rest = memoryview(content.numpy())  # type: ignore[arg-type]
             while len(rest):
                 rest = rest[opened.write(rest) :]
         return file
