@@ -6,7 +6,6 @@ that overlap it, and not the whole tensor.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,9 @@ def write_blocks(
     plan = SavePlan([_write_item(block, dtypes, shapes) for block in blocks])
     plan = writer.prepare_global_plan([SavePlan([])] * part + [plan])[part]  # gives the file its number
     by_place = {(block.tensor.key, block.first): block for block in blocks}
-    written = writer.write_data(plan, _OnDemand(lambda place: read(by_place[place]))).value()
+    planner = _OnDemand(lambda place: read(by_place[place]))
+    written = writer.write_data(plan, planner).value()
+    planner.release()
     return [
         (*_key_and_row(found.index), info.relative_path, info.offset, info.length)
         for found in written
@@ -108,15 +109,23 @@ def _write_item(block: Block, dtypes: dict[str, torch.dtype], shapes: dict[str, 
 
 
 class _OnDemand(DefaultSavePlanner):
-    """A save planner that makes each block only when it is about to be written."""
+    """A save planner that makes each block only when it is about to be written, and holds no more than one."""
 
     def __init__(self, read: Callable[[tuple[str, int]], Tensor]) -> None:
         super().__init__()
         self.read = read
+        self.block: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        gc.collect(1)  # torch.save leaves the tensor before this one in a cycle of objects
-        return self.read(_key_and_row(write_item.index))
+        self.release()
+        self.block = self.read(_key_and_row(write_item.index))
+        return self.block
+
+    def release(self) -> None:
+        """Free the block that has been written. torch.save keeps it in a cycle of objects, which may live for long."""
+        if self.block is not None:
+            self.block.untyped_storage().resize_(0)
+            self.block = None
 
 
 def read_rows(folder: Path, metadata: Any, key: str, first: int, shape: Sequence[int]) -> Tensor:
