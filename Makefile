@@ -48,7 +48,7 @@ check: $(STAMP)  ## format, lint, types, unit tests: under a minute
 parity: $(STAMP)  ## every layout, and every method, against one process
 	$(RUN) -m tests.parity --json results/parity.json
 
-bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; seven minutes
+bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; fifteen minutes
 	$(RUN) -m bench.speed --json results/bench.json --picture docs/images/bench.svg
 
 credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs

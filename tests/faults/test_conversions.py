@@ -226,7 +226,16 @@ def test_files_of_the_user_where_the_work_would_be_are_left_alone(models: dict[s
     (tmp_path / "made.partial" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"made\.partial: this folder is needed, but holds files of something else"):
         hf_to_megatron(models[TO_MEGATRON], tmp_path / "made")
-    assert (tmp_path / "made.partial" / "thesis.tex").read_text() == "mine" and not (tmp_path / "made").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["made.partial"]
+    assert [path.name for path in (tmp_path / "made.partial").iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_becomes_the_target(models: dict[str, Path], tmp_path: Path) -> None:
+    from tgdpo_megatron.checkpoint.convert import megatron_to_hf
+
+    (tmp_path / "made").mkdir()
+    megatron_to_hf(models[TO_HF], tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"] and (tmp_path / "made" / "config.json").is_file()
 
 
 def test_an_unknown_number_of_processes_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
