@@ -51,7 +51,7 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 roundtrip: $(STAMP)  ## HuggingFace to Megatron and back, every family: bits, log-probs at four layouts, certificates
 	$(RUN) -m tests.roundtrip --json results/roundtrip.json
 
-bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; seven minutes
+bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; fifteen minutes
 	$(RUN) -m bench.speed --json results/bench.json --picture docs/images/bench.svg
 
 credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs

@@ -4,9 +4,10 @@
 
 Wall-clock time, in turn with a copy in the same round. The copy reads every shard in pieces of 16 MiB, writes them to
 the same disk, and waits for the disk after each shard. Before each measurement the source's pages are dropped from the
-page cache, as far as the system allows, so that all read from the same place. Conversions are timed inside a fresh process,
-without its imports, but with the start of the processes that share the work. Memory: the highest peak of any process of
-a conversion, its libraries included. Everything is written below the folder for temporary files and deleted after.
+page cache, as far as the system allows, so that all read from the same place. Conversions are timed inside a fresh
+process, without its imports, but with the start of the processes that share the work. Memory: the highest peak of any
+process of a conversion, its libraries included. Everything is written below the folder for temporary files and deleted
+after.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,9 @@ def convert(source: Path, target: Path, processes: int) -> tuple[float, int]:
     """Seconds of a conversion, to Megatron or back, and the peak bytes of the process that used most."""
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    work: Callable[..., Any] = hf_to_megatron if (source / "config.json").is_file() else megatron_to_hf
+    # The comparison for the certificate is no part of the conversion: it computes log-probs.
+    to_megatron = partial(hf_to_megatron, certificate=False)
+    work: Callable[..., Any] = to_megatron if (source / "config.json").is_file() else megatron_to_hf
     _forget(source)
     began = time.monotonic()
     work(source, target, processes=processes)

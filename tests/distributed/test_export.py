@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.program import run_ranks
+from tgdpo_megatron.checkpoint.manifest import read_metadata
 
 IDS = [1, 40, 7, 250, 12, 99, 3]
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -20,11 +22,14 @@ def models(
     request: Any, tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., Path], pairs_file: Path
 ) -> dict[str, Path]:
     """A start in HuggingFace's and Megatron's form, and the same after two steps of DPO."""
+    from tgdpo_megatron.checkpoint import convert
     from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
     folder = tmp_path_factory.mktemp("export")
     start = make_hf_model(folder / "start-hf", tie_word_embeddings=request.param)
-    hf_to_megatron(start, folder / "start")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "BLOCK_BYTES", 5000)  # every rank then reads its part of a tensor from several blocks
+        hf_to_megatron(start, folder / "start")
     job = {
         "model": {"checkpoint": str(folder / "start")},
         "parallel": {**LAYOUT, "sequence_parallel": True},
@@ -39,8 +44,8 @@ def models(
         for name, place in (("start", folder / "start"), ("trained", trained))
     ]
     run_ranks("tests.support.jobs", "train_and_look", 4, recipe="dpo_tiny", job=job, looks=looks)
-    megatron_to_hf(trained, folder / "trained-hf")
-    return {"folder": folder, "start": start, "trained": folder / "trained-hf"}
+    megatron_to_hf(trained, folder / "trained-hf", processes=2)
+    return {"folder": folder, "start": start, "trained": folder / "trained-hf", "checkpoint": trained}
 
 
 @pytest.mark.parametrize("which", ["start", "trained"])
@@ -57,3 +62,34 @@ def test_huggingface_and_megatron_give_the_same_distribution(models: dict[str, P
 def test_training_changed_the_model(models: dict[str, Path]) -> None:
     start, trained = (torch.load(models["folder"] / f"{name}.pt") for name in ("start", "trained"))
     assert float((start - trained).abs().max()) > 1e-3
+
+
+def test_an_export_has_neither_padding_nor_a_second_copy_of_tied_embeddings(models: dict[str, Path]) -> None:
+    """Megatron pads the vocabulary of a run to a multiple of its ranks; the exported files are as the start's."""
+    start, trained = (load_file(models[name] / "model.safetensors") for name in ("start", "trained"))
+    assert {name: tensor.shape for name, tensor in trained.items()} == {
+        name: tensor.shape for name, tensor in start.items()
+    }
+    stored = read_metadata(models["checkpoint"] / "weights").state_dict_metadata
+    assert stored["embedding.word_embeddings.weight"].size[0] > len(trained["model.embed_tokens.weight"])
+
+
+def test_an_export_never_reads_the_optimizers_state(models: dict[str, Path], tmp_path: Path) -> None:
+    """Every byte of it is destroyed first."""
+    import shutil
+
+    from tgdpo_megatron.checkpoint.convert import megatron_to_hf
+
+    shutil.copytree(models["checkpoint"], tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "weights"
+    destroyed = 0
+    for place, info in read_metadata(weights).storage_data.items():
+        if place.fqn.startswith("optimizer."):
+            with (weights / info.relative_path).open("r+b") as file:
+                file.seek(info.offset)
+                file.write(b"x" * info.length)
+            destroyed += 1
+    assert destroyed
+    megatron_to_hf(tmp_path / "damaged", tmp_path / "hf")
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", models["trained"]))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tgdpo_megatron.checkpoint import convert, jobs
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from tgdpo_megatron.checkpoint.fingerprint import _BLOCK, combine, tensor_sum
+from tgdpo_megatron.checkpoint.fingerprint import _BLOCK, all_finite, combine, tensor_sum
 from tgdpo_megatron.checkpoint.manifest import read_manifest
+from tgdpo_megatron.checkpoint.work import work_on
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
+from tgdpo_megatron.model.tensor_maps import TensorMap, by_group, same, stacked
 
 LAST = "model.layers.1.mlp.down_proj.weight"
 
@@ -124,7 +127,183 @@ def test_rounding_to_bf16_is_torchs(hf_model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_every_tensor_keeps_its_own_dtype(hf_model: Path, tmp_path: Path) -> None:
+    """Norms in fp32, an odd number of bf16 numbers before them, the rest in fp16; and every tensor aligned."""
+    wanted = {"norm.weight": torch.float32, "layernorm.weight": torch.float32, "embed_tokens.weight": torch.bfloat16}
+    weights = {
+        name: tensor.to(next((dtype for end, dtype in wanted.items() if name.endswith(end)), torch.float16))
+        for name, tensor in weights_of(hf_model).items()
+    }
+    source = copy_with(hf_model, tmp_path / "hf", **weights)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_bit_equal(weights_of(tmp_path / "back"), weights)
+    content = (tmp_path / "back" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    for name, entry in header.items():
+        assert (8 + length + entry["data_offsets"][0]) % weights[name].itemsize == 0, name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_small_blocks_in_many_parts_give_the_same_weights(
+    processes: int, checkpoint: Path, hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a tensor in several blocks, blocks in several files, files by several processes."""
+    monkeypatch.setattr(convert, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(jobs, "PART_ELEMENTS", 40_000)
+    found = hf_to_megatron(hf_model, tmp_path / "megatron", processes=processes)
+    assert found == read_manifest(checkpoint)
+    assert len(list((tmp_path / "megatron" / "weights").glob("*.distcp"))) > 2
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", processes=processes)
+    assert_bit_equal(weights_of(tmp_path / "back"), weights_of(hf_model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron"]
+
+
+@pytest.mark.parametrize("most", [1, 5, 8, 1000])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        same("k", "a", (7, 3)),
+        same("k", "a", (7,)),
+        stacked("k", ("a", "b"), ((7, 3), (4, 3))),
+        by_group("k", ("q", "k", "v"), ((12, 3), (6, 3), (6, 3)), groups=3),
+        by_group("k", ("q", "k", "v"), ((12,), (6,), (6,)), groups=3),
+    ],
+    ids=["same", "vector", "stacked", "by group", "vectors by group"],
+)
+def test_blocks_of_a_tensor_join_to_what_the_tensor_joins_to(tensor: TensorMap, most: int) -> None:
+    parts = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(place)) for place, shape in enumerate(tensor.shapes)
+    ]
+    by_name = dict(zip(tensor.names, parts, strict=True))
+    whole, back = torch.empty(tensor.shape), {name: torch.empty_like(part) for name, part in by_name.items()}
+    filled = 0
+    for block in tensor.blocks(most):
+        rows, shapes = block.tensor.shape[0], block.tensor.shapes
+        cut = [
+            by_name[name][first : first + shape[0]]
+            for name, first, shape in zip(block.tensor.names, block.firsts, shapes, strict=True)
+        ]
+        joined = block.tensor.join(cut)
+        assert joined.shape == block.tensor.shape and block.first == filled and rows <= max(most, 8)
+        whole[block.first : block.first + rows] = joined
+        filled += rows
+        for name, first, part in zip(block.tensor.names, block.firsts, block.tensor.part(joined), strict=True):
+            back[name][first : first + len(part)] = part
+    assert filled == tensor.shape[0] and torch.equal(whole, tensor.join(parts))
+    assert all(torch.equal(back[name], part) for name, part in by_name.items())
+
+
+# ---------------------------------------------------------------- what an export is
+
+
+def test_a_tied_export_has_no_output_layer_and_loads_tied(make_hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    hf_to_megatron(make_hf_model(tmp_path / "hf", tie_word_embeddings=True), tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert "lm_head.weight" not in weights_of(tmp_path / "back")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_export_has_all_that_servers_look_for(
+    checkpoint: Path, hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and keys by transformers' and vLLM's conventions, in shards, with nothing beside them."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from tgdpo_megatron.checkpoint import safetensors
+
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 200_000)
+    megatron_to_hf(checkpoint, tmp_path / "back", dtype="bf16")
+    names = {path.name for path in (tmp_path / "back").iterdir()}
+    shards = sorted(name for name in names if name.endswith(".safetensors"))
+    assert shards == [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
+    assert names - set(shards) == {path.name for path in hf_model.iterdir()} - {"model.safetensors"} | {
+        "model.safetensors.index.json"
+    }
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    tensors = {shard: load_file(tmp_path / "back" / shard) for shard in shards}
+    assert index["weight_map"] == {name: shard for shard in shards for name in tensors[shard]}
+    assert index["metadata"]["total_size"] == sum(one.nbytes for shard in shards for one in tensors[shard].values())
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "bfloat16"
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (hf_model, tmp_path / "back"))
+    assert before.chat_template == after.chat_template and after.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == before.eos_token_id
+
+
+def test_a_config_of_older_transformers_names_the_dtype_in_its_own_way_too(hf_model: Path, tmp_path: Path) -> None:
+    """An older reader knows torch_dtype alone; and a config need not name the architecture."""
+    shutil.copytree(hf_model, tmp_path / "hf")
+    config = json.loads((hf_model / "config.json").read_text())
+    del config["dtype"], config["architectures"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype="bf16")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    after = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (after["dtype"], after["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert after["architectures"] == ["LlamaForCausalLM"]
+
+
 # ---------------------------------------------------------------- fingerprints
+
+
+def test_a_sum_is_what_its_definition_says() -> None:
+    """By Python's own integers: bits, times an odd number of the row, times another of the column, modulo 2^64."""
+
+    def odd(place: int, kind: int) -> int:
+        mixed = (4 * place + kind) * -7046029254386353131 + 1442695040888963407
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+            mixed = (mixed + 2**63) % 2**64 - 2**63  # as a signed number of 64 bits, whose shift keeps the sign
+            mixed = (mixed ^ (mixed >> shift)) * factor
+        return mixed | 1
+
+    tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    bits = tensor.view(torch.int32).tolist()
+    expected = sum(bits[row][column] * odd(row + 4, 1) * odd(column + 9, 2) for row in range(3) for column in range(5))
+    assert tensor_sum(tensor, offset=[4, 9]) == expected % 2**64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    sums = {tensor_sum(tensor, offset=[0, 0])}
+    for element in range(tensor.numel()):
+        for bit in range(8 * tensor.itemsize):
+            flipped = tensor.clone().flatten()
+            flipped.view(integers)[element] ^= torch.tensor(2**bit, dtype=torch.int64).to(integers)
+            sums.add(tensor_sum(flipped.view(3, 5), offset=[0, 0]))
+    assert len(sums) == 1 + tensor.numel() * 8 * tensor.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equal_values_have_equal_sums_in_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.randint(-8, 8, (6, 10), generator=torch.Generator().manual_seed(0)).float() / 4
+    expected = tensor_sum(values, offset=[0, 0])
+    for rounded_to in (torch.float32, torch.bfloat16):
+        assert tensor_sum(values.to(dtype), offset=[0, 0], rounded_to=rounded_to) == expected
+
+
+def test_columns_exchanged_and_a_matrix_transposed_have_other_sums() -> None:
+    tensor = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    others = (tensor, tensor.roll(1, 1), tensor.roll(1, 0), tensor.T, tensor.flip(0, 1))
+    assert len({tensor_sum(other, offset=[0, 0]) for other in others}) == len(others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_finite_though_their_sum_overflows(dtype: torch.dtype) -> None:
+    tensor = torch.full((64,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(tensor)
+    for value in ("nan", "inf", "-inf"):
+        tensor[5] = float(value)
+        assert not all_finite(tensor)
+    tensor[6] = float("inf")
+    assert not all_finite(tensor), "infinities of both signs"
 
 
 def test_a_fingerprint_survives_the_round_trip(checkpoint: Path, tmp_path: Path) -> None:
@@ -163,7 +342,7 @@ def test_the_sum_of_shards_is_the_sum_of_the_whole(cut: int) -> None:
 
 def test_the_sum_of_a_tensor_that_is_hashed_block_by_block_is_that_of_its_blocks() -> None:
     """Three blocks at once, against each alone at its own place."""
-    rows = _BLOCK // 1024
+    rows = _BLOCK["cpu"] // 1024
     whole = torch.randn(3 * rows, 1024, generator=torch.Generator().manual_seed(0))
     parts = [tensor_sum(whole[first : first + rows], offset=[first, 0]) for first in (0, rows, 2 * rows)]
     assert sum(parts) % 2**64 == tensor_sum(whole, offset=[0, 0])
@@ -234,7 +413,81 @@ def test_a_missing_shard_is_refused_by_name(hf_model: Path, tmp_path: Path) -> N
     refuses(tmp_path / "hf", tmp_path / "megatron", "model-2.safetensors: this weight shard is missing")
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_an_index_that_names_a_tensor_that_its_shard_lacks_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    index = {"weight_map": dict.fromkeys([*weights_of(hf_model), "model.layers.9.norm"], "model.safetensors")}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = "model.safetensors: the index says that this shard holds model.layers.9.norm, but it does not"
+    refuses(tmp_path / "hf", tmp_path / "megatron", words)
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    twice = '{"weight_map": {"a": "model.safetensors", "a": "model-2.safetensors"}}'
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(twice)
+    refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors.index.json: the index names a twice")
+
+
+def rewrite_header(shard: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the header of a shard, its length included."""
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(content[8 : 8 + length])
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def test_a_shard_that_names_a_tensor_twice_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    shard = tmp_path / "hf" / "model.safetensors"
+    entry = b'"model.norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]},'
+    rewrite_header(shard, lambda header: b"{" + entry + header[1:])
+    refuses(
+        tmp_path / "hf", tmp_path / "megatron", "model.safetensors: this weight shard holds model.norm.weight twice"
+    )
+
+
+@pytest.mark.parametrize("length", [0, 10**9, 2**63, 2**64 - 1])
+def test_an_absurd_length_of_a_header_is_refused(length: int, hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "hf")
+    shard = tmp_path / "hf" / "model.safetensors"
+    shard.write_bytes(length.to_bytes(8, "little") + shard.read_bytes()[8:])
+    refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors: this weight shard is damaged or truncated")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_weights_whose_dtype_says_that_they_are_quantised_are_refused(
+    dtype: torch.dtype, hf_model: Path, tmp_path: Path
+) -> None:
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: weights_of(hf_model)[LAST].to(dtype)})
+    refuses(copy, tmp_path / "megatron", f"{LAST} is stored as ")
+    with pytest.raises(UserError, match="quantised; use a bf16 or fp32 copy of the model"):
+        hf_to_megatron(copy, tmp_path / "megatron")
+
+
+def test_weights_in_double_precision_are_refused(hf_model: Path, tmp_path: Path) -> None:
+    copy = copy_with(hf_model, tmp_path / "hf", **{LAST: weights_of(hf_model)[LAST].double()})
+    refuses(copy, tmp_path / "megatron", f"{LAST} is stored as F64; only BF16, F16, F32 are converted")
+
+
+def test_tensors_of_another_model_are_refused_by_name(hf_model: Path, tmp_path: Path) -> None:
+    extra = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(64) for layer in range(2)}
+    copy = copy_with(hf_model, tmp_path / "hf", **extra)
+    words = "model.layers.0.self_attn.q_proj.bias, and 1 more does not belong to the model"
+    refuses(copy, tmp_path / "megatron", words)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**5,
+        '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+    ],
+)
 def test_a_damaged_index_is_refused(content: str, hf_model: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_model, tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(content)
@@ -308,7 +561,69 @@ def test_a_target_below_a_file_is_refused(hf_model: Path, tmp_path: Path) -> Non
         hf_to_megatron(hf_model, tmp_path / "file" / "megatron")
 
 
+# ---------------------------------------------------------------- going on where another call was
+
+
+def test_a_source_that_changed_in_between_is_converted_anew(
+    hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted after two parts; then the last weight is another, which the first two parts did not hold."""
+    monkeypatch.setattr(jobs, "PART_ELEMENTS", 20_000)
+    write = jobs.ToMegatron.write
+
+    def interrupted(job: jobs.ToMegatron, part: int) -> dict[str, Any]:
+        if part == 2:
+            raise KeyboardInterrupt
+        return write(job, part)
+
+    source = tmp_path / "hf"
+    shutil.copytree(hf_model, source)
+    monkeypatch.setattr(jobs.ToMegatron, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_megatron(source, tmp_path / "megatron")
+    untouched(tmp_path, "hf", "megatron.partial")
+    monkeypatch.setattr(jobs.ToMegatron, "write", write)
+    changed = weights_of(hf_model)[LAST] * 2
+    shutil.rmtree(source)
+    copy_with(hf_model, source, **{LAST: changed})
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert "unfinished, but of another model, dtype or version of the program" in capsys.readouterr().err
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_bit_equal(weights_of(tmp_path / "back"), weights_of(source))
+
+
+def test_a_target_that_another_call_works_on_is_refused_and_free_after(hf_model: Path, tmp_path: Path) -> None:
+    with work_on(tmp_path / "megatron", {}):
+        refuses(hf_model, tmp_path / "megatron", "megatron: another conversion to this folder is running")
+    hf_to_megatron(hf_model, tmp_path / "megatron")
+    untouched(tmp_path, "megatron")
+
+
 # ---------------------------------------------------------------- exporting what is damaged
+
+
+def test_a_checkpoint_whose_weights_were_altered_is_not_exported(
+    checkpoint: Path, hf_model: Path, tmp_path: Path
+) -> None:
+    """One bit, behind our back: every number is finite, and torch reads the file as before."""
+    tensor = weights_of(hf_model)[LAST]
+    altered = tensor.clone()
+    altered.view(torch.int32)[0, 0] ^= 1
+    damaged = overwrite(checkpoint, tmp_path / "megatron", tensor, altered)
+    with pytest.raises(UserError, match="the weights are not those that the manifest names"):
+        megatron_to_hf(damaged, tmp_path / "back")
+    untouched(tmp_path, "megatron")
+
+
+def test_a_checkpoint_of_another_shape_than_its_config_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 128}))
+    with pytest.raises(
+        UserError, match=r"linear_fc1.weight has shape \(192, 64\), but config.json describes \(256, 64\)"
+    ):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    untouched(tmp_path, "megatron")
 
 
 def overwrite(checkpoint: Path, target: Path, tensor: Tensor, changed: Tensor) -> Path:

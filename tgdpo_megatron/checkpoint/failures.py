@@ -71,10 +71,22 @@ def writable(what: str) -> Iterator[None]:
             yield
         except (Exception, CheckpointException) as error:
             beneath = cause(error)
+            before = list(_before(beneath))
+            if interrupted := next((one for one in before if isinstance(one, KeyboardInterrupt)), None):
+                raise interrupted from None
+            beneath = next((one for one in before if isinstance(one, OSError)), beneath)
             if not _is_of_the_system(beneath):
                 raise
             why = f"{what} cannot be written ({in_short(beneath)})"
             raise NotWrittenError(f"{why}; look at the space left there, and at the permissions.") from error
+
+
+def _before(error: BaseException) -> Iterator[BaseException]:
+    """What went before a RuntimeError: torch's zip writer complains of its unfinished file, whatever stopped it."""
+    part: BaseException | None = error if isinstance(error, RuntimeError) else None
+    while part is not None:
+        yield part
+        part = part.__cause__ or part.__context__
 
 
 def _is_of_the_system(error: BaseException) -> bool:

@@ -23,7 +23,8 @@ from tgdpo_megatron.model.description import ModelDescription
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-_BLOCK = 1 << 20  # elements processed at once, to limit temporary memory
+_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 20}
+"""Elements processed at once, to limit temporary memory; on a CPU, so few that they stay in its cache."""
 _MASK = (1 << 64) - 1
 _ROWS, _COLUMNS = 1, 2
 """Different numbers for rows and for columns, so that a transposed matrix has another sum."""
@@ -43,7 +44,7 @@ def tensor_sum(tensor: Tensor, *, offset: Sequence[int], rounded_to: torch.dtype
     of_columns = _odd_numbers(offset[1] if len(offset) > 1 else 0, rows.size(1), _COLUMNS, tensor.device)
     # The bits of a bf16 number are the upper half of the same number's bits in fp32; the lower half is zero.
     half = torch.bfloat16 in (tensor.dtype, rounded_to)
-    step = max(1, _BLOCK // max(1, rows.size(1)))
+    step = max(1, _BLOCK[tensor.device.type] // max(1, rows.size(1)))
     for first in range(0, rows.size(0), step):
         block = rows[first : first + step].to(torch.bfloat16 if half else torch.float32).contiguous()
         bits = block.view(torch.int16 if half else torch.int32)

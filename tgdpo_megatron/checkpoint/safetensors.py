@@ -6,6 +6,7 @@ would count as this process's memory, and the library writes a shard only from m
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Sequence
@@ -101,21 +102,26 @@ class HfWeights:
         stored, dtype = self._stored(name), self.dtype(name)
         shape = (count, *stored.shape[1:])
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
-        content = torch.empty(count * row_bytes, dtype=torch.uint8)
+        content = torch.empty(shape, dtype=dtype)
         path = self.folder / stored.file
         with readable(f"{path}: {name}"), path.open("rb", buffering=0) as file:
             file.seek(stored.start + first * row_bytes)
-            rest = memoryview(content.numpy())
+            rest = _memory_of(content)
             while len(rest):
                 if not (got := file.readinto(rest)):
                     raise EOFError("the file ends early")
                 rest = rest[got:]
-        return content.view(dtype).view(shape)
+        return content
 
     def _stored(self, name: str) -> _Stored:
         if name not in self._tensors:
             raise UserError(f"{self.folder}: the weights lack the tensor {name}.")
         return self._tensors[name]
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which must outlive the view. Its own numpy() would bar it from being freed."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -234,7 +240,8 @@ class HfShards:
         row_bytes = tensor.bytes // tensor.shape[0]
         with (folder / file).open("r+b", buffering=0) as opened:
             opened.seek(start + first * row_bytes)
-            rest = memoryview(rows.to(tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            content = rows.to(tensor.dtype).contiguous()
+            rest = _memory_of(content)
             while len(rest):
                 rest = rest[opened.write(rest) :]
         return file

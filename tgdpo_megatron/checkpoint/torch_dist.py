@@ -53,9 +53,11 @@ def write_blocks(
     plan = SavePlan([_write_item(block, dtypes, shapes) for block in blocks])
     plan = writer.prepare_global_plan([SavePlan([])] * part + [plan])[part]  # gives the file its number
     by_place = {(block.tensor.key, block.first): block for block in blocks}
-    written = writer.write_data(plan, _OnDemand(lambda key, first: read(by_place[key, first]))).value()
+    planner = _OnDemand(lambda place: read(by_place[place]))
+    written = writer.write_data(plan, planner).value()
+    planner.release()
     return [
-        (found.index.fqn, found.index.offset[0], info.relative_path, info.offset, info.length)
+        (*_key_and_row(found.index), info.relative_path, info.offset, info.length)
         for found in written
         for info in (found.storage_data,)
     ]
@@ -86,6 +88,11 @@ def _place(key: str, first: int, shape: Sequence[int]) -> MetadataIndex:
     return MetadataIndex(key, (first, *(0 for _ in shape[1:])))
 
 
+def _key_and_row(place: MetadataIndex) -> tuple[str, int]:
+    assert place.offset is not None
+    return place.fqn, place.offset[0]
+
+
 def _write_item(block: Block, dtypes: dict[str, torch.dtype], shapes: dict[str, tuple[int, ...]]) -> WriteItem:
     key = block.tensor.key
     place = _place(key, block.first, shapes[key])
@@ -102,15 +109,23 @@ def _write_item(block: Block, dtypes: dict[str, torch.dtype], shapes: dict[str, 
 
 
 class _OnDemand(DefaultSavePlanner):
-    """A save planner that makes each block only when it is about to be written."""
+    """A save planner that makes each block only when it is about to be written, and holds no more than one."""
 
-    def __init__(self, read: Callable[[str, int], Tensor]) -> None:
+    def __init__(self, read: Callable[[tuple[str, int]], Tensor]) -> None:
         super().__init__()
         self.read = read
+        self.block: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.index.offset is not None
-        return self.read(write_item.index.fqn, write_item.index.offset[0])
+        self.release()
+        self.block = self.read(_key_and_row(write_item.index))
+        return self.block
+
+    def release(self) -> None:
+        """Free the block that has been written. torch.save keeps it in a cycle of objects, which may live for long."""
+        if self.block is not None:
+            self.block.untyped_storage().resize_(0)
+            self.block = None
 
 
 def read_rows(folder: Path, metadata: Any, key: str, first: int, shape: Sequence[int]) -> Tensor:

@@ -145,10 +145,17 @@ def work_on(target: Path, what: Mapping[str, Any]) -> Iterator[Work]:
     folder = Path(os.path.abspath(target))
     folder = folder.with_name(f"{folder.name}.partial")
     with _locked(folder, target):
-        check_target(target)  # another program may just have made it
         work = Work(folder, target)
-        with writable(f"{folder}: the conversion"):
-            _begin(work, json.dumps(what, sort_keys=True, indent=1))
+        try:
+            check_target(target)  # another program may just have made it
+            with writable(f"{folder}: the conversion"):
+                _begin(work, json.dumps(what, sort_keys=True, indent=1))
+        except UserError:
+            if not (folder / _JOURNAL / "what.json").exists():
+                shutil.rmtree(folder / _JOURNAL, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it holds something else
+                    folder.rmdir()
+            raise
         try:
             yield work
         except BaseException as error:
