@@ -84,9 +84,9 @@ def _description(model: Path | None, config: Config) -> ModelDescription:
     if given is None:
         raise UserError("model.checkpoint is not set; set it, or give --model with a HuggingFace model.")
     source = sources.find(given, needs=sources.CONFIG)
-    if source.is_converted and model is None:
+    if source.is_converted:
         read_manifest(source.folder)
-    return read_description(source.config_folder if model is None else source.folder)
+    return read_description(source.config_folder)
 
 
 def _gpu() -> int | None:

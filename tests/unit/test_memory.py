@@ -214,15 +214,21 @@ def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
     assert "parallel.tensor_model_parallel_size=8" in done.stdout.split("layouts of 64 ranks that fit")[1]
 
 
+NOWHERE = (
+    "nowhere: no such checkpoint folder, and no name on a hub, which is ORGANISATION/NAME or "
+    "ORGANISATION/NAME@REVISION."
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--memory", "0"], "--memory must be a number of GiB above 0, not 0.0."),
         (["--memory", "inf"], "--memory must be a number of GiB above 0, not inf."),
-        ([], "model.checkpoint is not set; set it, or give --model with a HuggingFace folder."),
-        (["--model", "nowhere"], "nowhere: no such model folder."),
+        ([], "model.checkpoint is not set; set it, or give --model with a HuggingFace model."),
+        (["--model", "nowhere"], NOWHERE),
         (["--memry", "80"], "command line: unrecognized arguments: --memry; see python -m tools.plan --help."),
-        (["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder."),
+        (["model.checkpoint=nowhere"], NOWHERE),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str) -> None:

@@ -150,6 +150,7 @@ def _splits(wanted: HubSplit, folder: Path, names: list[str]) -> dict[str, list[
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
         if (folder / _CARD).is_file():
+            _check_card(folder / _CARD, given)
             shutil.copyfile(folder / _CARD, root / _CARD)
         configs: list[str] = []
         try:
@@ -169,6 +170,18 @@ def _splits(wanted: HubSplit, folder: Path, names: list[str]) -> dict[str, list[
                 choice = f"such as {wanted.named.repo}:{configs[0]}/{wanted.split or 'train'}"
                 raise UserError(f"{given}: has the configurations {', '.join(configs)}; give one, {choice}.") from None
             raise UserError(f"{given}: datasets does not find its splits ({in_short(error)}).") from error
+
+
+def _check_card(card: Path, given: str) -> None:
+    """Refuse a README that has `datasets` look for files elsewhere, on this machine or another."""
+    from huggingface_hub import metadata_load
+
+    try:
+        configs = (metadata_load(card) or {}).get("configs")
+    except Exception as error:  # whatever a parser of YAML says
+        raise UserError(f"{given}: the head of its README cannot be read ({in_short(error)}).") from error
+    if any(sign in json.dumps(configs, default=str) for sign in ("://", "::")):
+        raise UserError(f"{given}: its README names files that are not the data set's own; download them yourself.")
 
 
 def _of_split(wanted: HubSplit, splits: dict[str, list[str]]) -> list[str]:

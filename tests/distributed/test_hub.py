@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from tests.conftest import PAIRS
 from tests.support.hub import TOKEN, Hub, Repo, environment, files_of, put_into_cache, run, serve
+from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.checkpoint.sources import find
 from tgdpo_megatron.data.hub_splits import hub_split
 
@@ -225,6 +226,13 @@ def test_a_folder_that_is_there_is_no_name_on_a_hub(tmp_path: Path, monkeypatch:
     assert find(Path("acme/tiny")).folder == Path("acme/tiny")
 
 
+def test_the_converter_takes_a_name_too(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    done = run("-m", "tools.convert_hf_to_megatron", "acme/tiny@v1", str(target), env=environment(tmp_path, hub))
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(target) == read_manifest(checkpoint)
+
+
 def test_a_plan_downloads_no_more_than_the_shape(hub: Hub, tmp_path: Path) -> None:
     done = run("-m", "tools.plan", "--recipe=dpo_tiny", "model.checkpoint=acme/tiny", env=environment(tmp_path, hub))
     assert done.returncode == 0 and hub.fetched == {"config.json"}, done.stderr
@@ -287,11 +295,31 @@ def test_a_split_that_is_not_there_is_refused(given: str, words: str, hub: Hub, 
     assert words in refusal(READ, given, environment(tmp_path, hub))
 
 
-def test_a_data_set_that_names_files_outside_of_itself_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("{folder}/secret.jsonl", "datasets does not find its splits"),
+        ("{hub}/acme/secret.jsonl", "its README names files that are not the data set's own"),
+        ("hf://datasets/acme/secret/train.jsonl", "its README names files that are not the data set's own"),
+    ],
+)
+def test_a_data_set_that_names_files_outside_of_itself_is_refused(place: str, words: str, tmp_path: Path) -> None:
+    """Before anybody is asked for them."""
     (tmp_path / "secret.jsonl").write_text('{"a": "mine"}\n')
-    card = f"---\nconfigs:\n- {{config_name: default, data_files: '{tmp_path}/secret.jsonl'}}\n---\n".encode()
-    with serve(Repo("acme/evil", {"README.md": card, "train.jsonl": b'{"a": "b"}\n'}, kind="dataset")) as hub:
-        assert "datasets does not find its splits" in refusal(READ, "acme/evil", environment(tmp_path, hub))
+    files = {"train.jsonl": b'{"a": "b"}\n'}
+    with serve() as hub:
+        named = place.format(folder=tmp_path, hub=hub.url)
+        files["README.md"] = f"---\nconfigs:\n- {{config_name: default, data_files: '{named}'}}\n---\n".encode()
+        hub.repos.append(Repo("acme/evil", files, kind="dataset"))
+        assert words in refusal(READ, "acme/evil", environment(tmp_path, hub))
+        assert not any("secret" in request for request in hub.requests)
+
+
+def test_a_readme_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    files = {"README.md": b"---\na: [\n---\n", "train.jsonl": b'{"a": "b"}\n'}
+    with serve(Repo("acme/broken", files, kind="dataset")) as hub:
+        said = refusal(READ, "acme/broken", environment(tmp_path, hub))
+    assert "acme/broken: the head of its README cannot be read" in said
 
 
 @pytest.mark.parametrize(
