@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ Jobs = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path) -> Jobs:
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file: Path, make_hf_model: Callable[..., Path]
+) -> Jobs:
     """TGDPO with two live models, two steps of two micro-batches in bf16; and others that differ from it as named."""
+    from tgdpo_megatron.checkpoint.convert import hf_to_megatron
+
     folder = tmp_path_factory.mktemp("gpu")
 
     def job(**changes: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +56,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
         "pipeline": job(parallel={"pipeline_model_parallel_size": 2}),
         "data": job(optimizer=overlapped),
     }
+    for family in ("gemma2", "gemma3_text"):
+        start = make_hf_model(folder / f"{family}-hf", family=family, sliding_window=8)
+        hf_to_megatron(start, folder / f"{family}-start")
+        model = {"checkpoint": str(folder / f"{family}-start"), "guidance": str(folder / f"{family}-start")}
+        made[family] = job(model=model)
     for name, settings in made.items():
         settings["train"]["output"] = str(folder / name)
     return made
@@ -58,7 +68,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
 
 @pytest.fixture(scope="module")
 def one_rank(jobs: Jobs) -> Jobs:
-    names = ["plain", "more micro-batches", "more steps", "divergence", "cached"]
+    names = ["plain", "more micro-batches", "more steps", "divergence", "cached", "gemma2", "gemma3_text"]
     found = on_a_pretended_gpu("run", 1, jobs=[jobs[name] for name in names], scoring=[jobs["scoring"]])
     return dict(zip(names, found, strict=True))
 
@@ -88,6 +98,12 @@ def test_the_pretence_changes_no_number(jobs: Jobs, one_rank: Jobs, tmp_path: Pa
     ((*_, last),) = run_ranks("tests.support.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[job])
     for name in ("loss", "grad_norm", "rewards/margins", "token_rewards/mean"):
         assert one_rank["plain"]["metrics"][name] == pytest.approx(last[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_no_family_waits_for_the_device_where_llama_does_not(family: str, one_rank: Jobs) -> None:
+    lines = [Counter(wait.partition(":")[0] for wait in one_rank[name]["waits"]) for name in ("plain", family)]
+    assert lines[0] == lines[1]
 
 
 def test_a_micro_batch_never_waits_for_the_device(one_rank: Jobs) -> None:

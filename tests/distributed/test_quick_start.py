@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks: list[str] = re.findall(
         r"^```\n(.*?)^```", section[: section.index("\n## ")], flags=re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 2 and "recipes.align" in blocks[1]
+    assert len(blocks) == 3 and "recipes.align" in blocks[1] and "--family gemma2" in blocks[2]
     folder = tmp_path_factory.mktemp("quick_start")
     (folder / "docs").symlink_to(ROOT / "docs")
     environment = {
@@ -74,3 +74,16 @@ def test_held_out_accuracy_is_about_what_the_readme_says(folder: Path) -> None:
     """74 of 100 pairs here; another processor rounds otherwise, and a few pairs are close."""
     last = json.loads((folder / "runs" / "aligned" / "policy" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/rewards/accuracies"] == pytest.approx(0.74, abs=0.05)
+
+
+def test_a_model_of_another_family_is_scored_trained_and_exported_without_a_conversion_by_hand(folder: Path) -> None:
+    """The export loads in transformers and is no longer the start."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    names = ("gemma-hf", "gemma-dpo-hf")
+    start, trained = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in names)
+    assert type(start) is type(trained) and trained.config.model_type == "gemma2"
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert not torch.equal(start(ids).logits, trained(ids).logits)

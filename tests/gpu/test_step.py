@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.parity.matrix import prepare
+from tests.parity.models import FAMILIES
 from tests.support.gpu_where import HAVE_TRANSFORMER_ENGINE, LOCAL, TRANSFORMER_ENGINE, on_gpu
 
 ROWS: list[dict[str, Any]] = [
@@ -34,7 +35,7 @@ LIMITS = {
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models, and two steps of HuggingFace's with the scores they read."""
     folder = tmp_path_factory.mktemp("oracle")
-    prepare(folder, False, {"TGDPO"})
+    prepare(folder, "llama", False, {"TGDPO"})
     return folder
 
 
@@ -64,6 +65,20 @@ def test_step_is_huggingfaces(row: str, steps: dict[str, dict[str, Any]], arithm
     over = {kind: error for kind, error in errors.items() if not error <= LIMITS[arithmetic[1]][kind]}
     assert not over, over
     assert ("ln 2" in errors) == row.startswith("live")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_a_step_of_every_family_is_huggingfaces(
+    family: str, arithmetic: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Gemma-2's attention is ours on either kind of layers; the others' is the layers' own."""
+    layers, precision = arithmetic
+    folder = tmp_path_factory.mktemp(family)
+    prepare(folder, family, False, {"TGDPO"})
+    rows = [{"family": family, "precision": precision, "scores": "live", "tokens": 80}]
+    (found,) = on_gpu("steps", layers=layers, module="tests.support.gpu_jobs", folder=str(folder), rows=rows)
+    over = {kind: error for kind, error in found["errors"].items() if not error <= LIMITS[precision][kind]}
+    assert not over, over
 
 
 def test_recompute_gives_the_loss_of_keeping_everything(

@@ -50,7 +50,8 @@ def run_rows(folder: Path, world_size: int, only: str, output: Path) -> None:
             for scores in row.sources:
                 started = time.monotonic()
                 found, errors = compare(row, scores, place, frozen, expected, device=ranks.device)
-                results.append(Result(row.name, row.method, scores, found, errors, time.monotonic() - started))
+                seconds = time.monotonic() - started
+                results.append(Result(row.name, row.family, row.method, scores, found, errors, seconds))
                 if ranks.is_first:
                     print(f"  {row.name}, {scores}: {'pass' if results[-1].passed else 'FAIL'}", flush=True)
         if ranks.is_first:

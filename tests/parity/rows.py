@@ -216,6 +216,7 @@ class Result:
     """Largest errors of one row and source of scores."""
 
     row: str
+    family: str
     method: str
     scores: str
     losses: list[float]

@@ -14,6 +14,7 @@ import yaml
 
 from recipes.settings import RECIPES, read_command_line
 from tests.parity.rows import LIMITS
+from tests.roundtrip.table import LIMIT as ROUND_TRIP_LIMIT
 from tgdpo_megatron.config import Config, LossConfig, ParallelConfig
 from tgdpo_megatron.config.foreign_names import FOREIGN
 from tgdpo_megatron.config.loading import RENAMED
@@ -193,6 +194,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "bench.gpu": ("--json",),
     "bench.speed": ("--json", "--picture"),
     "tests.parity": ("--json",),
+    "tests.roundtrip": ("--json",),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
 WRITE_NOTHING = {"tools.plan", "tools.tokens", "pip", "pytest"}
@@ -347,7 +349,7 @@ def same(cell: str, value: float) -> bool:
 def test_parity_is_quoted_as_it_was_measured(heading: str, of_tgdpo: bool) -> None:
     largest: dict[str, float] = {}
     for result in results("parity"):
-        if (result["method"] == "TGDPO") == of_tgdpo:
+        if result["family"] == "llama" and (result["method"] == "TGDPO") == of_tgdpo:
             for kind, error in result["errors"].items():
                 largest[kind] = max(largest.get(kind, 0.0), error)
     rows = {quoted(row[heading])[0]: row for row in table("measurements.md", heading)}
@@ -359,10 +361,28 @@ def test_parity_is_quoted_as_it_was_measured(heading: str, of_tgdpo: bool) -> No
 
 def test_the_parity_matrix_is_as_large_as_is_said() -> None:
     page, rows = text(ROOT / "docs" / "measurements.md"), results("parity")
-    of_tgdpo = {row["row"] for row in rows if row["method"] == "TGDPO"}
+    of_tgdpo = {row["row"] for row in rows if row["method"] == "TGDPO" and row["family"] == "llama"}
     others = {row["method"] for row in rows} - {"TGDPO"}
     assert f"**TGDPO at {len(of_tgdpo)} layouts**" in page and f"**{len(others)} other losses" in page
     assert f"At {len(of_tgdpo)} layouts" in text(ROOT / "README.md")
+
+
+def test_families_are_quoted_as_they_were_measured() -> None:
+    """The largest errors of each family in the parity matrix, and of its way to Megatron and back."""
+    rows = {row["family"].strip("`"): row for row in table("measurements.md", "family")}
+    assert number(rows.pop("target")["`logps`"]) == LIMITS["logps"] == ROUND_TRIP_LIMIT
+    compared, round_trips = results("parity"), results("roundtrip")
+    assert set(rows) == {result["family"] for result in compared}
+    for family, row in rows.items():
+        for kind in ("logps", "loss", "gradient", "weights"):
+            of_kind = [result["errors"].get(kind, 0.0) for result in compared if result["family"] == family]
+            assert same(row[f"`{kind}`"], max(of_kind)), (family, kind)
+        there_and_back = [result for result in round_trips if result["model"].startswith(f"{family},")]
+        assert len(there_and_back) == 4 and all(result["bit_equal"] for result in there_and_back)
+        assert same(
+            row["log-probs at four layouts"],
+            max(value for result in there_and_back for value in result["differences"].values()),
+        ), family
 
 
 @pytest.mark.parametrize(("name", "section"), [("bench", "## Speed"), ("fp8", "## FP8")])
