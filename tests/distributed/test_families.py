@@ -31,7 +31,7 @@ def run(
     make_hf_model: Callable[..., Path],
     pairs_file: Path,
 ) -> Path:
-    """A folder with start/, and run/ with its exports: Gemma-2 by the recipe of the paper, Qwen3 by that for laptops."""
+    """A folder with start/, and run/ with its exports: Gemma-2 by the recipe of the paper, Qwen3 by that of laptops."""
     folder = tmp_path_factory.mktemp(request.param)
     make_hf_model(folder / "start", family=request.param, tie_word_embeddings=request.param == "gemma2")
     make_hf_model(folder / "guidance", family=request.param, tie_word_embeddings=request.param == "gemma2", seed=1)

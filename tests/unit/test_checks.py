@@ -232,6 +232,42 @@ def test_unmarked_tensor_parallel_weights_are_refused(interleaved: Any) -> None:
         refuse_silent_traps(interleaved)
 
 
+def test_packs_whose_rope_is_not_fused_are_refused(interleaved: Any) -> None:
+    """Where the rotary table is as long as the pack, Megatron takes it for one row per token of the pack."""
+    refuse_silent_traps(interleaved, packed=False)
+    with pytest.raises(UserError, match="apply_rope_fusion=False .* set it to True"):
+        refuse_silent_traps(interleaved, packed=True)
+
+
+def test_megatrons_packed_rope_still_has_the_trap() -> None:
+    """Two sequences of four tokens get positions 0 to 7 from a table of eight rows, and 0 to 3 twice from a longer one.
+    A megatron-core where this fails has mended it, and the refusal can go."""
+    import torch
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    class OneRank:
+        def size(self) -> int:
+            return 1
+
+        def rank(self) -> int:
+            return 0
+
+    boundaries = torch.tensor([0, 4, 8], dtype=torch.int32)
+    table = torch.arange(16.0)[:, None, None, None] * torch.tensor([1.0, 0.5, 1.0, 0.5])
+    states = torch.ones(8, 1, 4)
+    short, long = (
+        _apply_rotary_pos_emb_thd(states, boundaries, rows, cp_group=OneRank()) for rows in (table[:8], table)
+    )
+    assert torch.equal(long[:4], long[4:])
+    assert not torch.equal(short[:4], short[4:])
+
+
+def test_yarn_is_refused(interleaved: Any) -> None:
+    interleaved.yarn_rotary_scaling_factor = 4.0
+    with pytest.raises(UserError, match="YaRN was not checked"):
+        refuse_silent_traps(interleaved)
+
+
 @pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
 def test_an_attention_kernel_that_is_switched_off_is_refused_by_name(
     name: str, describe: Any, monkeypatch: pytest.MonkeyPatch

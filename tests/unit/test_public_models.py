@@ -37,3 +37,17 @@ def test_every_tensor_of_huggingface_is_consumed_once_with_its_shape(public: Any
     ours = [(name, shape) for tensor in maps for name, shape in zip(tensor.names, tensor.shapes, strict=True)]
     assert dict(ours) == theirs
     assert len(ours) == len(theirs)
+
+
+def test_the_planner_counts_the_published_parameters(public: Any) -> None:
+    """Over two pipeline stages, with the padding of the vocabulary taken away again."""
+    from tgdpo_megatron.config import Config
+    from tgdpo_megatron.planning.memory import Sizes
+
+    name, _, description = public
+    config = Config.model_validate({"parallel": {"pipeline_model_parallel_size": 2}})
+    sizes = Sizes(config, description, "train", 2)
+    matrices = 2  # a tied embedding is on the last stage as well
+    padding = matrices * (sizes.padded_vocabulary - description.vocab_size) * description.hidden_size
+    copy = description.vocab_size * description.hidden_size if description.tie_word_embeddings else 0
+    assert sum(map(sizes.parameters, range(2))) - padding - copy == PUBLIC_MODELS[name][1]
