@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,8 @@ def check_files(config: Config, *, batch: int | None = None) -> None:
     Raises:
         UserError: A model, a file of pairs or rewards, or a template that is missing or cannot be used.
     """
-    found = find_models(config)
+    goes_on_in = config.scores.path if batch is None else config.train.output if config.train.resume else None
+    found = find_models(config, run_folder.kept_commits(goes_on_in))
     if batch is not None:
         carried_checkpoints(sources.with_folders(config, {role: source.folder for role, source in found.items()}))
         required(config.train.output, "train.output", "a folder for this run")
@@ -137,8 +138,11 @@ def check_batch_fits(config: Config, counts: Sequence[int], batch: int) -> None:
         raise UserError(f"train.global_batch_size={batch} is more than the {pairs} pairs of {files}; lower it.")
 
 
-def find_models(config: Config) -> dict[str, sources.Source]:
+def find_models(config: Config, commits: Mapping[str, str] | None = None) -> dict[str, sources.Source]:
     """Find every model that the configuration names, and check what can be checked before a conversion.
+
+    Args:
+        commits: What a name on a hub without a revision stands for: name -> commit.
 
     Returns:
         Role -> where the model was found.
@@ -147,7 +151,7 @@ def find_models(config: Config) -> dict[str, sources.Source]:
         UserError: A model that is missing or cannot be used, or does not fit the layout.
     """
     required(config.model.checkpoint, "model.checkpoint", "the model to start from")
-    found = sources.find_models(config, run_folder.kept_commits(config))
+    found = sources.find_models(config, commits)
     for source in found.values():
         if source.is_converted:
             read_manifest(source.folder, with_index=False)
@@ -180,10 +184,13 @@ def _check_unconverted(source: sources.Source) -> None:
         raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
 
 
-def convert_models(config: Config, *, quiet: bool = False) -> tuple[Config, dict[str, sources.Source]]:
+def convert_models(
+    config: Config, commits: Mapping[str, str] | None = None, *, quiet: bool = False
+) -> tuple[Config, dict[str, sources.Source]]:
     """Find every model, and convert those that are not yet, each once.
 
     Args:
+        commits: As find_models.
         quiet: Whether to leave out the progress.
 
     Returns:
@@ -192,13 +199,13 @@ def convert_models(config: Config, *, quiet: bool = False) -> tuple[Config, dict
     Raises:
         UserError: As find_models, or what the conversion refuses.
     """
-    found = find_models(config)
+    found = find_models(config, commits)
     folders = {role: sources.converted(source, quiet=quiet) for role, source in found.items()}
     return sources.with_folders(config, folders), found
 
 
 def models_on_every_rank(
-    config: Config, ranks: Ranks, *, quiet: bool = False
+    config: Config, ranks: Ranks, commits: Mapping[str, str], *, quiet: bool = False
 ) -> tuple[Config, dict[str, sources.Source]]:
     """As convert_models, done by the first rank. Collective.
 
@@ -207,10 +214,10 @@ def models_on_every_rank(
     from tgdpo_megatron.platform.processes import on_first_rank  # late: it loads torch
 
     located: Config
-    located, found = on_first_rank(ranks, partial(convert_models, config, quiet=quiet))
+    located, found = on_first_rank(ranks, partial(convert_models, config, commits, quiet=quiet))
     if all(getattr(located.model, role).is_dir() for role in found):
         return located, found
-    return convert_models(config, quiet=quiet)
+    return convert_models(config, commits, quiet=quiet)
 
 
 def check_models(config: Config, *, with_index: bool = True) -> Models:

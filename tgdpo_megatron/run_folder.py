@@ -226,11 +226,9 @@ def kept_sources(output: Path) -> dict[str, Source]:
         return {}
 
 
-def kept_commits(config: Config) -> dict[str, str]:
-    """The commits that names on a hub stood for when the run began that is to be continued: name -> commit."""
-    if config.train.output is None or not config.train.resume:
-        return {}
-    kept = kept_sources(config.train.output).values()
+def kept_commits(folder: Path | None) -> dict[str, str]:
+    """The commits that names on a hub stood for in a run, or in a scoring, that is continued: name -> commit."""
+    kept = kept_sources(folder).values() if folder is not None else []
     return {str(source.given): source.commit for source in kept if source.commit}
 
 

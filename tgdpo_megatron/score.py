@@ -113,7 +113,8 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
         run_folder.keep_output(folder, ranks.rank)
-        config, found = preflight.models_on_every_rank(config, ranks, quiet=loudness == Loudness.QUIET)
+        commits = run_folder.kept_commits(folder)
+        config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
         models = preflight.check_models(config)
         checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(

@@ -344,7 +344,8 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
-        config, found = preflight.models_on_every_rank(config, ranks, quiet=quiet)
+        commits = run_folder.kept_commits(output if resumed_from else None)
+        config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=quiet)
         models = preflight.check_models(config)
         frozen = preflight.carried_checkpoints(config)
         template = template_of(config.data.template)

@@ -175,11 +175,12 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hf_model: Path, tmp_pa
         json.dumps({"checkpoint": {"given": "acme/tiny", "commit": older.commit, "checkpoint": "elsewhere"}})
     )
     script = f"""
-from tgdpo_megatron.config import Config, ModelConfig, TrainConfig
+from pathlib import Path
+from tgdpo_megatron.config import Config, ModelConfig
 from tgdpo_megatron.preflight import find_models
-for resume in (True, False):
-    train = TrainConfig(output={str(run)!r}, resume=resume)
-    print(find_models(Config(model=ModelConfig(checkpoint="acme/tiny"), train=train))["checkpoint"].commit)
+from tgdpo_megatron.run_folder import kept_commits
+for run in (Path({str(run)!r}), None):
+    print(find_models(Config(model=ModelConfig(checkpoint="acme/tiny")), kept_commits(run))["checkpoint"].commit)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, check=True

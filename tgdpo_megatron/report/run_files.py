@@ -29,6 +29,7 @@ def settings_of(folder: Path) -> Config:
     folders = {
         role: source.folder if source.folder.is_dir() else converted(find(source.given, commit=source.commit))
         for role, source in kept_sources(folder).items()
+        if source.given == getattr(config.model, role)  # else config.yaml was edited since
     }
     return with_folders(config, folders)
 
