@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,23 @@ def models_on_every_rank(
     if all(getattr(located.model, role).is_dir() for role in found):
         return located, found
     return convert_models(config, commits, quiet=quiet)
+
+
+@contextlib.contextmanager
+def named_as_given(config: Config, found: Mapping[str, sources.Source]) -> Iterator[None]:
+    """Let refusals in here name a model as the user did, and not by its folder in the cache.
+
+    Args:
+        config: The settings, with the folder of a Megatron checkpoint for every model.
+        found: Role -> where the model was found.
+    """
+    try:
+        yield
+    except UserError as error:
+        sentence = str(error)
+        for role, source in found.items():
+            sentence = sentence.replace(str(getattr(config.model, role)), str(source))
+        raise UserError(sentence) from None
 
 
 def check_models(config: Config, *, with_index: bool = True) -> Models:

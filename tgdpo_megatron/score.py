@@ -115,7 +115,8 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         run_folder.keep_output(folder, ranks.rank)
         commits = run_folder.kept_commits(folder)
         config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
-        models = preflight.check_models(config)
+        with preflight.named_as_given(config, found):
+            models = preflight.check_models(config)
         checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(
             config, models.description, ranks, folder / "data", quiet=loudness == Loudness.QUIET

@@ -346,8 +346,9 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         quiet = loudness == Loudness.QUIET
         commits = run_folder.kept_commits(output if resumed_from else None)
         config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=quiet)
-        models = preflight.check_models(config)
-        frozen = preflight.carried_checkpoints(config)
+        with preflight.named_as_given(config, found):
+            models = preflight.check_models(config)
+            frozen = preflight.carried_checkpoints(config)
         template = template_of(config.data.template)
         pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
         counts = [file.pairs for file in pairs.files]
