@@ -256,7 +256,8 @@ def test_a_place_where_nobody_may_write_is_refused(models: dict[str, Path]) -> N
 
 
 def test_memory_of_a_conversion_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """200 MB in shards of 50 MB. Either way takes less than twice the largest tensor, of 67 MB."""
+    """200 MB in shards of 50 MB. Either way takes less than twice the largest tensor, of 67 MB, and the comparison for
+    the certificate less than three times, since it computes in fp32."""
     from bench.speed.convert import make_checkpoint
 
     shape = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 16384}
@@ -265,6 +266,7 @@ def test_memory_of_a_conversion_does_not_grow_with_the_model(tmp_path: Path) -> 
     command = [sys.executable, "-m", "tests.support.conversion_memory", *map(str, (tmp_path / "hf", tmp_path))]
     done = subprocess.run(command, cwd=ROOT, env=environment(""), capture_output=True, check=True)
     grown = {way: int(number) for way, number in json.loads(done.stdout).items()}
-    assert grown.keys() == {"to Megatron", "to HuggingFace"}
+    assert grown.keys() == {"to Megatron", "to HuggingFace", "certificate"}
     largest = 16384 * 2048 * torch.bfloat16.itemsize
-    assert all(0 < number < 2 * largest for number in grown.values()), grown
+    limits = {"to Megatron": 2, "to HuggingFace": 2, "certificate": 6}
+    assert all(0 < grown[way] < times * largest for way, times in limits.items()), grown

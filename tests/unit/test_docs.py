@@ -19,6 +19,8 @@ from tgdpo_megatron.config import Config, LossConfig, ParallelConfig
 from tgdpo_megatron.config.foreign_names import FOREIGN
 from tgdpo_megatron.config.loading import RENAMED
 from tgdpo_megatron.data.formats import FORMATS
+from tgdpo_megatron.data.hub_splits import hub_split
+from tgdpo_megatron.hub import model_id
 from tgdpo_megatron.losses import LOSSES
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 from tgdpo_megatron.report.metrics import averages, names_for
@@ -195,6 +197,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "bench.speed": ("--json", "--picture"),
     "tests.parity": ("--json",),
     "tests.roundtrip": ("--json",),
+    "tools.certify": (1,),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
 WRITE_NOTHING = {"tools.plan", "tools.tokens", "pip", "pytest"}
@@ -221,10 +224,11 @@ def test_every_command_writes_below_runs() -> None:
     assert [place for place in written if not place.startswith("runs/")] == []
 
 
-def test_experiments_write_below_runs_and_start_there() -> None:
+def test_experiments_write_below_runs_and_start_from_names_on_a_hub() -> None:
     for path in sorted((ROOT / "conf").glob("*.yaml")):
         content = yaml.safe_load(text(path))
-        places = [content["train"]["output"], content["model"]["checkpoint"], content.get("scores", {}).get("path")]
+        assert model_id(content["model"]["checkpoint"]) and hub_split(Path(content["data"]["train"])), path
+        places = [content["train"]["output"], content["model"].get("guidance"), content.get("scores", {}).get("path")]
         assert [place for place in places if place is not None and not place.startswith("runs/")] == [], path
 
 

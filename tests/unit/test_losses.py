@@ -638,7 +638,7 @@ START_VALUES = {
 """With the defaults: β = 0.1 makes (1 / 2β)² = 25. None where every pair has a start value of its own."""
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", START_VALUES)
 def test_the_loss_of_a_policy_that_is_the_reference_is_the_known_one(name: str) -> None:
     known = START_VALUES[name]
     assert start_value(LossConfig(type=name)) == (None if known is None else pytest.approx(known))
