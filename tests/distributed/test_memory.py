@@ -42,7 +42,7 @@ GEMMA2 = dataclasses.replace(
     logit_softcap=30.0,
     embedding_scale=16.0,
     zero_centered_norms=True,
-    norms_after_blocks=True,
+    post_norms=True,
     activation="gelu_tanh",
 )
 GEMMA3 = dataclasses.replace(

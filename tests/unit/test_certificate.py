@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.parity.models import FAMILIES, make_model
 from tgdpo_megatron import preflight
+from tgdpo_megatron.checkpoint import certify as certify_module
 from tgdpo_megatron.checkpoint.certificate import NAME, Certificate, check_certificate, hand_on, read_certificate
 from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron
+from tgdpo_megatron.checkpoint.lending import lend
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.config import Config, ModelConfig
 from tgdpo_megatron.errors import UserError
@@ -62,8 +65,6 @@ def test_the_two_models_are_compared_in_the_dtype_of_the_checkpoint(tmp_path: Pa
 
 def test_memory_holds_one_module_at_a_time(tmp_path: Path) -> None:
     """Weights that were lent are taken back: after the comparison no parameter of either model is left."""
-    from tgdpo_megatron.checkpoint import certify as module
-
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, device="meta"), torch.nn.Linear(4, 4, device="meta"))
     held: list[int] = []
 
@@ -71,7 +72,7 @@ def test_memory_holds_one_module_at_a_time(tmp_path: Path) -> None:
         held.append(sum(not weight.is_meta for weight in model.parameters()))
         return torch.ones((4, 4) if name.endswith("weight") else 4)
 
-    module._lend(model, read, lambda _: None)
+    lend(model, read, lambda _: None)
     assert model(torch.ones(1, 4)).tolist() == [[4 * 5 + 1.0] * 4]
     assert held == [0, 1, 0, 1]
     assert all(weight.is_meta for weight in model.parameters())
@@ -88,7 +89,7 @@ def config(folder: Path, **more: bool) -> Config:
             lambda path: path.unlink(),
             "has no certificate, so nothing shows that it gives HuggingFace's log-probs; make",
         ),
-        (lambda path: path.write_text("{}"), "not a certificate; make it again with python -m tools.certify"),
+        (lambda path: path.write_text("{}"), "not a certificate; make one with python -m tools.certify"),
         (lambda path: path.write_text("["), "not a certificate"),
         (lambda path: rewrite(path, largest_difference=0.0), "the certificate was altered"),
         (lambda path: rewrite(path, weights="0" * 64), "the certificate was altered"),
@@ -143,3 +144,76 @@ def test_a_run_without_a_certificate_hands_on_none(copy: Path, tmp_path: Path) -
     shutil.copytree(copy, tmp_path / "saved")
     hand_on(copy, tmp_path / "saved", read_manifest(copy))
     assert not (tmp_path / "saved" / NAME).exists()
+
+
+def test_a_run_does_not_make_an_invalid_certificate_valid(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The start's certificate is of other weights; model.require_certificate=false let the run begin."""
+    from dataclasses import replace
+
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"weights": "3" * 64}))
+    shutil.copytree(copy, tmp_path / "saved")
+    (tmp_path / "saved" / NAME).unlink()
+    hand_on(copy, tmp_path / "saved", replace(read_manifest(checkpoint), weights="1" * 64, iteration=3))
+    assert not (tmp_path / "saved" / NAME).exists()
+
+
+def test_who_owns_a_checkpoint_of_a_run_is_told_to_certify_its_start(copy: Path) -> None:
+    (copy / NAME).unlink()
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"iteration": 3}))
+    with pytest.raises(UserError, match="certify the checkpoint that the run started from before the run"):
+        preflight.check_models(config(copy))
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2], ids=str)
+def test_the_comparison_sees_windows_on_the_wrong_layers_however_wide_they_are(
+    kinds: list[str], tmp_path: Path
+) -> None:
+    """Windows of 4096 tokens, as Gemma-2 has them, and a comparison of 48."""
+    make_model(1, "gemma2", tied=True, sliding_window=4096).save_pretrained(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_types": kinds}))
+    with pytest.raises(UserError, match="more than rounding explains"):
+        certify(tmp_path / "hf", tmp_path / "checkpoint")
+
+
+def test_tensors_of_several_dtypes_are_compared_each_in_its_own(tmp_path: Path) -> None:
+    """A bf16 model with norms and output matrix in fp32, as some trainers save it."""
+    make_model(1, "llama", tied=False).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    wide = {name: "norm" in name or name == "lm_head.weight" for name in load_file(file)}
+    narrowed = {name: x if wide[name] else x.bfloat16() for name, x in load_file(file).items()}
+    save_file(narrowed, file, metadata={"format": "pt"})
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    found = read_certificate(tmp_path / "checkpoint")
+    assert found.dtype == "bfloat16, float32" and found.largest_difference < 1e-5
+
+
+def test_a_comparison_that_is_killed_keeps_the_conversion_and_goes_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a child, as in a rank of a job; the child's Python is one that is killed."""
+    make_model(1, "llama", tied=True).save_pretrained(tmp_path / "hf")
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with monkeypatch.context() as pretended:
+        pretended.setattr(certify_module, "dist", SimpleNamespace(is_initialized=lambda: True))
+        pretended.setattr("sys.executable", str(killed))
+        with pytest.raises(UserError, match=r"exit code -9; memory may have run out; what is finished stays in"):
+            hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint.partial" / "manifest.json").is_file() and not (tmp_path / "checkpoint").exists()
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    check_certificate(tmp_path / "checkpoint", read_manifest(tmp_path / "checkpoint"))
+
+
+def test_a_refusal_by_the_child_is_its_own_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(1, "llama", tied=True).save_pretrained(tmp_path / "hf")
+    make_model(2, "llama", tied=True).save_pretrained(tmp_path / "other")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    monkeypatch.setattr(certify_module, "dist", SimpleNamespace(is_initialized=lambda: True))
+    with pytest.raises(UserError, match=r"^\S+/other: the converted model's log-probs differ from HuggingFace's by"):
+        certify(tmp_path / "other", tmp_path / "checkpoint")
+    certify(tmp_path / "hf", tmp_path / "checkpoint")

@@ -406,24 +406,30 @@ def test_a_truncated_shard_is_refused_by_name(keep: int, hf_model: Path, tmp_pat
     refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors: this weight shard is damaged or truncated")
 
 
+def one_shard(hf_model: Path, folder: Path) -> None:
+    """The model with its weights in a shard, for which an index is needed."""
+    shutil.copytree(hf_model, folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+
+
 def test_a_missing_shard_is_refused_by_name(hf_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(hf_model, tmp_path / "hf")
-    index = {"weight_map": {"model.norm.weight": "model.safetensors", LAST: "model-2.safetensors"}}
+    one_shard(hf_model, tmp_path / "hf")
+    index = {"weight_map": {"model.norm.weight": "model-1.safetensors", LAST: "model-2.safetensors"}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     refuses(tmp_path / "hf", tmp_path / "megatron", "model-2.safetensors: this weight shard is missing")
 
 
 def test_an_index_that_names_a_tensor_that_its_shard_lacks_is_refused(hf_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(hf_model, tmp_path / "hf")
-    index = {"weight_map": dict.fromkeys([*weights_of(hf_model), "model.layers.9.norm"], "model.safetensors")}
+    one_shard(hf_model, tmp_path / "hf")
+    index = {"weight_map": dict.fromkeys([*weights_of(hf_model), "model.layers.9.norm"], "model-1.safetensors")}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    words = "model.safetensors: the index says that this shard holds model.layers.9.norm, but it does not"
+    words = "model-1.safetensors: the index says that this shard holds model.layers.9.norm, but it does not"
     refuses(tmp_path / "hf", tmp_path / "megatron", words)
 
 
 def test_an_index_that_names_a_tensor_twice_is_refused(hf_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(hf_model, tmp_path / "hf")
-    twice = '{"weight_map": {"a": "model.safetensors", "a": "model-2.safetensors"}}'
+    one_shard(hf_model, tmp_path / "hf")
+    twice = '{"weight_map": {"a": "model-1.safetensors", "a": "model-2.safetensors"}}'
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(twice)
     refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors.index.json: the index names a twice")
 
@@ -489,7 +495,7 @@ def test_tensors_of_another_model_are_refused_by_name(hf_model: Path, tmp_path: 
     ],
 )
 def test_a_damaged_index_is_refused(content: str, hf_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(hf_model, tmp_path / "hf")
+    one_shard(hf_model, tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(content)
     refuses(tmp_path / "hf", tmp_path / "megatron", "model.safetensors.index.json")
 
@@ -694,3 +700,39 @@ def test_a_description_names_the_family_whose_file_read_it(hf_model: Path, monke
 
     monkeypatch.setitem(families.FAMILIES, "llama", replace(families.FAMILIES["llama"], name="copied"))
     assert read_description(hf_model).family == "copied"
+
+
+# ---------------------------------------------------------------- what transformers would read
+
+
+def test_an_output_matrix_that_is_not_the_embedding_of_a_tied_model_is_refused(
+    make_hf_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers would keep the matrix that is stored. One that is the embedding may be stored as well."""
+    source = make_hf_model(tmp_path / "hf", tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(source, tmp_path / "megatron")
+    weights["lm_head.weight"][7, 3] += 1
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    refuses(
+        source, tmp_path / "again", "lm_head.weight is not model.embed_tokens.weight, although config.json ties them"
+    )
+
+
+def test_one_whole_file_is_read_before_shards_that_lie_beside_it(
+    make_hf_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As transformers reads it: a newer model.safetensors beside the shards of an older model."""
+    from transformers import AutoModelForCausalLM
+
+    source, older = make_hf_model(tmp_path / "hf"), make_hf_model(tmp_path / "older", seed=9)
+    AutoModelForCausalLM.from_pretrained(older).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    for path in (tmp_path / "shards").glob("model*"):
+        shutil.copy(path, source / path.name)
+    assert (source / "model.safetensors.index.json").is_file()
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert all(torch.equal(theirs[name], x) for name, x in load_file(tmp_path / "back" / "model.safetensors").items())

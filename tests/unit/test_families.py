@@ -58,6 +58,29 @@ def test_a_qwen_with_windows_has_them_on_its_last_layers(tmp_path: Path) -> None
     assert found.sliding_window == 16 and found.windowed_layers == (False, False, False, True)
 
 
+def test_mistral_has_its_window_on_every_layer_as_in_huggingface(tmp_path: Path) -> None:
+    """HuggingFace reads sliding_window alone, and takes 4096 where it is left out."""
+    published = PUBLIC_MODELS["Mistral-7B-v0.3"][0]
+    kinds = read(tmp_path, published | {"sliding_window": 8, "layer_types": ["full_attention"] * 32})
+    assert kinds.sliding_window == 8 and kinds.windowed_layers == (True,) * 32
+    left_out = read(tmp_path, {name: value for name, value in published.items() if name != "sliding_window"})
+    assert left_out.sliding_window == 4096
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODELS)
+def test_fields_that_are_left_out_have_huggingfaces_defaults(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    content = dict(PUBLIC_MODELS[name][0])
+    for field in ("num_key_value_heads", "head_dim", "tie_word_embeddings", "query_pre_attn_scalar"):
+        content.pop(field, None)
+    found, theirs = read(tmp_path, content), AutoConfig.from_pretrained(tmp_path)
+    groups = getattr(theirs, "num_key_value_heads", None) or theirs.num_attention_heads
+    assert found.num_query_groups == groups and found.tie_word_embeddings == theirs.tie_word_embeddings
+    channels = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert found.kv_channels == channels
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -66,6 +89,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         ("Qwen3-8B", {"rope_scaling": YARN}, "is not supported; supported are plain RoPE and Llama-3.1's scaling"),
         ("Gemma-3-1B", {"rope_scaling": YARN}, "is not supported; supported are plain RoPE, and a linear factor"),
+        ("Gemma-3-1B", {"rope_parameters": YARN}, "rope_parameters must have a part for full_attention"),
         ("Llama-3.2-1B", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling"),
         ("Gemma-2-2B", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("Gemma-2-2B", {"hidden_activation": "relu"}, "hidden_activation='relu' is not supported"),

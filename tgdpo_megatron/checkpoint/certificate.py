@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest
+from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
 from tgdpo_megatron.errors import UserError
 
 NAME = "certificate.json"
@@ -36,7 +36,7 @@ class Certificate:
     config: str
     """SHA-256 of the checkpoint's hf/config.json."""
     dtype: str
-    """Dtype of the checkpoint's weights. Both models computed in fp32 from weights of this dtype."""
+    """Dtypes of the checkpoint's weights. Both models computed in fp32 from weights of these dtypes."""
     largest_difference: float
     """Largest absolute difference of a token log-prob, nats."""
     tokens: int
@@ -60,10 +60,9 @@ def write_certificate(folder: Path, certificate: Certificate) -> None:
 
 
 def hand_on(start: Path, folder: Path, manifest: CheckpointManifest) -> None:
-    """Give a checkpoint that a run saves the certificate of the checkpoint that the run started from, if it has one."""
-    if not (start / NAME).is_file():
-        return
+    """Give a checkpoint that a run saves the certificate of the run's start, if that is valid."""
     try:
+        check_certificate(start, read_manifest(start))
         before = read_certificate(start)
     except UserError:  # model.require_certificate=false accepted it
         return
@@ -90,7 +89,7 @@ def read_certificate(folder: Path) -> Certificate:
     except FileNotFoundError:
         raise UserError(
             f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; "
-            f"make one with python -m tools.certify HF_FOLDER {folder}, or set model.require_certificate=false."
+            f"{_again(folder).removesuffix('.')}, or set model.require_certificate=false."
         ) from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: not a certificate; {_again(folder)}") from None
@@ -131,4 +130,6 @@ def config_hash(folder: Path) -> str:
 
 
 def _again(folder: Path) -> str:
-    return f"make it again with python -m tools.certify HF_FOLDER {folder}."
+    if (folder / "manifest.json").is_file() and read_manifest(folder, with_index=False).iteration is not None:
+        return "certify the checkpoint that the run started from before the run, with python -m tools.certify."
+    return f"make one with python -m tools.certify HF_FOLDER {folder}."

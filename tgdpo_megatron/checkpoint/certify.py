@@ -1,7 +1,7 @@
 """Compares a converted checkpoint with its HuggingFace model: both score the same tokens, in fp32 on the CPU.
 
-Both models are built without weights. Each module is given its weights when it is about to run, and they are taken away
-again when it has run. So memory holds the weights of one module at a time, whatever the size of the model.
+Both models are built without weights, and each module has its weights only while it runs: see lending.py. Sliding
+windows are narrowed on both sides, so that a few tokens show whether they are on the right layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from tqdm import tqdm
 
 from tgdpo_megatron.checkpoint.certificate import (
@@ -30,18 +31,22 @@ from tgdpo_megatron.checkpoint.certificate import (
     read_certificate,
     write_certificate,
 )
+from tgdpo_megatron.checkpoint.failures import InterruptedWorkError
+from tgdpo_megatron.checkpoint.lending import lend, without_weights
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
 from tgdpo_megatron.checkpoint.safetensors import HfWeights
 from tgdpo_megatron.checkpoint.torch_dist import read_rows
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
-from tgdpo_megatron.errors import UserError, one_sentence_errors
+from tgdpo_megatron.errors import USER_ERROR, UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import family_of, parameters
 
 LENGTHS = (48, 17)
 """Tokens of the two sequences that are scored, packed into one micro-batch on our side and alone on HuggingFace's."""
+_WINDOW = 16
+"""Tokens that windowed layers see here, where their windows are wider."""
 _SLOW = 500_000_000
 """Parameters from which progress is shown."""
 _PACKAGES = ("torch", "transformers", "megatron-core")
@@ -63,14 +68,20 @@ def certify(source: Path, folder: Path) -> Certificate:
         return _in_child(source, folder)
     manifest, description = read_manifest(folder), describe(folder)
     sequences = _sequences(description.vocab_size)
-    theirs = _huggingfaces(source, description, getattr(torch, manifest.dtype), sequences)
-    ours = _ours(folder, description, sequences)
+    index = read_metadata(folder / WEIGHTS)
+    dtypes = {
+        name: index.state_dict_metadata[tensor.key].properties.dtype
+        for tensor in family_of(description).tensors(description)
+        for name in tensor.names
+    }
+    theirs = _huggingfaces(source, dtypes, description, sequences)
+    ours = _ours(folder, index, description, sequences)
     difference = float((ours - theirs).abs().max())  # not a number where either is not
     if not theirs.isfinite().all():
         raise UserError(f"{source}: the model's log-probs are not finite; use another checkpoint.")
     if not agrees(difference):
         raise UserError(
-            f"{folder}: the converted model's log-probs differ from HuggingFace's by {difference:.2g} nats, more than "
+            f"{source}: the converted model's log-probs differ from HuggingFace's by {difference:.2g} nats, more than "
             "rounding explains, so the conversion is not used; please report this model."
         )
     certificate = Certificate(
@@ -79,7 +90,7 @@ def certify(source: Path, folder: Path) -> Certificate:
         weights=manifest.weights,
         weights_bf16=manifest.weights_bf16,
         config=config_hash(folder),
-        dtype=manifest.dtype,
+        dtype=", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
         largest_difference=difference,
         tokens=len(ours),
         versions={package: metadata.version(package) for package in _PACKAGES},
@@ -93,9 +104,14 @@ def _in_child(source: Path, folder: Path) -> Certificate:
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     command = [sys.executable, "-m", __name__, str(source), str(folder)]
     environment = {**alone, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == USER_ERROR:
+        raise UserError(done.stdout.strip())
     if done.returncode:
-        raise UserError(f"{folder}: it could not be compared with {source} ({done.stderr.strip()[-500:]}).")
+        why = "memory may have run out" if done.returncode < 0 else "what it said is above"
+        raise InterruptedWorkError(
+            f"{source}: the comparison for the certificate ended with exit code {done.returncode}; {why}."
+        )
     return read_certificate(folder)
 
 
@@ -106,22 +122,29 @@ def _sequences(vocab_size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _huggingfaces(source: Path, description: ModelDescription, dtype: torch.dtype, sequences: list[Tensor]) -> Tensor:
-    """Log-prob of every token after the first of each sequence. [R] fp32."""
+def _huggingfaces(
+    source: Path, dtypes: dict[str, torch.dtype], description: ModelDescription, sequences: list[Tensor]
+) -> Tensor:
+    """Log-prob of every token after the first of each sequence. [R] fp32.
+
+    Args:
+        dtypes: Dtype of each tensor in the checkpoint, to which it is rounded first.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     weights = HfWeights(source)
     config = AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    with _without_weights():
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = min(config.sliding_window, _WINDOW)
+    with without_weights():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
     def read(name: str) -> Tensor:
-        tied = name == "lm_head.weight" and description.tie_word_embeddings
-        stored = "model.embed_tokens.weight" if tied else name
-        return weights.rows(stored, 0, weights.shape(stored)[0]).to(dtype)
+        stored = name if name in dtypes else "model.embed_tokens.weight"  # a tied output matrix
+        return weights.rows(stored, 0, weights.shape(stored)[0]).to(dtypes[stored])
 
     with _progress(description, "HuggingFace's model") as done:
-        _lend(model.eval(), read, done)
+        lend(model.eval(), read, done)
         # All sequences in one batch, so that each weight is read once. Padding comes after a sequence's last token,
         # where causal attention does not see it.
         batch = torch.zeros(len(sequences), max(LENGTHS), dtype=torch.int64)
@@ -137,8 +160,14 @@ def _huggingfaces(source: Path, description: ModelDescription, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) -> Tensor:
-    """The same log-probs from the checkpoint, by the model that is trained. [R] fp32."""
+def _ours(folder: Path, index: Any, description: ModelDescription, sequences: list[Tensor]) -> Tensor:
+    """The same log-probs from the checkpoint, by the model that is trained. [R] fp32.
+
+    Args:
+        index: The checkpoint's, from read_metadata.
+    """
+    if description.sliding_window is not None:
+        description = replace(description, sliding_window=min(description.sliding_window, _WINDOW))
     with _alone():
         # Imported here, where Megatron has been redirected to the CPU.
         from tgdpo_megatron.checkpoint.state import sharded_model_state
@@ -148,7 +177,6 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
         with torch.device("meta"):
             (model,) = build_model(description, transformer_config(description, config))
         keys = {name: part.key for name, part in sharded_model_state([model])["0"].items()}
-        index = read_metadata(folder / WEIGHTS)
         shapes = {tensor.key: tensor.shape for tensor in family_of(description).tensors(description)}
         padded = {name: weight.shape for name, weight in model.named_parameters()}
 
@@ -174,46 +202,9 @@ def _ours(folder: Path, description: ModelDescription, sequences: list[Tensor]) 
             if description.tie_word_embeddings:  # the head multiplies by it without calling the embedding
                 weight = read("embedding.word_embeddings.weight").float()
                 model.embedding.word_embeddings.weight = Parameter(weight, requires_grad=False)
-            _lend(model.eval(), read, done)
+            lend(model.eval(), read, done)
             found: Tensor = model(make_batch(pair, [0]))[0]
     return found
-
-
-def _lend(model: Module, read: Callable[[str], Tensor], done: Callable[[int], Any]) -> None:
-    """Let each module without weights have its own weights, in fp32, while it runs."""
-    for name, module in model.named_modules():
-        empty = {leaf: weight for leaf, weight in module._parameters.items() if weight is not None and weight.is_meta}
-        if not empty:
-            continue
-
-        def bring(module: Module, _: Any, empty: dict[str, Any] = empty, prefix: str = name) -> None:
-            for leaf in empty:
-                value = read(f"{prefix}.{leaf}")
-                done(value.numel())
-                module._parameters[leaf] = Parameter(value.float(), requires_grad=False)
-
-        def take_back(module: Module, _: Any, output: Any, empty: dict[str, Any] = empty) -> None:
-            module._parameters.update(empty)
-
-        module.register_forward_pre_hook(bring)
-        module.register_forward_hook(take_back)
-
-
-@contextlib.contextmanager
-def _without_weights() -> Iterator[None]:
-    """Every parameter that is made in here is on torch's meta device. Buffers are made as they are: they hold numbers
-    that no checkpoint has."""
-    register = Module.register_parameter
-
-    def on_meta(self: Module, name: str, param: Parameter | None) -> None:
-        register(self, name, None if param is None else Parameter(param.to("meta"), requires_grad=False))
-
-    module: Any = Module
-    module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        module.register_parameter = register
 
 
 @contextlib.contextmanager
@@ -252,6 +243,9 @@ def _hashes(source: Path) -> dict[str, str]:
     return hashes
 
 
-if __name__ == "__main__":
-    with one_sentence_errors():
+if __name__ == "__main__":  # the child; its refusal goes to stdout, where the parent reads it
+    try:
         certify(*map(Path, sys.argv[1:]))
+    except UserError as error:
+        print(error)
+        sys.exit(USER_ERROR)

@@ -160,10 +160,29 @@ def _check_tensors(tensors: list[TensorMap], weights: HfWeights, source: Path) -
             if (found := weights.shape(name)) != shape:
                 raise UserError(f"{source}: {name} has shape {found}, but config.json describes {shape}.")
             weights.dtype(name)
-    allowed = {*known, "lm_head.weight"}  # may be stored even if tied
+    allowed = set(known)
+    if "lm_head.weight" in stored - allowed:  # a tied model may store it as well
+        _check_tied(weights, source)
+        allowed.add("lm_head.weight")
     extra = [name for name in weights.names if name not in allowed and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise UserError(f"{source}: {_first_of(extra)} does not belong to the model that config.json describes.")
+
+
+def _check_tied(weights: HfWeights, source: Path) -> None:
+    """Refuse an output matrix that is not the embedding, although config.json ties the two."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    rows, *columns = weights.shape(embedding)
+    step = _rows_of_a_block((rows, *columns), weights.dtype(embedding))
+    same = weights.shape(head) == (rows, *columns)
+    for first in range(0, rows if same else 0, step):
+        count = min(step, rows - first)
+        same = same and torch.equal(weights.rows(head, first, count), weights.rows(embedding, first, count))
+    if not same:
+        raise UserError(
+            f"{source}: {head} is not {embedding}, although config.json ties them (tie_word_embeddings); set it to "
+            f"false there, or leave {head} out of the weights."
+        )
 
 
 def _check_stored(tensors: list[TensorMap], stored: dict[str, Any], source: Path) -> None:

@@ -12,8 +12,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tgdpo_megatron.errors import LostRankError, UserError, in_short, lost_a_rank, ran_out_of_memory
 
 
-class NotWrittenError(UserError):
-    """The operating system refuses what is written. What was written before may be of use."""
+class InterruptedWorkError(UserError):
+    """Something outside ended the work. What was finished before may be of use."""
+
+
+class NotWrittenError(InterruptedWorkError):
+    """The operating system refuses what is written."""
+
+
+class NotReadError(InterruptedWorkError):
+    """The operating system cannot read a file, though the file may be whole: a disk or a network that fails."""
 
 
 def cause(error: BaseException) -> BaseException:
@@ -53,7 +61,8 @@ def readable(what: str) -> Iterator[None]:
             beneath = cause(error)
             if not _is_of_the_file(beneath) or ran_out_of_memory(beneath) or lost_a_rank(beneath):
                 raise
-            raise UserError(f"{what} cannot be read ({in_short(beneath)}).") from error
+            kind = NotReadError if isinstance(beneath, OSError) else UserError
+            raise kind(f"{what} cannot be read ({in_short(beneath)}).") from error
 
 
 @contextlib.contextmanager

@@ -56,10 +56,10 @@ class HfWeights:
                 )
 
     def _find(self) -> dict[str, _Stored]:
-        index = self.folder / _INDEX
+        single, index = self.folder / "model.safetensors", self.folder / _INDEX
+        if single.is_file():  # transformers reads it, too, whatever lies beside it
+            return _read_header(single)
         if not index.is_file():
-            if (self.folder / "model.safetensors").is_file():
-                return _read_header(self.folder / "model.safetensors")
             raise UserError(
                 f"{self.folder}: no weights there (model.safetensors or {_INDEX}); other formats are not read, because "
                 "they would have to be unpickled."

@@ -28,7 +28,7 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
-from tgdpo_megatron.checkpoint.failures import NotWrittenError, writable
+from tgdpo_megatron.checkpoint.failures import InterruptedWorkError, writable
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.quiet import quiet
 
@@ -131,8 +131,8 @@ def check_target(target: Path) -> None:
 def work_on(target: Path, what: Mapping[str, Any]) -> Iterator[Work]:
     """Work on a target, alone.
 
-    A refused input leaves nothing. Where the disk is full, a process was killed or the user interrupts, the finished
-    parts stay, and the same call goes on from them.
+    A refused input leaves nothing. Where the disk is full or fails, a process was killed or the user interrupts, the
+    finished parts stay, and the same call goes on from them.
 
     Args:
         target: Folder to make.
@@ -161,7 +161,7 @@ def work_on(target: Path, what: Mapping[str, Any]) -> Iterator[Work]:
         except BaseException as error:
             if not folder.is_dir():  # the target is made already
                 raise
-            refused = isinstance(error, UserError) and not isinstance(error, NotWrittenError | _KilledError)
+            refused = isinstance(error, UserError) and not isinstance(error, InterruptedWorkError)
             if refused or not work.finished():
                 shutil.rmtree(folder, ignore_errors=True)
             elif isinstance(error, UserError):
@@ -220,7 +220,7 @@ def _begin(work: Work, what: str) -> None:
 # ---------------------------------------------------------------- processes
 
 
-class _KilledError(UserError):
+class KilledError(InterruptedWorkError):
     """A process that worked on a job was killed."""
 
 
@@ -239,8 +239,8 @@ def _done(job: Job, todo: Sequence[int], processes: int) -> Iterator[tuple[int, 
         for future in concurrent.futures.as_completed(parts):
             yield parts[future], future.result()
     except BrokenProcessPool:
-        raise _KilledError(
-            "a process of the conversion was killed, perhaps because the machine's memory is full; try with less "
+        raise KilledError(
+            "a process of the conversion was killed, perhaps because the machine's memory is full; try with fewer "
             "processes."
         ) from None
     except BaseException:

@@ -23,3 +23,17 @@ enough for a moving progress bar."""
 
 ATTENTION_SCORES = 1 << 24
 """Number of scores in one block of the attention that is computed here. In fp32 these take 64 MiB."""
+_LEAST_ROWS = 64
+
+
+def attention_rows(tokens: int, heads: int, window: int | None) -> int:
+    """Queries in one block of that attention.
+
+    With a window a block of r queries sees r + window keys. More queries than the window would compute more scores in
+    vain than are needed, and far fewer would make the matrix products small.
+    """
+    most = tokens
+    if window is not None:
+        most = min(tokens, max(window, _LEAST_ROWS))
+    columns = min(tokens, most + (window or tokens))
+    return max(1, min(most, ATTENTION_SCORES // (heads * columns)))

@@ -26,7 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from tgdpo_megatron.config.constants import ATTENTION_SCORES
+from tgdpo_megatron.config.constants import attention_rows
 
 
 class Segments(PackedSeqParams):  # type: ignore[misc]
@@ -130,14 +130,14 @@ class BlockedAttention(torch.autograd.Function):
         along = (grad.float() * output.float()).sum(dim=-1)
         for rows, columns in _blocks(tokens, query.size(1), window):
             part = q[:, :, rows]
-            scores, bent = _scores(part, key[0, :, columns], rows, columns, scale, cap, window)
+            scores, curved = _scores(part, key[0, :, columns], rows, columns, scale, cap, window)
             probabilities = scores.sub_(normalisers[:, :, rows, None]).exp_()
             of_rows = grad[:, :, rows]
             grad_value[:, columns] += _transposed_times(probabilities.to(value.dtype), of_rows).float()
             grad_scores = _times(of_rows, value[0, :, columns].transpose(1, 2)).float()
             grad_scores.sub_(along[:, :, rows, None]).mul_(probabilities)
-            if bent is not None:
-                grad_scores.mul_(bent.square_().neg_().add_(1))
+            if curved is not None:
+                grad_scores.mul_(curved.square_().neg_().add_(1))
             narrow = grad_scores.mul_(scale).to(q.dtype)
             grad_query[:, :, rows] = _times(narrow, key[0, :, columns])
             grad_key[:, columns] += _transposed_times(narrow, part).float()
@@ -147,7 +147,7 @@ class BlockedAttention(torch.autograd.Function):
 
 def _blocks(tokens: int, heads: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, as large as the budget of scores allows, with the keys that their queries see."""
-    step = max(1, ATTENTION_SCORES // (heads * min(tokens, window or tokens)))
+    step = attention_rows(tokens, heads, window)
     for first in range(0, tokens, step):
         last = min(first + step, tokens)
         yield slice(first, last), slice(max(0, first - window + 1) if window else 0, last)
@@ -162,16 +162,16 @@ def _scores(
     """
     # In 16 bits a product is rounded to 16 bits, which is too coarse for a score.
     scores = _times(query.float() * scale, key.float().transpose(1, 2))
-    bent = None
+    curved = None
     if cap is not None:
-        bent = torch.tanh(scores / cap)
-        scores = bent * cap
+        curved = torch.tanh(scores / cap)
+        scores = curved * cap
     row = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
     column = torch.arange(columns.start, columns.stop, device=query.device)
     hidden = column > row
     if window is not None:
         hidden |= column <= row - window
-    return scores.masked_fill_(hidden, -torch.inf), bent
+    return scores.masked_fill_(hidden, -torch.inf), curved
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:

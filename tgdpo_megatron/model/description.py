@@ -51,7 +51,7 @@ class ModelDescription:
     """What embeddings are multiplied by, after rounding to the embeddings' dtype."""
     zero_centered_norms: bool = False
     """Whether norms multiply by 1 + weight."""
-    norms_after_blocks: bool = False
+    post_norms: bool = False
     """Whether attention and feed-forward are followed by a norm as well."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """What the gate of the feed-forward block goes through."""

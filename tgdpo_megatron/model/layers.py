@@ -78,7 +78,7 @@ class TwoBaseAttention(SelfAttention):  # type: ignore[misc]
         return super().forward(hidden_states, *args, rotary_pos_emb=own, **options)
 
 
-def followed_by_norm(linear: type, norm: type) -> type:
+def with_post_norm(linear: type, norm: type) -> type:
     """A class of Megatron's row-parallel linear layers whose output goes through a norm.
 
     Under sequence parallelism the output is split along the tokens, so each rank has whole tokens to normalise.
@@ -116,16 +116,18 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> An
         )
     if description.window_rotary_base is not None:
         attention.module = TwoBaseAttention
-    if description.norms_after_blocks:
-        attention.submodules.linear_proj = followed_by_norm(attention.submodules.linear_proj, norm)
-        mlp.submodules.linear_fc2 = followed_by_norm(mlp.submodules.linear_fc2, norm)
+    if description.post_norms:
+        attention.submodules.linear_proj = with_post_norm(attention.submodules.linear_proj, norm)
+        mlp.submodules.linear_fc2 = with_post_norm(mlp.submodules.linear_fc2, norm)
     return layer
 
 
 def own_attention(description: ModelDescription, *, transformer_engine: bool) -> bool:
-    """Whether attention is computed by attention.py: always on local layers, and with a soft-cap, which Transformer
-    Engine's kernels for packed sequences do not have."""
-    return not transformer_engine or description.attention_softcap is not None
+    """Whether attention is computed by attention.py: always on local layers; on Transformer Engine's with a soft-cap,
+    which its kernels for packed sequences do not have, and with windows, for which it depends on the GPU, the head size
+    and the packages that are installed whether there is a kernel."""
+    particular = description.attention_softcap is not None or description.sliding_window is not None
+    return particular or not transformer_engine
 
 
 def block_spec(

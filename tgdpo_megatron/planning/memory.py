@@ -19,11 +19,11 @@ from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
 from tgdpo_megatron.config.constants import (
-    ATTENTION_SCORES,
     MIN_TILE_COLUMNS,
     SCORED_AT_ONCE,
     TILE_ELEMENTS,
     VOCAB_MULTIPLE,
+    attention_rows,
 )
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import layer_parameters
@@ -257,7 +257,7 @@ class Sizes:
         """
         description, on_cpu = self.description, self.device == "cpu"
         kept = 0.0
-        if description.norms_after_blocks:
+        if description.post_norms:
             kept += 2 * ((8 if on_cpu else self.width) * self.streams + 4)
         if description.qk_layernorm:
             # In fp32: the normalised heads, and the queries once more, which the split of the product copies. In bf16:
@@ -278,14 +278,17 @@ class Sizes:
     @property
     def scores(self) -> float:
         """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of
-        Transformer Engine computes attention."""
+        Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
         description, longest = self.description, min(self.longest, self.tokens)
-        window = None if self.transformer_engine else description.sliding_window
-        windowed = window is not None and window < longest
-        if description.attention_softcap is None and not windowed:
+        capped, window = description.attention_softcap is not None, description.sliding_window
+        if window is not None and window >= longest:
+            window = None
+        if not capped and window is None:
             return 0.0
-        # A full layer has all the scores in one block, as has a windowed one, where they fit.
-        return self.heads * longest * min(longest, max(1, ATTENTION_SCORES / (self.heads * longest)))
+        if capped and not all(description.windowed_layers):
+            window = None  # the layers without a window have the larger blocks
+        rows = attention_rows(longest, int(self.heads), window)
+        return self.heads * rows * min(longest, rows + (window or longest))
 
     @property
     def layer_input(self) -> float:

@@ -126,7 +126,7 @@ def layer_tensors(model: ModelDescription, layer: int) -> list[TensorMap]:
     queries, keys, head = model.query_channels, model.key_channels, (model.kv_channels,)
     attention, mlp = f"decoder.layers.{layer}.self_attention.", f"decoder.layers.{layer}.mlp."
     hf = f"model.layers.{layer}."
-    after = model.norms_after_blocks
+    after = model.post_norms
     maps = [
         same(f"{attention}linear_qkv.layer_norm_weight", f"{hf}input_layernorm.weight", (hidden,)),
         # Megatron keeps, for each key-value head, its query heads, then its key, then its value.

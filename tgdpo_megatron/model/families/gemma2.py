@@ -10,7 +10,13 @@ from tgdpo_megatron.model.families.decoder import check_options, check_size, rop
 from tgdpo_megatron.model.families.family import Family
 
 # What HuggingFace takes where the configuration leaves it out, as Google's own do.
-DEFAULTS = {"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "sliding_window": 4096}
+DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+}
 _SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _ONE_WAY = {
     "attention_bias": False,
@@ -48,7 +54,7 @@ def particulars(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "logit_softcap": config["final_logit_softcapping"],
         "embedding_scale": float(config["hidden_size"]) ** 0.5,
         "zero_centered_norms": True,
-        "norms_after_blocks": True,
+        "post_norms": True,
         "activation": "gelu_tanh",
     }
 

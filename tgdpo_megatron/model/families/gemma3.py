@@ -28,6 +28,8 @@ def _read(config: dict[str, Any], path: Path) -> ModelDescription:
 def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """RoPE of the full and of the windowed layers, from the old keys or from `rope_parameters` by kind of layer."""
     by_kind = config.get("rope_parameters") or {}
+    if by_kind and not by_kind.keys() & {FULL, WINDOWED}:
+        raise UserError(f"{path}: rope_parameters must have a part for {FULL} and one for {WINDOWED}.")
     full = by_kind.get(FULL) or config.get("rope_scaling") or {}
     windowed = by_kind.get(WINDOWED) or {}
     if rope_kind(windowed) != "default" or rope_kind(full) not in ("default", "linear"):

@@ -12,7 +12,9 @@ from tgdpo_megatron.model.families.family import Family
 
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     check_options(config, {"hidden_act": "silu"}, path)
-    window = config.get("sliding_window")
+    # HuggingFace reads `sliding_window` for all layers, and no layer_types.
+    config = {"num_key_value_heads": 8, "sliding_window": 4096, **config, "layer_types": None}
+    window = config["sliding_window"]
     return ModelDescription(
         **sizes(config, path),
         **rope(config, path),

@@ -13,7 +13,7 @@ from tgdpo_megatron.model.families.family import Family
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     check_options(config, {"hidden_act": "silu"}, path)
     return ModelDescription(
-        **sizes(config, path),
+        **sizes({"num_key_value_heads": 32, **config}, path),
         **rope(config, path),
         **qwen_windows(config, path),
         tie_word_embeddings=config.get("tie_word_embeddings", False),

@@ -16,7 +16,7 @@ _HEAD_DIM = 128  # where the configuration gives none; it is not hidden_size / h
 def _read(config: dict[str, Any], path: Path) -> ModelDescription:
     check_options(config, {"attention_bias": False, "hidden_act": "silu"}, path)
     return ModelDescription(
-        **sizes({"head_dim": _HEAD_DIM, **config}, path),
+        **sizes({"num_key_value_heads": 32, "head_dim": _HEAD_DIM, **config}, path),
         **rope(config, path),
         **qwen_windows(config, path),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
