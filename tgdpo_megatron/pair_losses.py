@@ -78,10 +78,23 @@ def inputs_of(loss: LossConfig, pairs: Pairs, **scores: Tensor) -> dict[str, Ten
     return inputs
 
 
-def start_value(loss: LossConfig) -> float | None:
-    """The loss of every pair while the policy is the reference, as ln 2 for DPO; None where it depends on the pair.
+@dataclass(frozen=True)
+class Start:
+    """What is known of a loss while the policy is the reference.
 
-    It is found by computing the loss of two made-up pairs.
+    Attributes:
+        value: The loss of every pair, as ln 2 for DPO.
+        slope: How much the loss of a pair changes at most when the log-prob of one of its tokens changes by 1 nat.
+    """
+
+    value: float
+    slope: float
+
+
+def start_of(loss: LossConfig) -> Start | None:
+    """The loss of every pair while the policy is the reference; None where every pair has a value of its own.
+
+    It is found by computing the loss of two made-up pairs with responses of three tokens.
     """
     if "reference" not in loss.method.reads:
         return None
@@ -90,8 +103,11 @@ def start_value(loss: LossConfig) -> float | None:
     logps = -torch.linspace(0.1, 3.0, len(tokens), dtype=torch.float64)
     scores = {name: logps * torch.cos(tokens * number) for number, name in enumerate(loss.scores, start=1)}
     scores |= {"reference": logps, "divergence": torch.zeros_like(logps)}
-    first, second = pair_losses(loss, logps, pairs, **scores)[0].tolist()
-    return first if math.isclose(first, second, abs_tol=1e-9) else None
+    policy = logps.clone().requires_grad_()
+    losses, _ = pair_losses(loss, policy, pairs, **scores)
+    (slopes,) = torch.autograd.grad(losses.sum(), policy)
+    first, second = losses.tolist()
+    return Start(first, float(slopes.abs().max())) if math.isclose(first, second, abs_tol=1e-9) else None
 
 
 def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ FOLDER/metrics.jsonl, tensorboard/
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
 FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
+FOLDER/hf/iter-0000030/           its export, with train.export_interval
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ _IDENTITY = {
 
 REPORT = "report.html"
 """File in the folder of a run."""
-EXPORTS = "hf"
-"""Folder of a run's exports to HuggingFace."""
 ANSWERS = "answers.json"
 """Another: prompt, chosen answer, and the model's answers before and after training."""
+EXPORTS = "hf"
+"""Folder of a run's exports to HuggingFace."""
 
 
 def newest_checkpoint(output: Path) -> Path | None:

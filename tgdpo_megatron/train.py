@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.data.tokenizer import hash_of, template_of, tokenizer_for
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, in_short
-from tgdpo_megatron.pair_losses import PreferenceLoss, start_value
+from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.platform import interrupts
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
@@ -54,9 +55,8 @@ from tgdpo_megatron.report.terminal import (
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
-START, START_FP8 = {"fp32": 1e-3, "bf16": 0.05}, 0.1
-"""How far the loss of the first step may be from its known value, relative to values above 1. Rounding of log-probs to
-bf16 moves single pairs by more, and the mean over a batch by less."""
+ROUNDING = {"fp32": 0.01, "bf16": 0.5, "fp8": 2.0}
+"""How far rounding may move the log-prob of a response, nats, on average over the pairs of the first step."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class _Run:
         mix: How often the pairs of each file are seen; None for once in each epoch.
         resumed_from: The checkpoint from which the run continues; None for a new run.
         first: Number of optimizer steps done before.
-        start_value: What the loss of the first step must be; None where that is not known.
+        start: What is known of the loss of the first step; None where nothing is.
+        is_new: Whether the run made its folder.
         found: Role -> where each model was found, and how the user had named it.
         identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
         template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
@@ -90,7 +91,8 @@ class _Run:
     validation: _Part | None
     resumed_from: Path | None
     first: int
-    start_value: float | None
+    start: Start | None
+    is_new: bool
     found: dict[str, Source]
     identity: CheckpointManifest
     template: str | None
@@ -160,7 +162,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 progress.set_postfix_str(result_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
-            export = config.train.export_interval > 0 and (done == last or _is_due(done, config.train.export_interval))
+            every = config.train.export_interval
+            export = not stop and every > 0 and (done == last or _is_due(done, every))
             keep = done == last or stop or export or _is_due(done, config.train.save_interval)
             if keep or save:
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
@@ -204,8 +207,8 @@ def _step(
     totals = run.engine.forward_backward(batches, votes={"stop": stop, "save": save})
     stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
     _check_finite(totals, f"the loss of {where}", run.output)
-    if done == 1 and run.start_value is not None:
-        _check_start(totals["loss"] / totals["pairs"], run.start_value, run.config)
+    if done == 1 and run.start is not None:
+        _check_start(totals["loss"] / totals["pairs"], run.start, run)
     grad_norm, learning_rate = run.engine.update()
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(run.output)}.")
@@ -219,20 +222,23 @@ def _step(
     return metrics, stop, save
 
 
-def _check_start(found: float, known: float, config: Config) -> None:
+def _check_start(found: float, start: Start, run: _Run) -> None:
     """Refuse a first loss that is not what it must be while the policy is the reference. Nothing was updated yet.
 
     Raises:
-        UserError: Policy and reference give different log-probs.
+        UserError: Policy and reference give different log-probs. A folder that was not there before is removed again.
     """
     # Cached scores were computed in other micro-batches, and an FP8 policy stands beside a reference in bf16.
-    room = START_FP8 if config.train.fp8 else START[config.train.precision]
-    if abs(found - known) > room * max(1.0, known):
-        raise UserError(
-            f"the loss of the first step is {found:.4f}, but policy and reference are the same model, where "
-            f"loss.type={config.loss.type} gives {known:.4f}; nothing was updated. Either the cached scores are of "
-            "another model, or this layout computes something else than the one that scored."
-        )
+    precision = "fp8" if run.config.train.fp8 else run.config.train.precision
+    if abs(found - start.value) <= ROUNDING[precision] * start.slope:
+        return
+    if run.is_new:
+        shutil.rmtree(run.output, ignore_errors=True)
+    raise UserError(
+        f"the loss of the first step is {found:.4f}, but policy and reference are the same model, where "
+        f"loss.type={run.config.loss.type} gives {start.value:.4f}; nothing was updated. Either the cached scores are "
+        "of another model, or this layout computes something else than the one that scored."
+    )
 
 
 def _picked(run: _Run, iteration: int) -> np.ndarray:
@@ -282,10 +288,15 @@ def _save(run: _Run, done: int) -> Path:
 
 
 def _export(checkpoint: Path, output: Path) -> None:
-    """Write a checkpoint as a HuggingFace model into the folder of the run."""
+    """Write a checkpoint as a HuggingFace model into the folder of the run. A run goes on without its exports."""
     folder = output / run_folder.EXPORTS / checkpoint.name
-    if not folder.exists():  # a resumed run may have come here before
+    if folder.exists():  # a resumed run may have come here before
+        return
+    try:
         megatron_to_hf(checkpoint, folder)
+    except UserError as error:
+        by_hand = f"python -m tools.convert_megatron_to_hf {checkpoint} {folder}"
+        tqdm.write(f"warning: not exported ({str(error).removesuffix('.')}); later: {by_hand}", file=sys.stderr)
 
 
 def _answer(run: _Run, ranks: Ranks, when: str) -> None:
@@ -340,6 +351,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
+    is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
         run_folder.keep_output(output, ranks.rank)
@@ -374,8 +386,10 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     held_out = _Part(validation, validation_scores) if validation is not None else None
     part = _Part(pairs, scores)
     same = models.policy.weights == models.reference.weights
-    start = start_value(config.loss) if same else None
-    return _Run(config, output, engine, part, mix, held_out, resumed_from, first, start, found, identity, template)
+    start = start_of(config.loss) if same else None
+    return _Run(
+        config, output, engine, part, mix, held_out, resumed_from, first, start, is_new, found, identity, template
+    )
 
 
 def _start_of(config: Config) -> Path:

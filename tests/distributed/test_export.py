@@ -93,3 +93,16 @@ def test_an_export_never_reads_the_optimizers_state(models: dict[str, Path], tmp
     megatron_to_hf(tmp_path / "damaged", tmp_path / "hf")
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", models["trained"]))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_export_that_cannot_be_written_is_a_warning_that_says_how_to_make_it_later(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on: its checkpoint is whole."""
+    from tgdpo_megatron.train import _export
+
+    (tmp_path / "hf").write_text("a file where the folder of exports should be")
+    _export(checkpoint, tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: not exported (") and said.count("\n") == 1
+    assert f"python -m tools.convert_megatron_to_hf {checkpoint} {tmp_path / 'hf' / checkpoint.name}" in said

@@ -41,7 +41,7 @@ def run(
     shared += ["parallel.sequence_parallel=true", "--nproc-per-node=4", f"scores.path={folder / 'scores'}"]
     cache = folder / "cache"
     program("recipes.score", *shared, f"model.guidance={folder / 'guidance'}", cache=cache)
-    training = ["train.global_batch_size=4", "train.train_iters=4", "train.num_epochs=null", "train.export_interval=2"]
+    training = ["train.global_batch_size=4", "train.train_iters=4", "train.export_interval=2"]
     training += ["optimizer.lr=1e-3", "scores.source=cached", f"train.output={folder / 'run'}", "train.report=false"]
     program("recipes.train", *shared, *training, cache=cache)
     return folder

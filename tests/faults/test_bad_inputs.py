@@ -228,7 +228,7 @@ def damaged(hf_model: Path, target: Path, damage: str) -> tuple[Path, str]:
         config = json.loads((target / "config.json").read_text())
         config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
         (target / "config.json").write_text(json.dumps(config))
-        return target, "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM"
+        return target, "architecture 'MambaForCausalLM' is not supported; supported: Gemma2ForCausalLM, "
     weights = load_file(shard)
     weights["model.norm.weight"][7] = math.nan
     save_file(weights, shard, metadata={"format": "pt"})
@@ -347,6 +347,7 @@ def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_last_good_ch
     scores = tmp_path / "scores"
     write_scores(scores, checkpoint, pairs_file, overflowing_row=3)
     settings = ["data.shuffle=false", "train.global_batch_size=1", "train.micro_batch_size=1"]
+    settings.append("loss.sft_loss_weight=0.1")  # so that no loss is known beforehand: the scores are made up
     length = ["train.train_iters=5", "train.save_interval=1"]
     said = train("scores.source=cached", f"scores.path={scores}", *settings, *length)
     assert_refused(said, "the loss of step 3 (rows 3 of pairs.jsonl) is not finite", "iter-0000002")

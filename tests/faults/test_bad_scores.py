@@ -257,7 +257,7 @@ def test_a_first_loss_that_cannot_be_ends_the_run_before_the_first_update(
     )
     assert_refused(said, "the loss of the first step is ")
     assert "where loss.type=dpo gives 0.6931; nothing was updated" in said.err
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def scale_the_head(folder: Path) -> None:

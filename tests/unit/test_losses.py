@@ -16,7 +16,7 @@ from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.losses import CHOSEN, LOSSES, REJECTED, Pairs
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES, reward_options, token_rewards
 from tgdpo_megatron.losses.tgdpo import token_weights
-from tgdpo_megatron.pair_losses import inputs_of, pair_losses, start_value
+from tgdpo_megatron.pair_losses import inputs_of, pair_losses, start_of
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -640,9 +640,16 @@ START_VALUES = {
 
 @pytest.mark.parametrize("name", START_VALUES)
 def test_the_loss_of_a_policy_that_is_the_reference_is_the_known_one(name: str) -> None:
-    known = START_VALUES[name]
-    assert start_value(LossConfig(type=name)) == (None if known is None else pytest.approx(known))
+    known, found = START_VALUES[name], start_of(LossConfig(type=name))
+    assert (found is None) == (known is None) and (found is None or found.value == pytest.approx(known))
+
+
+@pytest.mark.parametrize(("name", "slope"), [("dpo", 0.05), ("ipo_sum", 10.0), ("ipo", 10 / 3), ("hinge", 0.1)])
+def test_the_slope_at_the_start_is_that_of_the_formula(name: str, slope: float) -> None:
+    """β/2 for DPO, 2 · 1/(2β) for IPO of sums, which IPO of means shares out over the three tokens of a response."""
+    found = start_of(LossConfig(type=name))
+    assert found is not None and found.slope == pytest.approx(slope)
 
 
 def test_a_share_of_sft_makes_the_first_loss_unknown() -> None:
-    assert start_value(LossConfig(type="dpo", sft_loss_weight=0.1)) is None
+    assert start_of(LossConfig(type="dpo", sft_loss_weight=0.1)) is None
