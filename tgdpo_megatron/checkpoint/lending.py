@@ -31,7 +31,7 @@ def without_weights() -> Iterator[None]:
 
 
 def lend(model: Module, read: Callable[[str], Tensor], done: Callable[[int], Any]) -> None:
-    """Let each module without weights have its own weights, in fp32, while it runs.
+    """Let each module without weights have its own weights while it runs.
 
     Args:
         read: Gives a weight by its name in the model.
@@ -46,7 +46,7 @@ def lend(model: Module, read: Callable[[str], Tensor], done: Callable[[int], Any
             for leaf in empty:
                 value = read(f"{prefix}.{leaf}")
                 done(value.numel())
-                module._parameters[leaf] = Parameter(value.float(), requires_grad=False)
+                module._parameters[leaf] = Parameter(value, requires_grad=False)
 
         def take_back(module: Module, _: Any, output: Any, empty: dict[str, Any] = empty) -> None:
             module._parameters.update(empty)
