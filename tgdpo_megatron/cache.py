@@ -28,6 +28,21 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
+def mended_by_deletion(folder: Path) -> Iterator[None]:
+    """Let refusals of a folder say that it may be deleted, where it is one of the cache, and so is made again.
+
+    Raises:
+        UserError: What was refused.
+    """
+    try:
+        yield
+    except UserError as error:
+        if cache_folder().resolve() not in folder.resolve().parents:
+            raise
+        raise UserError(f"{str(error).removesuffix('.')}; or delete {folder}, since it is made again.") from error
+
+
+@contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[int]:
     """Hold a lock that ends with its holder. Programs on other machines respect it where the file system is shared.
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub import ROOT
-from tgdpo_megatron.cache import cache_folder, locked
+from tgdpo_megatron.cache import cache_folder, locked, mended_by_deletion
 from tgdpo_megatron.checkpoint.located import convert_models
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.checkpoint.sources import Source, content_hash, converted, find
@@ -145,6 +145,10 @@ def test_a_checkpoint_that_is_damaged_in_the_cache_may_be_deleted_and_is_then_ma
     config = Config(model=ModelConfig(checkpoint=hf_model))
     with pytest.raises(UserError, match=f"certificate.*; or delete {made}, since it is made again.$"):
         convert_models(config)
+    with pytest.raises(UserError, match=f"damaged; or delete {made}, since"), mended_by_deletion(made):
+        raise UserError(f"{made}: damaged.")
+    with pytest.raises(UserError, match="damaged.$"), mended_by_deletion(hf_model):
+        raise UserError(f"{hf_model}: damaged.")
     shutil.rmtree(made)
     assert convert_models(config)[0].model.checkpoint == made
 

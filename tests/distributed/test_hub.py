@@ -313,7 +313,9 @@ def test_a_split_that_was_read_once_needs_no_network(hub: Hub, tmp_path: Path) -
     first = rows("acme/prefs@main:train_prefs", environment(tmp_path, hub))
     assert rows("acme/prefs@main:train_prefs", environment(tmp_path)) == first
     said = refusal(READ, "acme/prefs@main:test_prefs", environment(tmp_path))
-    assert "datasets--acme--prefs does not hold all that is needed of revision main, and HF_HUB_OFFLINE=1 forbids" in said
+    assert (
+        "datasets--acme--prefs does not hold all that is needed of revision main, and HF_HUB_OFFLINE=1 forbids" in said
+    )
 
 
 def test_a_data_set_that_others_put_into_the_cache_is_read_from_there(tmp_path: Path) -> None:

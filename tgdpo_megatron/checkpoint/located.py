@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import check_certificate
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, describe, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source, converted, find, has_index, missing_file
@@ -95,16 +96,9 @@ def convert_models(
     folders = {role: converted(source, quiet=quiet) for role, source in found.items()}
     for role, source in found.items():
         if not source.is_converted:
-            _check_converted(folders[role], config)
+            with mended_by_deletion(folders[role]):
+                certified(folders[role], config, with_index=False)
     return with_folders(config, folders), found
-
-
-def _check_converted(folder: Path, config: Config) -> None:
-    """Refuse a checkpoint of the cache that was damaged since it was made there."""
-    try:
-        certified(folder, config, with_index=False)
-    except UserError as error:
-        raise UserError(f"{str(error).removesuffix('.')}; or delete {folder}, since it is made again.") from None
 
 
 def models_on_every_rank(

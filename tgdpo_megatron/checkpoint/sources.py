@@ -27,7 +27,7 @@ from tgdpo_megatron.platform import programs
 
 Needs = Literal["config", "tokenizer", "model"]
 """What is needed of a model: its shape, its tokenizer as well, or all of it."""
-_ALSO_IN_TOKENIZER = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+_SPARE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 """Files that change nothing here: tokenizer.json has all of a tokenizer."""
 
 
@@ -81,7 +81,7 @@ def find(given: Path, *, needs: Needs = "model", commit: str | None = None) -> S
     if named.revision is None and commit is not None:
         named = hub.at_commit(named, commit)
     folder = hub.cached_snapshot(named)
-    if folder is not None and _can_be_used(folder, needs):
+    if folder is not None and _can_be_used(hub.at_commit(named, folder.name), folder, needs):
         _complete(hub.at_commit(named, folder.name), folder, needs)
     else:
         hub.check_reachable(named)
@@ -95,11 +95,12 @@ def find(given: Path, *, needs: Needs = "model", commit: str | None = None) -> S
     return Source(given, folder, commit=folder.name)
 
 
-def _can_be_used(folder: Path, needs: Needs) -> bool:
+def _can_be_used(named: hub.HubId, folder: Path, needs: Needs) -> bool:
     """Whether a folder in the cache has what no model lacks. More than that only a list of its files can tell."""
+    if not (folder / "config.json").is_file() or (needs == "model" and missing_file(folder) is not None):
+        return False
     has_tokenizer = needs == "config" or (folder / "tokenizer.json").is_file()
-    has_weights = needs != "model" or missing_file(folder) is None
-    return (folder / "config.json").is_file() and has_tokenizer and has_weights
+    return has_tokenizer or "tokenizer.json" not in (hub.known_files(named) or ["tokenizer.json"])
 
 
 def _complete(named: hub.HubId, folder: Path, needs: Needs) -> None:
@@ -118,16 +119,21 @@ def _complete(named: hub.HubId, folder: Path, needs: Needs) -> None:
             return
         try:
             hub.check_reachable(named)
-            names = hub.known_files(named) or hub.list_files(
-                hub.at_commit(named, hub.download(named, ["config.json"]).name)
-            )
-        except UserError as error:
-            print(f"{error}\n{named.given}: taken from the cache as it is.", file=sys.stderr, flush=True)
+            hub.download(named, ["config.json"])  # which is there, so that only the list is fetched
+            names = hub.list_files(named)
+        except UserError:
+            unknown = f"{hub.endpoint()} does not say which files it has"
+            print(f"{named.given}: taken from the cache as it is; {unknown}", file=sys.stderr, flush=True)
             return
     missing = [name for name in _wanted(names, folder, needs) if not (folder / name).is_file()]
-    if not missing or (hub.is_offline() and set(missing) <= set(_ALSO_IN_TOKENIZER)):
+    if not missing:
         return
-    hub.check_reachable(named)
+    try:
+        hub.check_reachable(named)
+    except UserError:
+        if set(missing) <= set(_SPARE):
+            return
+        raise
     hub.tell_of_download(named)
     hub.download(named, missing)
 
