@@ -27,7 +27,7 @@ from typing import Any
 from recipes.settings import RECIPES, Command, read_command_line
 from tgdpo_megatron.config import check_batch_layout, check_layout
 from tgdpo_megatron.errors import USER_ERROR, UserError, one_sentence_errors
-from tgdpo_megatron.preflight import PAIRS, check_pairs, find_models, required
+from tgdpo_megatron.preflight import PAIRS, check_pairs, find_and_check_models, required
 from tgdpo_megatron.report.terminal import Loudness
 from tgdpo_megatron.run_folder import REPORT, check_writable, is_finished
 
@@ -99,7 +99,7 @@ def _check_early(command: Command, stages: Sequence[Stage]) -> None:
             check_layout(given.config, world_size=given.processes)
             if stage.module == "recipes.train":
                 check_batch_layout(given.config, world_size=given.processes)
-    find_models(command.config)
+    find_and_check_models(command.config)
     check_pairs(command.config, batch=command.config.train.global_batch_size)
 
 

@@ -9,9 +9,12 @@ import json
 import os
 import re
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tgdpo_megatron.errors import UserError
 
 _SHOWN_FROM = 2**30
 """Size in bytes from which on the hashing of a file is shown."""
@@ -25,6 +28,21 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
+def mended_by_deletion(folder: Path) -> Iterator[None]:
+    """Let refusals of a folder say that it may be deleted, where it is one of the cache, and so is made again.
+
+    Raises:
+        UserError: What was refused.
+    """
+    try:
+        yield
+    except UserError as error:
+        if cache_folder().resolve() not in folder.resolve().parents:
+            raise
+        raise UserError(f"{str(error).removesuffix('.')}; or delete {folder}, since it is made again.") from error
+
+
+@contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[int]:
     """Hold a lock that ends with its holder. Programs on other machines respect it where the file system is shared.
 
@@ -34,14 +52,24 @@ def locked(path: Path, waiting: str) -> Iterator[int]:
 
     Yields:
         The file descriptor of the lock. A process that inherits it holds the lock as well.
+
+    Raises:
+        UserError: The folder cannot be written, or its file system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(waiting, file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path}: this file cannot be locked ({error.strerror}); set TGDPO_CACHE to a folder on another file "
+                "system."
+            ) from None
         yield file.fileno()
 
 
@@ -69,7 +97,7 @@ def sha256_of(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    part = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")  # process ids repeat in containers
     part.write_text(json.dumps(content, indent=2))
     os.replace(part, path)
 

@@ -8,10 +8,11 @@ the hub is not looked for again.
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,34 +52,18 @@ def model_id(given: str) -> HubId | None:
     return HubId(given, "model", found["repo"], found["revision"]) if found else None
 
 
-def snapshot(named: HubId, patterns: Sequence[str], is_whole: Callable[[Path], bool]) -> Path:
-    """The folder of a repository's files in the cache of the hub, downloaded if need be. Its name is the commit.
-
-    Args:
-        patterns: The files to download, as for fnmatch. None below a folder is.
-        is_whole: Whether a folder in the cache has all that is needed.
-
-    Raises:
-        UserError: It is neither in the cache nor to be had from the hub; the sentence says what was looked for, and
-            where.
-    """
-    if (cached := cached_snapshot(named)) is not None and is_whole(cached):
-        return cached
-    check_reachable(named)
-    tell_of_download(named)
-    return download(named, patterns, ignored=["*/*"])
-
-
 def tell_of_download(named: HubId) -> None:
     """Say that files are downloaded; on stderr, since stdout may be a program's result."""
     print(f"{named.given}: downloading from {endpoint()}", file=sys.stderr, flush=True)
 
 
-def download(named: HubId, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """Download files of a repository into the cache. Returns the folder of the commit there.
+def download(named: HubId, names: Sequence[str]) -> Path:
+    """Download files of a repository into the cache. Returns the folder of the commit there; its name is the commit.
+
+    The cache also keeps the list of all files of the commit: see known_files.
 
     Args:
-        patterns, ignored: The files to download, and those of them to leave out, as for fnmatch.
+        names: The files to download. What the repository does not have is left out.
 
     Raises:
         UserError: The hub refuses them, or cannot be reached.
@@ -90,8 +75,7 @@ def download(named: HubId, patterns: Sequence[str], ignored: Sequence[str] = ())
             named.repo,
             repo_type=named.kind,
             revision=named.revision,
-            allow_patterns=[*patterns],
-            ignore_patterns=[*ignored],
+            allow_patterns=[glob.escape(name) for name in names],
             tqdm_class=_progress(),
         )
     return Path(folder)
@@ -115,6 +99,22 @@ def cached_snapshot(named: HubId) -> Path | None:
         return None
 
 
+def at_commit(named: HubId, commit: str) -> HubId:
+    """The same repository at a commit of it."""
+    return replace(named, revision=commit)
+
+
+def known_files(named: HubId) -> list[str] | None:
+    """The names of all files of a commit, as a download of this machine has listed them; None where none has."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return [file.path for file in get_cached_repo_tree(named.repo, repo_type=named.kind, revision=named.revision)]
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
 def check_reachable(named: HubId) -> None:
     """Ask the hub whether it has a repository.
 
@@ -133,13 +133,16 @@ def check_reachable(named: HubId) -> None:
 
 
 def list_files(named: HubId) -> list[str]:
-    """The names of all files of a repository on the hub.
+    """The names of all files of a commit, as known_files knows them, or else as the hub does.
 
     Raises:
         UserError: The hub refuses it, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
+    known = known_files(named)
+    if known is not None:
+        return known
     with explained(named):
         return HfApi().list_repo_files(named.repo, repo_type=named.kind, revision=named.revision)
 
@@ -183,6 +186,7 @@ def _sentence(named: HubId, error: Exception) -> str | None:
         RevisionNotFoundError,
     )
 
+    asked = f"{_looked_for(named)}, and {endpoint()}"
     page = f"{endpoint()}/{'datasets/' if named.kind == 'dataset' else ''}{named.repo}"
     if isinstance(error, GatedRepoError):
         return (
@@ -193,15 +197,15 @@ def _sentence(named: HubId, error: Exception) -> str | None:
         return f"{named.given}: {page} has no revision '{named.revision}'; give a branch, a tag or a commit of it."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{_looked_for(named)}, and {endpoint()} has no {named.noun} of that name, or a private one; mend the "
-            "name, or set HF_TOKEN to a token that may read it."
+            f"{asked} has no {named.noun} of that name, or a private one; mend the name, or set HF_TOKEN to a token "
+            "that may read it."
         )
     if isinstance(error, HfHubHTTPError):
-        return f"{_looked_for(named)}, and {endpoint()} refuses to give it ({in_short(error)})."
+        return f"{asked} refuses to give it ({in_short(error)})."
     if isinstance(error, LocalEntryNotFoundError) or type(error).__module__.startswith(_OF_THE_NETWORK):
         return (
-            f"{_looked_for(named)}, and {endpoint()} cannot be reached ({in_short(error.__cause__ or error)}); fill "
-            "the cache where there is a network, or set HF_ENDPOINT to a hub that can be reached."
+            f"{asked} cannot be reached ({in_short(error.__cause__ or error)}); fill the cache where there is a "
+            "network, or set HF_ENDPOINT to a hub that can be reached."
         )
     return None
 
@@ -215,7 +219,7 @@ def _looked_for(named: HubId) -> str:
     from huggingface_hub import constants
 
     place = Path(constants.HF_HUB_CACHE) / f"{named.kind}s--{named.repo.replace('/', '--')}"
-    what = f"revision {named.revision}" if named.revision else "all that is needed"
+    what = "all that is needed" + (f" of revision {named.revision}" if named.revision else "")
     begun = f"{named.given}: no such file or folder"
     return f"{begun}, {place} does not hold {what}" if place.is_dir() else f"{begun}, no {place} in the hub's cache"
 

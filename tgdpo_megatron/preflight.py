@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgdpo_megatron import run_folder
-from tgdpo_megatron.checkpoint import sources
-from tgdpo_megatron.checkpoint.certificate import check_certificate
-from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe, read_manifest
-from tgdpo_megatron.config import Config
+from tgdpo_megatron.checkpoint.located import certified, find_models, with_folders
+from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe
+from tgdpo_megatron.checkpoint.sources import Source
+from tgdpo_megatron.config import Config, required
 from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.order import mix_of
 from tgdpo_megatron.data.parts import prepare_parts
@@ -24,7 +22,6 @@ from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
 from tgdpo_megatron.data.tokenizer import template_of, tokenizer_for
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
-from tgdpo_megatron.model.families import read_description
 from tgdpo_megatron.scores.contrastive import read_prompts
 from tgdpo_megatron.scores.reward_file import read_reward_file
 from tgdpo_megatron.scores.store import check_belongs, load_scores, read_scores_manifest
@@ -46,17 +43,6 @@ class Models:
     guidance: CheckpointManifest | None
 
 
-def required(value: Path | None, key: str, purpose: str) -> Path:
-    """A path the configuration must give.
-
-    Raises:
-        UserError: It does not.
-    """
-    if value is None:
-        raise UserError(f"{key} is not set; give {purpose}.")
-    return value
-
-
 PAIRS = "a file of preference pairs, a saved datasets folder, or a data set on a hub"
 """What data.train asks for."""
 SMALL_SOURCE = 64 * 2**20
@@ -75,10 +61,11 @@ def check_files(config: Config, *, batch: int | None = None) -> None:
         UserError: A model, a file of pairs or rewards, or a template that is missing or cannot be used.
     """
     goes_on_in = config.scores.path if batch is None else config.train.output if config.train.resume else None
-    found = find_models(config, run_folder.kept_commits(goes_on_in))
+    found = find_and_check_models(config, run_folder.kept_commits(goes_on_in))
     if batch is not None:
-        carried_checkpoints(sources.with_folders(config, {role: source.folder for role, source in found.items()}))
+        carried_checkpoints(with_folders(config, {role: source.folder for role, source in found.items()}))
         required(config.train.output, "train.output", "a folder for this run")
+        config = run_folder.with_kept_data(config, goes_on_in)
     check_pairs(config, batch=batch)
     for name in ("reward_file", "validation_reward_file", "contrastive_prompts"):
         path = getattr(config.scores, name)
@@ -139,103 +126,22 @@ def check_batch_fits(config: Config, counts: Sequence[int], batch: int) -> None:
         raise UserError(f"train.global_batch_size={batch} is more than the {pairs} pairs of {files}; lower it.")
 
 
-def find_models(config: Config, commits: Mapping[str, str] | None = None) -> dict[str, sources.Source]:
+def find_and_check_models(config: Config, commits: Mapping[str, str] | None = None) -> dict[str, Source]:
     """Find every model that the configuration names, and check what can be checked before a conversion.
 
     Args:
-        commits: What a name on a hub without a revision stands for: name -> commit.
+        commits: As find_models.
 
     Returns:
         Role -> where the model was found.
 
     Raises:
-        UserError: A model that is missing or cannot be used, or does not fit the layout.
-    """
-    required(config.model.checkpoint, "model.checkpoint", "the model to start from")
-    found = sources.find_models(config, commits)
-    for source in found.values():
-        if source.is_converted:
-            read_manifest(source.folder, with_index=False)
-        else:
-            _check_unconverted(source)
-    if all(source.is_converted for source in found.values()):
-        check_models(
-            sources.with_folders(config, {role: source.folder for role, source in found.items()}), with_index=False
-        )
-    else:
-        description = describe(found["checkpoint"].folder)
-        check_model_layout(description, config.parallel)
-        check_fp8_sizes(description, config)
-    return found
-
-
-def _check_unconverted(source: sources.Source) -> None:
-    """Refuse a HuggingFace folder that lacks something, before its weights are read."""
-    try:
-        read_description(source.folder)
-        missing = sources.missing_file(source.folder)
-    except UserError as error:
-        raise source.refusal(str(error)) from None
-    if missing is not None:
-        raise UserError(
-            f"{source.given}: no {missing} there; other formats than safetensors are not read, because they would have "
-            "to be unpickled."
-        )
-    if not (source.folder / "tokenizer.json").is_file():
-        raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
-
-
-def convert_models(
-    config: Config, commits: Mapping[str, str] | None = None, *, quiet: bool = False
-) -> tuple[Config, dict[str, sources.Source]]:
-    """Find every model, and convert those that are not yet, each once.
-
-    Args:
-        commits: As find_models.
-        quiet: Whether to leave out the progress.
-
-    Returns:
-        The settings with the folder of a Megatron checkpoint for every model, and where each model was found.
-
-    Raises:
-        UserError: As find_models, or what the conversion refuses.
+        UserError: A model that is missing or cannot be used, or does not fit the layout or the others.
     """
     found = find_models(config, commits)
-    folders = {role: sources.converted(source, quiet=quiet) for role, source in found.items()}
-    return sources.with_folders(config, folders), found
-
-
-def models_on_every_rank(
-    config: Config, ranks: Ranks, commits: Mapping[str, str], *, quiet: bool = False
-) -> tuple[Config, dict[str, sources.Source]]:
-    """As convert_models, done by the first rank. Collective.
-
-    A rank whose machine does not see the first rank's cache uses its own: it finds and converts the models as well.
-    """
-    from tgdpo_megatron.platform.processes import on_first_rank  # late: it loads torch
-
-    located: Config
-    located, found = on_first_rank(ranks, partial(convert_models, config, commits, quiet=quiet))
-    if all(getattr(located.model, role).is_dir() for role in found):
-        return located, found
-    return convert_models(config, commits, quiet=quiet)
-
-
-@contextlib.contextmanager
-def named_as_given(config: Config, found: Mapping[str, sources.Source]) -> Iterator[None]:
-    """Let refusals in here name a model as the user did, and not by its folder in the cache.
-
-    Args:
-        config: The settings, with the folder of a Megatron checkpoint for every model.
-        found: Role -> where the model was found.
-    """
-    try:
-        yield
-    except UserError as error:
-        sentence = str(error)
-        for role, source in found.items():
-            sentence = sentence.replace(str(getattr(config.model, role)), str(source))
-        raise UserError(sentence) from None
+    if all(source.is_converted for source in found.values()):
+        check_models(with_folders(config, {role: source.folder for role, source in found.items()}), with_index=False)
+    return found
 
 
 def check_models(config: Config, *, with_index: bool = True) -> Models:
@@ -248,7 +154,7 @@ def check_models(config: Config, *, with_index: bool = True) -> Models:
         UserError: A missing or unusable checkpoint, other tokenizers or templates.
     """
     policy_folder = required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
-    policy, description = _certified(policy_folder, config, with_index), describe(policy_folder)
+    policy, description = certified(policy_folder, config, with_index=with_index), describe(policy_folder)
     check_model_layout(description, config.parallel)
     check_fp8_sizes(description, config)
     reference = policy
@@ -260,14 +166,6 @@ def check_models(config: Config, *, with_index: bool = True) -> Models:
     return Models(description, policy, reference, guidance)
 
 
-def _certified(folder: Path, config: Config, with_index: bool) -> CheckpointManifest:
-    """The manifest of a checkpoint, whose certificate is valid unless none is required."""
-    manifest = read_manifest(folder, with_index=with_index)
-    if config.model.require_certificate:
-        check_certificate(folder, manifest)
-    return manifest
-
-
 def _companion(
     folder: Path, role: str, policy: CheckpointManifest, config: Config, with_index: bool
 ) -> CheckpointManifest:
@@ -275,7 +173,7 @@ def _companion(
 
     Where data.template gives the template, that of a checkpoint is not used and need not be the same.
     """
-    manifest = _certified(folder, config, with_index)
+    manifest = certified(folder, config, with_index=with_index)
     same = {"tokenizer": "tokenizer"} | ({"template": "chat template"} if config.data.template is None else {})
     for field, words in same.items():
         if getattr(manifest, field) != getattr(policy, field):

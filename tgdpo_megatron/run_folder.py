@@ -27,9 +27,11 @@ from typing import Any
 import yaml
 
 from tgdpo_megatron.cache import write_json
+from tgdpo_megatron.checkpoint.located import ROLES, with_folders
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
-from tgdpo_megatron.checkpoint.sources import Source, with_folders
+from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.config import Config, LossConfig
+from tgdpo_megatron.data.hub_splits import at_commit
 from tgdpo_megatron.errors import UserError, in_short, refusal
 from tgdpo_megatron.quiet import debugging
 
@@ -104,9 +106,9 @@ def with_newest_checkpoints(config: Config) -> Config:
     Raises:
         UserError: As checkpoint_of.
     """
-    given = {role: getattr(config.model, role) for role in ("checkpoint", "reference", "guidance")}
+    given = {role: getattr(config.model, role) for role in ROLES}
     named = {role: checkpoint_of(folder) for role, folder in given.items() if folder is not None}
-    return config.model_copy(update={"model": config.model.model_copy(update=named)})
+    return with_folders(config, named)
 
 
 def check_output(output: Path, config: Config) -> Path | None:
@@ -231,6 +233,25 @@ def kept_commits(folder: Path | None) -> dict[str, str]:
     """The commits that names on a hub stood for in a run, or in a scoring, that is continued: name -> commit."""
     kept = kept_sources(folder).values() if folder is not None else []
     return {str(source.given): source.commit for source in kept if source.commit}
+
+
+def with_kept_data(config: Config, folder: Path | None) -> Config:
+    """The same settings, with data sets on a hub at the commits that a run has read that is continued.
+
+    Only what is given without a revision changes. The commits are kept with the run's tokenised pairs.
+    """
+    if folder is None:
+        return config
+    commits: dict[str, str] = {}
+    for path in sorted(folder.glob("data/*/summary.json"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # they are made again
+            summary = json.loads(path.read_text())
+            commits |= {part["source"]: part["commit"] for part in (summary, *summary["parts"]) if part["commit"]}
+    train = [at_commit(path, commits) for path in config.data.sources]
+    kept: dict[str, Any] = {"train": train[0] if isinstance(config.data.train, Path) else train or None}
+    if config.data.validation is not None:
+        kept["validation"] = at_commit(config.data.validation, commits)
+    return config.model_copy(update={"data": config.data.model_copy(update=kept)})
 
 
 def what_is_kept(output: Path) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tgdpo_megatron import preflight, run_folder
+from tgdpo_megatron.checkpoint import located
 from tgdpo_megatron.checkpoint.manifest import HF, describe
 from tgdpo_megatron.checkpoint.state import load_weights
 from tgdpo_megatron.config import Config, check_layout, on_device
@@ -114,8 +115,8 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
         run_folder.keep_output(folder, ranks.rank)
         commits = run_folder.kept_commits(folder)
-        config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
-        with preflight.named_as_given(config, found):
+        config, found = located.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
+        with located.named_as_given(config, found):
             models = preflight.check_models(config)
         checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from tgdpo_megatron import preflight, run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
+from tgdpo_megatron.checkpoint import located
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source
@@ -357,8 +358,9 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
         commits = run_folder.kept_commits(output if resumed_from else None)
-        config, found = preflight.models_on_every_rank(config, ranks, commits, quiet=quiet)
-        with preflight.named_as_given(config, found):
+        config = run_folder.with_kept_data(config, output if resumed_from else None)
+        config, found = located.models_on_every_rank(config, ranks, commits, quiet=quiet)
+        with located.named_as_given(config, found):
             models = preflight.check_models(config)
             frozen = preflight.carried_checkpoints(config)
         template = template_of(config.data.template)

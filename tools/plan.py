@@ -83,7 +83,7 @@ def _description(model: Path | None, config: Config) -> ModelDescription:
     given = model or config.model.checkpoint
     if given is None:
         raise UserError("model.checkpoint is not set; set it, or give --model with a HuggingFace model.")
-    source = sources.find(given, needs=sources.CONFIG)
+    source = sources.find(given, needs="config")
     if source.is_converted:
         read_manifest(source.folder)
     return read_description(source.config_folder)

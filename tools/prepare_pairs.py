@@ -73,12 +73,12 @@ def main() -> None:
         parsed = parser.parse_intermixed_args()
         settings = changed(Config(data=DataConfig(max_length=parsed.max_length, format=parsed.format)), parsed.changes)
         from tgdpo_megatron.checkpoint.manifest import read_manifest
-        from tgdpo_megatron.checkpoint.sources import TOKENIZER, find
+        from tgdpo_megatron.checkpoint.sources import find
         from tgdpo_megatron.data.prepare import prepare_pairs
         from tgdpo_megatron.data.tokenizer import tokenizer_for
         from tgdpo_megatron.run_folder import check_writable
 
-        source = find(parsed.checkpoint, needs=TOKENIZER)
+        source = find(parsed.checkpoint, needs="tokenizer")
         if source.is_converted:
             read_manifest(source.folder)
         check_writable(parsed.folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.settings import changed
-from tgdpo_megatron.checkpoint.sources import TOKENIZER, find
+from tgdpo_megatron.checkpoint.sources import find
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.prepare import PreparedPairs, few, is_prepared, prepare_pairs
@@ -68,11 +68,12 @@ def tokenizer_folder(given: Path) -> Path:
     Raises:
         UserError: There is no tokenizer.
     """
-    found = find(given, needs=TOKENIZER).folder
-    for folder in (found, found / "hf"):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise UserError(f"{given}: no tokenizer.json there; give a checkpoint, or a HuggingFace folder with its tokenizer.")
+    folder = find(given, needs="tokenizer").config_folder
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{given}: no tokenizer.json there; give a checkpoint, or a HuggingFace folder with its tokenizer."
+        )
+    return folder
 
 
 def prepared(source: Path, tokenizer_from: Path, settings: DataConfig) -> tuple[PreparedPairs, Any]:

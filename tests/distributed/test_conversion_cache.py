@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub import ROOT
-from tgdpo_megatron.cache import cache_folder, locked
+from tgdpo_megatron.cache import cache_folder, locked, mended_by_deletion
+from tgdpo_megatron.checkpoint.located import convert_models
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.checkpoint.sources import Source, content_hash, converted, find
 from tgdpo_megatron.config import Config, ModelConfig
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.preflight import convert_models
 
 CONVERT = """
 import sys
@@ -130,6 +130,27 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     began = time.monotonic()
     with locked(path, "waiting"):
         assert time.monotonic() - began < 10
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_made_again(hf_model: Path, checkpoint: Path) -> None:
+    """As a loss of power leaves it: with its name, and without its content."""
+    made = converted(find(hf_model))
+    (made / "manifest.json").write_bytes(b"")
+    assert read_manifest(converted(find(hf_model))) == read_manifest(checkpoint)
+
+
+def test_a_checkpoint_that_is_damaged_in_the_cache_may_be_deleted_and_is_then_made_again(hf_model: Path) -> None:
+    made = converted(find(hf_model))
+    (made / "certificate.json").write_text("{}")
+    config = Config(model=ModelConfig(checkpoint=hf_model))
+    with pytest.raises(UserError, match=f"certificate.*; or delete {made}, since it is made again.$"):
+        convert_models(config)
+    with pytest.raises(UserError, match=f"damaged; or delete {made}, since"), mended_by_deletion(made):
+        raise UserError(f"{made}: damaged.")
+    with pytest.raises(UserError, match="damaged.$"), mended_by_deletion(hf_model):
+        raise UserError(f"{hf_model}: damaged.")
+    shutil.rmtree(made)
+    assert convert_models(config)[0].model.checkpoint == made
 
 
 def test_every_role_takes_a_huggingface_folder(hf_model: Path, checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.conftest import PAIRS
-from tests.support.hub import Repo, environment, files_of, run, serve
+from tests.support.hub import Repo, environment, files_of, put_into_cache, run, serve
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.data.prepare import load_prepared
 
@@ -59,8 +59,11 @@ def test_the_run_keeps_the_names_and_the_commits(done: tuple[Path, str, Repo, Re
 
 
 def test_a_run_goes_on_without_network_where_the_cache_lies_elsewhere(done: tuple[Path, str, Repo, Repo]) -> None:
-    """Another launcher, and another cache of converted models."""
+    """Another launcher, and another cache of converted models. The data set has moved on in the hub's cache."""
     home, *_ = done
+    pairs = "".join(json.dumps(row) + "\n" for row in reversed(PAIRS)).encode()
+    newer = Repo("acme/prefs", {"train-00000-of-00001.jsonl": pairs}, kind="dataset")
+    put_into_cache(newer, home / "hf" / "hub")
     more = ["--nproc-per-node=2", "train.train_iters=3", "train.resume=true", f"train.output={home / 'run'}"]
     said = run("-m", "recipes.train", *SETTINGS, *more, env=environment(home, TGDPO_CACHE=str(home / "moved")))
     assert said.returncode == 0 and "acme/tiny: converting once" in said.stderr, said.stderr

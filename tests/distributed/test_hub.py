@@ -23,14 +23,17 @@ from tgdpo_megatron.data.hub_splits import hub_split
 
 NEEDED = {
     *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
 }
 DANGEROUS = {
     "modeling_llama.py": b"raise SystemExit('code of a repository ran')",
     "pytorch_model.bin": b"a pickle",
     "original/model.safetensors": b"another form of the weights",
     "tokenizer.pkl": b"another pickle",
+    "additional_chat_templates/code.py": b"raise SystemExit('code of a repository ran')",
 }
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
+"""A second chat template, in its folder."""
 FIND = """
 import sys
 from pathlib import Path
@@ -92,7 +95,7 @@ CONFIGS = Repo(
 
 @pytest.fixture(scope="module")
 def files(hf_model: Path) -> dict[str, bytes]:
-    return files_of(hf_model)
+    return {**files_of(hf_model), TOOL_USE: b"{{ messages }}"}
 
 
 @pytest.fixture
@@ -155,12 +158,59 @@ def test_a_model_in_the_cache_is_found_without_a_network(files: dict[str, bytes]
         assert found(given, environment(tmp_path)) == (folder, repo.commit)
 
 
-def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_what_was_downloaded_is_not_asked_for_again(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     """Though main has moved on the hub."""
+    older = found("acme/tiny", environment(tmp_path, hub))
+    hub.repos[0] = Repo("acme/tiny", {**files, "README.md": b"newer"})
+    hub.requests.clear()
+    assert found("acme/tiny", environment(tmp_path, hub)) == older and hub.requests == []
+
+
+def test_what_others_put_into_the_cache_is_taken_though_main_has_moved(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The hub does not have that commit any more, so that its files are not known."""
     older = Repo("acme/tiny", {**files, "README.md": b"older"})
     put_into_cache(older, tmp_path / "hf" / "hub")
     assert found("acme/tiny", environment(tmp_path, hub))[1] == older.commit != hub.repos[0].commit
-    assert hub.requests == []
+    assert hub.fetched == set()
+
+
+@pytest.mark.parametrize("lacking", ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json", TOOL_USE])
+def test_what_others_left_out_of_the_cache_is_fetched(lacking: str, hub: Hub, tmp_path: Path) -> None:
+    """Without its template a model would be given another one in silence."""
+    put_into_cache(hub.repos[0], tmp_path / "hf" / "hub", only=tuple(NEEDED - {lacking}))
+    folder, commit = found("acme/tiny", environment(tmp_path, hub))
+    assert hub.fetched == {lacking} and (folder / lacking).is_file() and commit == hub.repos[0].commit
+    hub.requests.clear()
+    assert found("acme/tiny", environment(tmp_path, hub)) == (folder, commit) and hub.requests == []
+
+
+def test_without_network_a_cache_that_is_known_to_lack_the_template_is_refused(hub: Hub, tmp_path: Path) -> None:
+    """What changes nothing may be missing."""
+    folder, _ = found("acme/tiny", environment(tmp_path, hub))
+    (folder / "generation_config.json").unlink()
+    assert found("acme/tiny", environment(tmp_path))[0] == folder
+    (folder / "chat_template.jinja").unlink()
+    said = refusal(FIND, "acme/tiny", environment(tmp_path))
+    assert f"models--acme--tiny does not hold all that is needed of revision {folder.name}, and HF_HUB_OFF" in said
+
+
+def test_without_network_a_model_without_tokenizer_in_the_cache_is_refused(hub: Hub, tmp_path: Path) -> None:
+    put_into_cache(hub.repos[0], tmp_path / "hf" / "hub", only=tuple(NEEDED - {"tokenizer.json"}))
+    assert "does not hold all that is needed" in refusal(FIND, "acme/tiny", environment(tmp_path))
+
+
+def test_shards_have_the_names_that_the_index_gives_them(files: dict[str, bytes], tmp_path: Path) -> None:
+    """No code among them."""
+    index = {"weight_map": {"a": "weights-1.safetensors", "b": "code.py"}}
+    sharded = {name: content for name, content in files.items() if name != "model.safetensors"}
+    sharded |= {"weights-1.safetensors": b"1", "code.py": b"1", "model-extra.safetensors": b"1"}
+    sharded["model.safetensors.index.json"] = json.dumps(index).encode()
+    with serve(Repo("acme/sharded", sharded)) as hub:
+        found("acme/sharded", environment(tmp_path, hub))
+    more = {"weights-1.safetensors", "model.safetensors.index.json"}
+    assert hub.fetched == NEEDED - {"model.safetensors"} | more
 
 
 @pytest.mark.parametrize("there", [("config.json",), tuple(NEEDED - {"model.safetensors"})], ids=len)
@@ -230,7 +280,8 @@ def test_the_converter_takes_a_name_too(hub: Hub, checkpoint: Path, tmp_path: Pa
     target = tmp_path / "made"
     done = run("-m", "tools.convert_hf_to_megatron", "acme/tiny@v1", str(target), env=environment(tmp_path, hub))
     assert done.returncode == 0, done.stderr
-    assert read_manifest(target) == read_manifest(checkpoint)
+    assert read_manifest(target).weights == read_manifest(checkpoint).weights
+    assert (target / "hf" / TOOL_USE).is_file()
 
 
 def test_a_plan_downloads_no_more_than_the_shape(hub: Hub, tmp_path: Path) -> None:
@@ -262,12 +313,29 @@ def test_a_split_that_was_read_once_needs_no_network(hub: Hub, tmp_path: Path) -
     first = rows("acme/prefs@main:train_prefs", environment(tmp_path, hub))
     assert rows("acme/prefs@main:train_prefs", environment(tmp_path)) == first
     said = refusal(READ, "acme/prefs@main:test_prefs", environment(tmp_path))
-    assert "datasets--acme--prefs does not hold revision main, and HF_HUB_OFFLINE=1 forbids" in said
+    assert (
+        "datasets--acme--prefs does not hold all that is needed of revision main, and HF_HUB_OFFLINE=1 forbids" in said
+    )
 
 
 def test_a_data_set_that_others_put_into_the_cache_is_read_from_there(tmp_path: Path) -> None:
+    """Where the names of its files show that none is missing."""
     put_into_cache(PREFS, tmp_path / "hf" / "hub")
     assert rows("acme/prefs:test_prefs", environment(tmp_path)) == (PREFS.commit, [[1, PAIRS[5]]])
+    put_into_cache(LINES, tmp_path / "hf" / "hub")
+    said = refusal(READ, "acme/lines", environment(tmp_path))
+    assert "datasets--acme--lines does not hold all that is needed, and HF_HUB_OFFLINE=1 forbids" in said
+
+
+def test_a_part_of_a_split_in_the_cache_is_not_taken_for_the_split(hub: Hub, tmp_path: Path) -> None:
+    """Refused without network, and completed with one, at the commit of the cache."""
+    there = ("README.md", "data/train_prefs-00001-of-00002.parquet")
+    put_into_cache(PREFS, tmp_path / "hf" / "hub", only=there)
+    said = refusal(READ, "acme/prefs:train_prefs", environment(tmp_path))
+    assert "does not hold all that is needed" in said and not (tmp_path / "tgdpo").exists()
+    _, numbered = rows("acme/prefs:train_prefs", environment(tmp_path, hub))
+    assert [row for _, row in numbered] == PAIRS[:5] and hub.fetched == {"data/train_prefs-00000-of-00002.parquet"}
+    assert rows("acme/prefs:train_prefs", environment(tmp_path))[1] == numbered
 
 
 def test_texts_are_not_taken_for_dates(hub: Hub, tmp_path: Path) -> None:

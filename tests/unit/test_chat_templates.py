@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import pytest
 from recipes.settings import changed
 from tests.support.chat_templates import LLAMA31, QWEN3, TEMPLATES, tokenizer_of
 from tgdpo_megatron.config import Config, DataConfig, complete
-from tgdpo_megatron.config.settings import _GIVEN_ANYWAY
+from tgdpo_megatron.config.settings import GIVEN_ANYWAY
 from tgdpo_megatron.data import rendering
 from tgdpo_megatron.data.prepare import PreparedPairs, prepare_pairs, source_hash
 from tgdpo_megatron.data.tokenizer import load_tokenizer, render, special_ids, template_hash, tokenizer_for
@@ -446,7 +447,7 @@ def test_every_argument_of_transformers_own_is_refused() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
-        assert set(inspect.signature(function).parameters) <= _GIVEN_ANYWAY
+        assert set(inspect.signature(function).parameters) <= GIVEN_ANYWAY
 
 
 def test_texts_as_they_are_take_no_arguments() -> None:
@@ -558,6 +559,30 @@ def test_limits_hold_in_every_thread(tokenizer: Any) -> None:
     assert all("did not finish" in one for one in sorted(said)[2:]) and len(said) == 4
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_template_without_end_is_refused_also_where_nobody_learns_how_its_process_ended() -> None:
+    """Where a program ignores the end of its children, the operating system keeps no status of them."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match="the chat template ended the process that renders it"):
+            rendering.render(HARM["loops without end"][0], [turn("user", "Hi")], variables={})
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_rendering_is_a_program_of_its_own_without_torch(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """Not a fork, which would share a rank's network cards with it."""
+    import psutil
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(rendering, "_child", None)
+    render(tokenizer, [turn("user", "Hi")])
+    assert rendering._child is not None
+    program = psutil.Process(rendering._child.program.pid)
+    assert "tgdpo_megatron.data.rendering" in program.cmdline() and "RANK" not in program.environ()
+    assert not any("libtorch" in mapped.path for mapped in program.memory_maps())
+
+
 def test_the_process_that_renders_ends_when_it_is_not_needed(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
     import psutil
 
@@ -566,8 +591,8 @@ def test_the_process_that_renders_ends_when_it_is_not_needed(monkeypatch: pytest
     turns = [turn("user", "Hi")]
     first = render(tokenizer, turns)
     child = rendering._child
-    assert child is not None and psutil.pid_exists(child.pid)
+    assert child is not None and psutil.pid_exists(child.program.pid)
     child.ending.join(timeout=10)
-    assert not psutil.pid_exists(child.pid)
+    assert not psutil.pid_exists(child.program.pid)
     assert render(tokenizer, turns) == first
     assert np.array_equal(rendering._child is child, False)

@@ -366,6 +366,9 @@ CALL = turn("assistant", None, tool_calls=[{"function": {"name": "look"}}])
     [
         ({"prompt": [IMAGE]}, "a turn holds more than text"),
         ({"chosen": [turn("assistant", None, tool_calls=[{"name": 1}])]}, "a turn calls a tool in a form that is not"),
+        ({"chosen": [turn("assistant", None, tool_calls=True)]}, "a turn calls a tool in a form that is not known"),
+        ({"chosen": [turn("assistant", None, tool_calls=3)]}, "a turn calls a tool in a form that is not known"),
+        ({"chosen": [turn("assistant", None, function_call=3)]}, "a turn calls a tool in a form that is not known"),
         ({"prompt": [QUESTION, turn("tool_call", "look!")]}, "a turn calls a tool in a form that is not known"),
         (
             {"prompt": [turn("user", "Look.", tool_calls=CALL["tool_calls"])]},

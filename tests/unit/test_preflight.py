@@ -384,11 +384,12 @@ def test_answers_need_micro_batches_of_changing_size() -> None:
 
 
 def test_a_refusal_names_a_converted_model_as_the_user_did(checkpoint: Path, tmp_path: Path) -> None:
+    from tgdpo_megatron.checkpoint.located import named_as_given
     from tgdpo_megatron.checkpoint.sources import Source
 
     other = edited(checkpoint, tmp_path / "cache", "manifest.json", tokenizer="0" * 64)
     config = Config(model=ModelConfig(checkpoint=checkpoint, guidance=other))
     found = {"guidance": Source(Path("acme/guide"), tmp_path / "snapshot", commit="abc")}
     with pytest.raises(UserError, match=r"^acme/guide \(commit abc\): the guidance has another tokenizer"):  # noqa: SIM117
-        with preflight.named_as_given(config, found):
+        with named_as_given(config, found):
             preflight.check_models(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,16 +11,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support.hub import ROOT, Repo, environment, files_of, put_into_cache
-from tgdpo_megatron.cache import sha256_of
+from tgdpo_megatron.cache import locked, sha256_of, write_json
+from tgdpo_megatron.checkpoint.convert import _identity
+from tgdpo_megatron.checkpoint.located import convert_models, find_models
 from tgdpo_megatron.checkpoint.sources import content_hash, converted, find
-from tgdpo_megatron.config import Config, ModelConfig, ParallelConfig
+from tgdpo_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.preflight import convert_models, find_models
+from tgdpo_megatron.run_folder import with_kept_data
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +78,24 @@ def test_weights_in_the_cache_of_a_hub_are_known_by_their_name(tmp_path: Path) -
     assert sha256_of(config) == hashlib.sha256(b"{}").hexdigest()
 
 
+def test_two_programs_that_remember_hashes_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Also where their process ids are the same, as in containers that share a cache; here they are threads."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_json(tmp_path / "file.json", [number] * 1000), range(400)))
+    assert len(json.loads((tmp_path / "file.json").read_text())) == 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_cache_on_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"/lock: .*\(Operation not supported\); set TGDPO_CACHE to a folder"):  # noqa: SIM117
+        with locked(tmp_path / "lock", "waiting"):
+            pass
+
+
 def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     before = sha256_of(tmp_path / "file")
@@ -88,15 +111,23 @@ def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path: Path, cache: Path) ->
     [
         *(("config.json", False), ("tokenizer.json", False), ("chat_template.jinja", False)),
         *(("model.safetensors", False), ("README.md", True), ("pytorch_model.bin", True)),
+        *(("additional_chat_templates/tool_use.jinja", False), ("additional_chat_templates/code.py", True)),
     ],
 )
 def test_what_a_conversion_reads_decides_about_its_folder(
     file: str, same: bool, hf_model: Path, tmp_path: Path
 ) -> None:
-    other = shutil.copytree(hf_model, tmp_path / "other")
+    """And whether a conversion that was interrupted goes on."""
+    first, other = (shutil.copytree(hf_model, tmp_path / name, copy_function=shutil.copy2) for name in "ab")
+    for folder in (first, other):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("one")
+        os.utime(folder / "additional_chat_templates" / "tool_use.jinja", (0, 0))
+    identities = [_identity([], {}, first, [first / "model.safetensors"])]
     with (other / file).open("ab") as opened:
         opened.write(b" ")
-    assert (content_hash(other) == content_hash(hf_model)) == same
+    identities.append(_identity([], {}, other, [other / "model.safetensors"]))
+    assert (content_hash(other) == content_hash(first)) == same == (identities[0] == identities[1])
 
 
 def test_a_model_has_the_same_checkpoint_in_a_folder_and_in_the_cache_of_a_hub(hf_model: Path, tmp_path: Path) -> None:
@@ -137,7 +168,14 @@ def sharded(hf_model: Path, folder: Path, index: str) -> Path:
         (lambda hf, to: changed(hf, to, architectures=["Mamba"]), "architecture 'Mamba' is not supported"),
         (lambda hf, to: without(hf, to, "tokenizer.json"), "no tokenizer.json there; save the tokenizer"),
         (lambda hf, to: without(hf, to, "model.safetensors"), "no model.safetensors there; other formats"),
-        (lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "model-1.safetensors"}}'), "no model-1.safetensors"),
+        (
+            lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "part-1.safetensors"}}'),
+            "the index of the weights names part-1.safetensors, which is not there; download it again",
+        ),
+        (
+            lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
+            "the index names a twice",
+        ),
         (
             lambda hf, to: sharded(hf, to, '{"weight_map": {"a": "../m.safetensors"}}'),
             "index of the weight shards is dam",
@@ -177,7 +215,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hf_model: Path, tmp_pa
     script = f"""
 from pathlib import Path
 from tgdpo_megatron.config import Config, ModelConfig
-from tgdpo_megatron.preflight import find_models
+from tgdpo_megatron.checkpoint.located import find_models
 from tgdpo_megatron.run_folder import kept_commits
 for run in (Path({str(run)!r}), None):
     print(find_models(Config(model=ModelConfig(checkpoint="acme/tiny")), kept_commits(run))["checkpoint"].commit)
@@ -186,6 +224,32 @@ for run in (Path({str(run)!r}), None):
         [sys.executable, "-c", script], env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [older.commit, newer.commit]
+
+
+def test_a_run_goes_on_with_the_data_set_that_it_began_with(tmp_path: Path) -> None:
+    """A revision that is given stays as it is, and so does a name that the run did not read."""
+    parts = [{"source": f"acme/prefs:{split}", "commit": commit} for split, commit in (("a", "1"), ("b", "2"))]
+    for name, summary in {
+        "train-1": {"source": "acme/prefs:a, acme/prefs:b", "commit": "1, 2", "parts": parts},
+        "validation-1": {"source": "acme/other@3", "commit": "3", "parts": []},
+        "validation-2": {"source": "pairs.jsonl", "commit": "", "parts": []},
+    }.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "data" / "validation-2" / "summary.json").write_text("{")
+
+    def kept(train: list[str], validation: str | None = None) -> list[str]:
+        data = DataConfig(train=[Path(name) for name in train], validation=validation and Path(validation))
+        found = with_kept_data(Config(data=data), tmp_path).data
+        return [str(path) for path in (*found.sources, *([found.validation] if found.validation else []))]
+
+    assert kept(["acme/prefs:a", "acme/prefs:b"], "acme/other") == ["acme/prefs@1:a", "acme/prefs@2:b", "acme/other@3"]
+    others = ["acme/prefs@v1:a", "acme/prefs:c", "pairs.jsonl"]
+    assert kept(others) == others
+    assert with_kept_data(Config(data=DataConfig(train=Path("acme/other"))), tmp_path).data.train == Path(
+        "acme/other@3"
+    )
+    assert with_kept_data(Config(data=DataConfig(train=Path("acme/other"))), None).data.train == Path("acme/other")
 
 
 def test_the_first_model_must_be_given() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.errors import USER_ERROR, UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import family_of, parameters
+from tgdpo_megatron.platform import programs
 
 LENGTHS = (33, 17)
 """Tokens of the two sequences that are scored, packed into one micro-batch on our side and alone on HuggingFace's."""
@@ -106,10 +106,8 @@ def certify(source: Path, folder: Path) -> Certificate:
 
 def _in_child(source: Path, folder: Path) -> Certificate:
     """As certify, in a process of its own that sees no GPU."""
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    command = [sys.executable, "-m", __name__, str(source), str(folder)]
-    environment = {**alone, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    command = programs.command("tgdpo_megatron.checkpoint.certify", source, folder)
+    done = subprocess.run(command, env=programs.environment(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == USER_ERROR:
         raise UserError(done.stdout.strip())
     if done.returncode:

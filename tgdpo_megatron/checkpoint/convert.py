@@ -25,6 +25,7 @@ from tgdpo_megatron.checkpoint.manifest import (
     HF,
     WEIGHTS,
     CheckpointManifest,
+    companions,
     copy_companions,
     describe,
     read_manifest,
@@ -229,12 +230,12 @@ def _identity(
     parts: Sequence[Part], dtypes: dict[str, torch.dtype], config: Path, files: Iterable[Path]
 ) -> dict[str, Any]:
     """Everything that a conversion's result depends on. Files count as the same by their name, size and time."""
-    companions = [path for path in sorted(config.iterdir()) if path.is_file() and path.stat().st_size < 10**8]
+    others = [config / name for name in companions(config)]
     text = json.dumps([repr(parts), {key: str(dtype) for key, dtype in dtypes.items()}])
     return {
         "program": [__version__, FORMAT],
         "parts": hashlib.sha256(text.encode()).hexdigest(),
-        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*companions, *files)],
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*others, *files)],
     }
 
 

@@ -39,6 +39,19 @@ _MORE_TEMPLATES = "additional_chat_templates"
 """Folder of a tokenizer's other templates, such as one for tools."""
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of a HuggingFace folder, named relative to it, is one that is kept beside the weights."""
+    folder, _, file = name.rpartition("/")
+    return file.endswith(".jinja") if folder == _MORE_TEMPLATES else name in COMPANIONS
+
+
+def companions(folder: Path) -> list[str]:
+    """The names of all files of a HuggingFace folder that are kept beside the weights, relative to it. Sorted."""
+    files = (*folder.iterdir(), *(folder / _MORE_TEMPLATES).glob("*"))
+    names = (str(file.relative_to(folder)) for file in files if file.is_file())
+    return sorted(name for name in names if is_companion(name))
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """The identity of a checkpoint."""
@@ -109,9 +122,14 @@ def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
+def hf_folder(folder: Path) -> Path:
+    """The folder that holds config.json and the tokenizer of a checkpoint, or of a HuggingFace folder: that itself."""
+    return folder / HF if (folder / "manifest.json").is_file() else folder
+
+
 def describe(folder: Path) -> ModelDescription:
     """Shape of the model in a checkpoint folder, or in a HuggingFace folder."""
-    return read_description(folder if (folder / "config.json").is_file() else folder / HF)
+    return read_description(hf_folder(folder))
 
 
 def read_metadata(folder: Path) -> Any:
@@ -178,12 +196,12 @@ def copy_companions(source: Path, target: Path, template: str | None = None) -> 
         template: Text of a chat template that takes the place of the tokenizer's own.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name in companions(source):
+        if template is not None and name not in COMPANIONS:
+            continue
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
     if template is None:
-        if (source / _MORE_TEMPLATES).is_dir():
-            shutil.copytree(source / _MORE_TEMPLATES, target / _MORE_TEMPLATES, dirs_exist_ok=True)
         return
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = target / "tokenizer_config.json"

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tgdpo_megatron.checkpoint.failures import readable
+from tgdpo_megatron.checkpoint.shard_index import NAME as _INDEX
+from tgdpo_megatron.checkpoint.shard_index import TwiceError, once, read_index
 from tgdpo_megatron.errors import UserError
 
 SHARD_BYTES = 5 * 1000**3
-_INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -64,7 +65,7 @@ class HfWeights:
                 f"{self.folder}: no weights there (model.safetensors or {_INDEX}); other formats are not read, because "
                 "they would have to be unpickled."
             )
-        mapping = _read_index(index)
+        mapping = read_index(index)
         shards = {file: _read_header(self.folder / file) for file in sorted(set(mapping.values()))}
         for name, file in mapping.items():
             if name not in shards[file]:
@@ -124,19 +125,6 @@ def _memory_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Name of a tensor -> file."""
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
-        if not mapping or not all(isinstance(file, str) and Path(file).name == file for file in mapping.values()):
-            raise ValueError
-    except _TwiceError as error:
-        raise UserError(f"{path}: the index names {error} twice; download it again.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: the index of the weight shards is damaged; download it again.") from None
-    return dict(mapping)
-
-
 def _read_header(path: Path) -> dict[str, _Stored]:
     """What a shard says of its tensors, after safetensors has checked that it is true: their bytes fill the file."""
     if not path.is_file():
@@ -146,8 +134,8 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-    except _TwiceError as error:
+            header = json.loads(file.read(length), object_pairs_hook=once)
+    except TwiceError as error:
         raise UserError(f"{path}: this weight shard holds {error} twice; download it again.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: this weight shard is damaged or truncated ({error}); download it again.") from None
@@ -156,19 +144,6 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         name: _Stored(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-
-
-class _TwiceError(Exception):
-    """A name that one JSON object has twice. Python and safetensors would each take one of the two."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _TwiceError(name)
-        found[name] = value
-    return found
 
 
 @dataclass(frozen=True)

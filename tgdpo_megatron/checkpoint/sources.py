@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tgdpo_megatron import hub
 from tgdpo_megatron.cache import cache_folder, locked, sha256_of
-from tgdpo_megatron.checkpoint.manifest import COMPANIONS, FORMAT, HF
-from tgdpo_megatron.config import Config
+from tgdpo_megatron.checkpoint import shard_index
+from tgdpo_megatron.checkpoint.manifest import FORMAT, companions, hf_folder, is_companion, read_manifest
 from tgdpo_megatron.errors import USER_ERROR, UserError
+from tgdpo_megatron.platform import programs
 
-ROLES = ("checkpoint", "reference", "guidance")
-"""The settings of the group model that name a model."""
-
-CONFIG = ("config.json",)
-TOKENIZER = COMPANIONS
-MODEL = (*COMPANIONS, "model*.safetensors", "model.safetensors.index.json")
-"""What is downloaded of a model: for its shape, for its tokenizer, or all of it."""
+Needs = Literal["config", "tokenizer", "model"]
+"""What is needed of a model: its shape, its tokenizer as well, or all of it."""
+_SPARE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Files that change nothing here: tokenizer.json has all of a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class Source:
     @property
     def config_folder(self) -> Path:
         """The folder that holds config.json and the tokenizer."""
-        return self.folder / HF if self.is_converted else self.folder
+        return hf_folder(self.folder)
 
 
-def find(given: Path, *, needs: tuple[str, ...] = MODEL, commit: str | None = None) -> Source:
+def find(given: Path, *, needs: Needs = "model", commit: str | None = None) -> Source:
     """Find a model: a folder, else by its name in the cache of the hub, else on the hub itself.
 
     Args:
-        needs: CONFIG, TOKENIZER or MODEL, whichever is enough.
+        needs: What is enough.
         commit: Where a revision is not given: the commit to take, rather than the newest of the branch main.
 
     Raises:
@@ -80,16 +79,93 @@ def find(given: Path, *, needs: tuple[str, ...] = MODEL, commit: str | None = No
     if named is None:
         raise UserError(f"{given}: no such checkpoint folder, and no name on a hub, which is {hub.FORM}.")
     if named.revision is None and commit is not None:
-        named = hub.HubId(named.given, named.kind, named.repo, commit)
-
-    def is_whole(folder: Path) -> bool:
-        lacks = (needs == MODEL and missing_file(folder)) or (needs == TOKENIZER and _without_tokenizer(folder))
-        return (folder / "config.json").is_file() and not lacks
-
-    folder = hub.snapshot(named, needs, is_whole)
+        named = hub.at_commit(named, commit)
+    folder = hub.cached_snapshot(named)
+    if folder is not None and _can_be_used(hub.at_commit(named, folder.name), folder, needs):
+        _complete(hub.at_commit(named, folder.name), folder, needs)
+    else:
+        hub.check_reachable(named)
+        hub.tell_of_download(named)
+        folder = hub.download(named, ["config.json", shard_index.NAME] if needs == "model" else ["config.json"])
+        if (folder / "config.json").is_file():
+            at = hub.at_commit(named, folder.name)  # a branch may move meanwhile
+            hub.download(at, _wanted(hub.list_files(at), folder, needs))
     if not (folder / "config.json").is_file():
         raise UserError(f"{given}: holds no config.json at commit {folder.name}; it is no model of transformers.")
     return Source(given, folder, commit=folder.name)
+
+
+def _can_be_used(named: hub.HubId, folder: Path, needs: Needs) -> bool:
+    """Whether a folder in the cache has what no model lacks. More than that only a list of its files can tell."""
+    if not (folder / "config.json").is_file() or (needs == "model" and missing_file(folder) is not None):
+        return False
+    has_tokenizer = needs == "config" or (folder / "tokenizer.json").is_file()
+    return has_tokenizer or "tokenizer.json" not in (hub.known_files(named) or ["tokenizer.json"])
+
+
+def _complete(named: hub.HubId, folder: Path, needs: Needs) -> None:
+    """Download what the cache lacks of a commit, such as a chat template: other programs download parts of a model.
+
+    A cache whose list of the commit's files is missing is taken as it is where the hub may not or cannot be asked.
+
+    Raises:
+        UserError: The cache lacks something that changes what the model reads or says, and the hub does not give it.
+    """
+    if needs == "config":
+        return
+    names = hub.known_files(named)
+    if names is None:
+        if hub.is_offline():
+            return
+        try:
+            hub.check_reachable(named)
+            hub.download(named, ["config.json"])  # which is there, so that only the list is fetched
+            names = hub.list_files(named)
+        except UserError:
+            unknown = f"{hub.endpoint()} does not say which files it has"
+            print(f"{named.given}: taken from the cache as it is; {unknown}", file=sys.stderr, flush=True)
+            return
+    missing = [name for name in _wanted(names, folder, needs) if not (folder / name).is_file()]
+    if not missing:
+        return
+    try:
+        hub.check_reachable(named)
+    except UserError:
+        if set(missing) <= set(_SPARE):
+            return
+        raise
+    hub.tell_of_download(named)
+    hub.download(named, missing)
+
+
+def _wanted(names: Sequence[str], folder: Path, needs: Needs) -> list[str]:
+    """The files to have, of those of a repository. Never code, and never pickles.
+
+    Args:
+        folder: Holds the index of the weights, if there is one.
+    """
+    if needs == "config":
+        return ["config.json"]
+    wanted = {name for name in names if is_companion(name)}
+    if needs == "model":
+        wanted |= {name for name in _weights(folder) if name.endswith((".safetensors", ".json"))}
+    return sorted(wanted & set(names))
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files of the weights of a HuggingFace folder, and their index, whether or not they are there.
+
+    Raises:
+        UserError: The index is damaged.
+    """
+    if not has_index(folder):
+        return ["model.safetensors"]
+    return [shard_index.NAME, *sorted(set(shard_index.read_index(folder / shard_index.NAME).values()))]
+
+
+def has_index(folder: Path) -> bool:
+    """Whether the weights of a HuggingFace folder are in several files."""
+    return (folder / shard_index.NAME).is_file()
 
 
 def missing_file(folder: Path) -> str | None:
@@ -98,55 +174,13 @@ def missing_file(folder: Path) -> str | None:
     Raises:
         UserError: The index of the shards is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return None if (folder / "model.safetensors").is_file() else "model.safetensors"
-    return next((name for name in _shards(index) if not (folder / name).is_file()), None)
-
-
-def _shards(index: Path) -> list[str]:
-    """The names of the shards that an index lists.
-
-    Raises:
-        UserError: It is damaged, or leads out of its folder.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        names = []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{index}: the index of the weight shards is damaged; download it again.")
-    return names
-
-
-def _without_tokenizer(folder: Path) -> bool:
-    return not (folder / "tokenizer.json").is_file()
-
-
-def find_models(config: Config, commits: Mapping[str, str] | None = None) -> dict[str, Source]:
-    """Every model that a configuration names, by its role.
-
-    Args:
-        commits: What a name on a hub without a revision stands for: name -> commit.
-
-    Raises:
-        UserError: One cannot be found.
-    """
-    given = {role: getattr(config.model, role) for role in ROLES}
-    return {role: find(path, commit=(commits or {}).get(str(path))) for role, path in given.items() if path is not None}
-
-
-def with_folders(config: Config, folders: Mapping[str, Path]) -> Config:
-    """The same settings with other folders of models, by their role."""
-    return config.model_copy(update={"model": config.model.model_copy(update=dict(folders))})
+    return next((name for name in _weights(folder) if not (folder / name).is_file()), None)
 
 
 def content_hash(folder: Path) -> str:
     """SHA-256 of everything that a conversion reads of a HuggingFace folder, and of the format that it writes."""
-    index = folder / "model.safetensors.index.json"
-    weights = [index.name, *_shards(index)] if index.is_file() else ["model.safetensors"]
-    names = sorted(name for name in {*COMPANIONS, *weights} if (folder / name).is_file())
-    hashes = [[name, sha256_of(folder / name)] for name in names]
+    weights = [name for name in _weights(folder) if (folder / name).is_file()]
+    hashes = [[name, sha256_of(folder / name)] for name in sorted({*companions(folder), *weights})]
     return hashlib.sha256(json.dumps([FORMAT, hashes]).encode()).hexdigest()
 
 
@@ -165,19 +199,29 @@ def converted(source: Source, *, quiet: bool = False) -> Path:
         return source.folder
     name = content_hash(source.folder)[:32]
     target = cache_folder() / "checkpoints" / name
-    if (target / "manifest.json").is_file():
+    if _is_readable(target):
         return target
     waiting = f"{source.given}: another program is converting it; waiting for {target}"
     with locked(target.with_name(f"{name}.lock"), waiting) as lock:
-        if not (target / "manifest.json").is_file():
+        if not _is_readable(target):
+            if target.exists():  # a disk that failed, or a machine that lost its power
+                shutil.rmtree(target)
             if not quiet:
                 print(f"{source.given}: converting once, to {target}", file=sys.stderr, flush=True)
             _convert(source, target, lock, quiet=quiet)
     return target
 
 
-_OF_A_JOB = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*|TORCHELASTIC_.*|TGDPO_LAUNCHED|SLURM_.*")
-"""Variables that tell a process of a job its place in it. The conversion is a program of its own."""
+def _is_readable(folder: Path) -> bool:
+    try:
+        read_manifest(folder, with_index=False)
+    except UserError:
+        return False
+    return True
+
+
+_PROCESSES = 1
+"""One keeps up with the disk: it takes less time than a copy of the same bytes, and two took more (`make bench`)."""
 
 
 def _convert(source: Source, target: Path, lock: int, *, quiet: bool) -> None:
@@ -186,12 +230,15 @@ def _convert(source: Source, target: Path, lock: int, *, quiet: bool) -> None:
     Raises:
         UserError: It refused its input, or was ended.
     """
-    command = [sys.executable, "-m", "tools.convert_hf_to_megatron", str(source.folder.absolute()), str(target)]
-    environment = {name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = programs.command("tgdpo_megatron.checkpoint", source.folder.absolute(), target, _PROCESSES)
     error = ""
     with subprocess.Popen(
-        command, env=environment, pass_fds=[lock], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0
+        command,
+        env=programs.environment(),
+        pass_fds=[lock],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        bufsize=0,
     ) as program:
         assert program.stderr is not None
         try:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import hand_on
 from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
@@ -36,10 +37,11 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
     Raises:
         UserError: Unreadable or altered weights, or a weight that is not finite.
     """
-    manifest = read_manifest(folder)
-    state = sharded_model_state(chunks)
-    _put(chunks, _read({"model": state}, folder)["model"])
-    _check_fingerprint(chunks, manifest, folder)
+    with mended_by_deletion(folder):
+        manifest = read_manifest(folder)
+        state = sharded_model_state(chunks)
+        _put(chunks, _read({"model": state}, folder)["model"])
+        _check_fingerprint(chunks, manifest, folder)
 
 
 def _check_fingerprint(chunks: Sequence[PreferenceGPT], manifest: CheckpointManifest, folder: Path) -> None:

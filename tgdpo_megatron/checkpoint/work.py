@@ -94,9 +94,12 @@ class Work:
         return [finished[part] for part in range(len(sizes))]
 
     def finish(self) -> None:
-        """Make the folder the target."""
+        """Make the folder the target, once all that is in it is on the disk."""
         with writable(f"{self.target}: the folder"):
+            for path in (*self.folder.rglob("*"), self.folder):
+                _wait_for_disk(path)
             self.folder.rename(self.target)
+            _wait_for_disk(self.folder.parent)
         shutil.rmtree(self.target / _JOURNAL, ignore_errors=True)
 
     def _keep(self, part: int, record: dict[str, Any]) -> None:
@@ -112,6 +115,18 @@ class Work:
                 f"{self.target}: {needed / 1e9:,.2f} GB are still to be written, but only {free / 1e9:,.2f} GB are "
                 "free there; make room, or choose another disk."
             )
+
+
+def _wait_for_disk(path: Path) -> None:
+    """Return when a file, or the list of names that a folder is, would outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems do not know it of folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_target(target: Path) -> None:
@@ -183,6 +198,11 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{target}: another conversion to this folder is running; wait for its end.") from None
+            except OSError as error:
+                raise UserError(
+                    f"{lock.name}: this file cannot be locked ({error.strerror}); choose a target on another file "
+                    "system, with TGDPO_CACHE for models that are converted by themselves."
+                ) from None
             if not _is_still_at(lock, folder / _JOURNAL / "lock"):
                 continue  # whoever held it has just finished, and has renamed or removed the folder
             yield

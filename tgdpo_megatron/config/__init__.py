@@ -5,7 +5,7 @@ change it through :func:`load`, and :func:`complete` fills in the defaults of th
 Megatron, so that a mistake is reported before anything slow begins.
 """
 
-from tgdpo_megatron.config.checks import check_batch_layout, check_layout, complete
+from tgdpo_megatron.config.checks import check_batch_layout, check_layout, complete, required
 from tgdpo_megatron.config.loading import ALTERNATIVES, COMMAND_LINE, explain_option, load
 from tgdpo_megatron.config.settings import (
     Config,
@@ -40,5 +40,6 @@ __all__ = [
     "explain_option",
     "load",
     "on_device",
+    "required",
     "with_steps",
 ]

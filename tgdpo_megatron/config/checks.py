@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tgdpo_megatron.config.constants import FP8_FORMATS
 from tgdpo_megatron.config.settings import Config, LossConfig
 from tgdpo_megatron.config.steps import with_steps
@@ -225,3 +227,14 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
             f"{pairs_at_once * parallel.pipeline_model_parallel_size}."
         )
     return data_parallel_size
+
+
+def required(value: Path | None, key: str, purpose: str) -> Path:
+    """A path the configuration must give.
+
+    Raises:
+        UserError: It does not.
+    """
+    if value is None:
+        raise UserError(f"{key} is not set; give {purpose}.")
+    return value

@@ -244,7 +244,7 @@ class ScoresConfig(_Group):
         return self.source == "cached" if self.source else self.path is not None
 
 
-_GIVEN_ANYWAY = frozenset(
+GIVEN_ANYWAY = frozenset(
     {
         *("self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
@@ -258,7 +258,7 @@ _GIVEN_ANYWAY = frozenset(
 
 def _template_kwargs(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
-        if name in _GIVEN_ANYWAY:
+        if name in GIVEN_ANYWAY:
             raise ValueError(f"'{name}' is given to the template by the program itself, leave it out")
         if not name.isidentifier():
             raise ValueError(f"'{name}' is no name of a variable")

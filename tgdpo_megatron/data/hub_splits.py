@@ -6,15 +6,15 @@ files and folders. That library only chooses the files. They are read as any oth
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +55,107 @@ def hub_split(given: Path) -> HubSplit | None:
     return HubSplit(hub.HubId(str(given), "dataset", model.repo, model.revision), parts["config"], parts["split"])
 
 
+def at_commit(given: Path, commits: Mapping[str, str]) -> Path:
+    """A split at the commit that its name stood for; any other source, and a split with a revision, as it is.
+
+    Args:
+        commits: Name of a split, with or without a revision -> commit.
+    """
+    known = {name: commit for split, commit in commits.items() if (name := _without_revision(Path(split)))}
+    name = None if given.exists() else _without_revision(given)
+    wanted = hub_split(given) if name in known else None
+    if wanted is None or wanted.named.revision is not None:
+        return given
+    return Path(str(given).replace(wanted.named.repo, f"{wanted.named.repo}@{known[str(name)]}", 1))
+
+
+def _without_revision(given: Path) -> str | None:
+    """The name of a split without its revision; None for another source."""
+    wanted = hub_split(given)
+    return json.dumps([wanted.named.repo, wanted.config, wanted.split]) if wanted else None
+
+
 def find_split(wanted: HubSplit) -> Found:
     """The files of a split, found in the cache of the hub or downloaded into it. Other splits are not downloaded.
+
+    The cache may hold some of a split's files only. So what is there counts as the split where a list of the data set's
+    files says so, which a download leaves in the cache, or where the files number themselves.
 
     Raises:
         UserError: There is no such data set, configuration or split, one must be chosen, or it cannot be downloaded.
     """
     cached = hub.cached_snapshot(wanted.named)
+    if cached is not None and (names := _listed(wanted, cached)):
+        return _found(cached, names)
+    try:
+        hub.check_reachable(wanted.named)
+    except UserError:
+        if cached is not None and (names := _numbered(wanted, cached)):
+            return _found(cached, names)
+        raise
+    hub.tell_of_download(wanted.named)
+    card = _card(wanted.named, cached)
+    commit = hub.at_commit(wanted.named, card.name)  # the branch may move meanwhile
+    names = _choose(wanted, card, hub.list_files(commit))
+    folder = hub.download(commit, names)
+    _keep(wanted, folder.name, names)
+    return _found(folder, names)
+
+
+def _found(folder: Path, names: list[str]) -> Found:
+    return Found([folder / name for name in names], folder.name)
+
+
+def _card(named: hub.HubId, cached: Path | None) -> Path:
+    """Download the README. Returns the folder of the commit: that of the cache, as long as the hub has it."""
     if cached is not None:
+        with contextlib.suppress(UserError):
+            return hub.download(hub.at_commit(named, cached.name), [_CARD])
+    return hub.download(named, [_CARD])
+
+
+def _listed(wanted: HubSplit, folder: Path) -> list[str] | None:
+    """The files of a split by the list of the commit's files; None where the cache lacks one of them, or the list.
+
+    Raises:
+        UserError: The hub may not be asked, and the data set has no such split.
+    """
+    names = _remembered(wanted, folder.name)
+    if not names:
+        listed = hub.known_files(hub.at_commit(wanted.named, folder.name))
+        if listed is None or (_CARD in listed and not (folder / _CARD).is_file()):
+            return None
         try:
-            names = _remembered(wanted, cached.name) or _choose(wanted, cached, _known_files(wanted, cached))
-        except UserError:
+            names = _choose(wanted, folder, listed)
+        except UserError:  # where the hub may be asked, it is asked once more
             if hub.is_offline():
                 raise
-        else:
-            if all((cached / name).is_file() for name in names):
-                return _keep(wanted, cached, names)
-    hub.check_reachable(wanted.named)
-    hub.tell_of_download(wanted.named)
-    card = hub.download(wanted.named, [_CARD])
-    commit = replace(wanted.named, revision=card.name)  # the branch may move meanwhile
-    names = _choose(wanted, card, hub.list_files(commit))
-    return _keep(wanted, hub.download(commit, [glob.escape(name) for name in names]), names)
+            return None
+        _keep(wanted, folder.name, names)
+    return names if all((folder / name).is_file() for name in names) else None
+
+
+def _numbered(wanted: HubSplit, folder: Path) -> list[str] | None:
+    """The files of a split that the cache holds, where their names show that none is missing."""
+    try:
+        names = _choose(wanted, folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+    except UserError:
+        return None
+    return names if _are_all(names) else None
+
+
+_NUMBERED = re.compile(r"(?P<begin>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..*)")
+
+
+def _are_all(names: list[str]) -> bool:
+    """Whether files number themselves, as in train-00000-of-00003.parquet, and none of the numbers is missing."""
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        found = _NUMBERED.fullmatch(name)
+        if found is None:
+            return False
+        numbers.setdefault(found.group("begin", "count", "end"), set()).add(int(found["number"]))
+    return all(found == set(range(int(count))) for (_, count, _), found in numbers.items())
 
 
 def _record(wanted: HubSplit, commit: str) -> Path:
@@ -93,27 +172,10 @@ def _remembered(wanted: HubSplit, commit: str) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def _keep(wanted: HubSplit, folder: Path, names: list[str]) -> Found:
-    record = _record(wanted, folder.name)
+def _keep(wanted: HubSplit, commit: str, names: list[str]) -> None:
+    record = _record(wanted, commit)
     if not record.is_file():
-        write_json(record, {"given": wanted.named.given, "commit": folder.name, "files": names})
-    return Found([folder / name for name in names], folder.name)
-
-
-def _known_files(wanted: HubSplit, folder: Path) -> list[str]:
-    """The files of a commit as far as the cache knows them: the hub's list where it was kept, else what is there."""
-    there = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    try:
-        from huggingface_hub import get_cached_repo_tree
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    except ImportError:  # an earlier huggingface_hub keeps no list
-        return there
-    try:
-        return [
-            file.path for file in get_cached_repo_tree(wanted.named.repo, repo_type="dataset", revision=folder.name)
-        ]
-    except CachedRepoTreeNotFoundError:
-        return there
+        write_json(record, {"given": wanted.named.given, "commit": commit, "files": names})
 
 
 def _choose(wanted: HubSplit, folder: Path, listed: Iterable[str]) -> list[str]:

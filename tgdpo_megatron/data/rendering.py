@@ -8,12 +8,12 @@ more memory than its share. This holds in any thread, and also while Python itse
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tgdpo_megatron.errors import UserError, in_short
+from tgdpo_megatron.platform import programs
 
 SECONDS = 10.0
 """Most CPU seconds of one rendering."""
@@ -86,34 +87,37 @@ def variables_of(template: str) -> list[str]:
 
 
 class _Child:
-    """The process that renders.
+    """The process that renders: a program of its own. A fork of a rank would share its network cards with it.
 
     Attributes:
         parent: Id of the process that started it.
         ending: Waits for its end, so that nothing is left of it then.
-        status: How it ended, as os.waitpid says it.
     """
 
     def __init__(self) -> None:
         self.parent = os.getpid()
         self.connection, theirs = Pipe()
-        # Loaded before the fork, because the child may be alone with a lock that another thread holds.
-        import jinja2.ext  # noqa: F401
-        import transformers.utils.chat_template_utils  # noqa: F401
-
-        self.pid = os.fork()  # with a warning of Python 3.12 about other threads, whose locks the child does not need
-        if self.pid == 0:
-            try:
-                _serve(theirs)
-            finally:
-                os._exit(1)
-        theirs.close()
-        self.status = 0
-        self.ending = threading.Thread(target=self._wait, daemon=True)
+        with theirs:
+            self.program = subprocess.Popen(
+                programs.command(__name__, theirs.fileno(), SECONDS, _IDLE),
+                env=programs.environment(),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # what the terminal or a launcher tells this process is not meant for it
+            )
+        self.ending = threading.Thread(target=self.program.wait, daemon=True)
         self.ending.start()
+        try:
+            self.connection.recv_bytes()
+        except (EOFError, OSError):
+            self.ending.join()
+            raise RuntimeError(f"the program that renders chat templates did not start ({self.status})") from None
 
-    def _wait(self) -> None:
-        self.status = os.waitpid(self.pid, 0)[1]
+    @property
+    def status(self) -> int:
+        """How it ended: its exit code, or the number of a signal, negative."""
+        return self.program.returncode
 
     def ask(self, question: tuple[str, dict[str, Any]]) -> Any:
         """Its answer.
@@ -133,7 +137,7 @@ def _asked(what: str, arguments: dict[str, Any]) -> Any:
     """Let the child do something, and raise what went wrong with it here."""
     global _child
     with _one_at_a_time:
-        while True:
+        for is_last in (False, True):
             if _child is None or _child.parent != os.getpid():  # a process that was forked needs a child of its own
                 _child = _Child()
             try:
@@ -143,7 +147,8 @@ def _asked(what: str, arguments: dict[str, Any]) -> Any:
                 ended, _child = _child, None
                 ended.connection.close()
                 ended.ending.join()
-                if ended.status != 0:  # 0: it was idle, and ended just now
+                # 0: it was idle and ended just now, or somebody else has asked how it ended.
+                if ended.status != 0 or is_last:
                     raise UserError(_end(ended.status)) from None
             except BaseException:  # such as Ctrl-C: the answer to this question must not be taken for that to the next
                 _child.connection.close()
@@ -156,45 +161,35 @@ def _asked(what: str, arguments: dict[str, Any]) -> Any:
 
 def _end(status: int) -> str:
     """What is said of a child that ended while it was rendering."""
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+    if status == -signal.SIGPROF:
         return f"the chat template did not finish a conversation within {SECONDS:g} seconds; mend it."
-    how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+    how = f"signal {-status}" if status < 0 else f"exit code {status}"
     return f"the chat template ended the process that renders it ({how}); mend it."
 
 
 # ---------------------------------------------------------------- the child
 
 
-def _serve(connection: Connection) -> None:
-    """Answer until the parent is gone or asks for nothing any more, and then end."""
-    # The parent's signals, files and connections are not the child's.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in range(3):
-        os.dup2(nowhere, standard)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != connection.fileno():
-            with contextlib.suppress(OSError):  # the folder's own
-                os.close(int(name))
-    gc.disable()  # objects of the parent's libraries must not be taken apart here
+def _serve(connection: Connection, seconds: float, idle: float) -> None:
+    """Answer until the parent is gone or asks for nothing any more."""
+    import transformers.utils.chat_template_utils  # noqa: F401  # before time and memory are counted
+
+    connection.send_bytes(b"ready")
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # a template does not speak to the user
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    while connection.poll(_IDLE):
+    while connection.poll(idle):
         try:
             what, arguments = connection.recv()
         except EOFError:
-            break
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            return
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = _answer(what, arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(json.dumps(answer).encode())
-    os._exit(0)
 
 
 class _TooLong(Exception):
@@ -248,3 +243,8 @@ def _variables(template: str) -> list[str]:
     own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
     asked = {test.node.name for test in parsed.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
     return sorted(meta.find_undeclared_variables(parsed) - given - (own - asked))
+
+
+if __name__ == "__main__":
+    number, *limits = sys.argv[1:]
+    _serve(Connection(int(number)), *map(float, limits))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.config.settings import GIVEN_ANYWAY
 from tgdpo_megatron.data import rendering, thinking
 from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.errors import UserError, in_short
@@ -72,10 +73,6 @@ def kwargs_of(tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-"""Variables that a rendering sets itself."""
-
-
 def _check_kwargs(tokenizer: Any, given: Mapping[str, Any]) -> None:
     """Refuse an argument that the template does not read: it would change nothing but the hash.
 
@@ -87,7 +84,7 @@ def _check_kwargs(tokenizer: Any, given: Mapping[str, Any]) -> None:
         raise UserError("data.chat_template_kwargs: the tokenizer has no chat template that could read them.")
     texts = templates.values() if isinstance(templates, Mapping) else [templates]
     read = {name for text in texts for name in rendering.variables_of(text)}
-    settable = sorted(read - _GIVEN - set(tokenizer.special_tokens_map))
+    settable = sorted(read - GIVEN_ANYWAY - set(tokenizer.special_tokens_map))
     for name in given:
         if name not in settable:
             raise UserError(

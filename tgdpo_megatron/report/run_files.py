@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from tgdpo_megatron.checkpoint.sources import converted, find, with_folders
+from tgdpo_megatron.checkpoint.located import with_folders
+from tgdpo_megatron.checkpoint.sources import converted, find
 from tgdpo_megatron.config import Config, load
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.errors import UserError

@@ -43,6 +43,8 @@ def read_calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
     calls = _from_json(turn.get("tool_calls"), _UNKNOWN_CALL)
     if not calls and (single := turn.get("function_call")):
         calls = [single]
+    if not isinstance(calls or [], list):
+        raise Unusable(_UNKNOWN_CALL)
     return [_call(call) for call in (calls or []) if call]
 
 
