@@ -158,6 +158,7 @@ def without(hf_model: Path, folder: Path, name: str) -> Path:
 
 def sharded(hf_model: Path, folder: Path, index: str) -> Path:
     shutil.copytree(hf_model, folder)
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     return folder
 

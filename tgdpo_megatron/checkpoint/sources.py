@@ -31,6 +31,10 @@ _SPARE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt
 """Files that change nothing here: tokenizer.json has all of a tokenizer."""
 
 
+SINGLE = "model.safetensors"
+"""The file of weights that are not in shards."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model that was given was found.
@@ -148,7 +152,8 @@ def _wanted(names: Sequence[str], folder: Path, needs: Needs) -> list[str]:
         return ["config.json"]
     wanted = {name for name in names if is_companion(name)}
     if needs == "model":
-        wanted |= {name for name in _weights(folder) if name.endswith((".safetensors", ".json"))}
+        weights = [SINGLE] if SINGLE in names else _weights(folder)
+        wanted |= {name for name in weights if name.endswith((".safetensors", ".json"))}
     return sorted(wanted & set(names))
 
 
@@ -159,13 +164,14 @@ def _weights(folder: Path) -> list[str]:
         UserError: The index is damaged.
     """
     if not has_index(folder):
-        return ["model.safetensors"]
+        return [SINGLE]
     return [shard_index.NAME, *sorted(set(shard_index.read_index(folder / shard_index.NAME).values()))]
 
 
 def has_index(folder: Path) -> bool:
-    """Whether the weights of a HuggingFace folder are in several files."""
-    return (folder / shard_index.NAME).is_file()
+    """Whether the weights of a HuggingFace folder are in several files. One whole file is read first, as transformers
+    does."""
+    return (folder / shard_index.NAME).is_file() and not (folder / SINGLE).is_file()
 
 
 def missing_file(folder: Path) -> str | None:
