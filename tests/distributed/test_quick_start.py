@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks: list[str] = re.findall(
         r"^```\n(.*?)^```", section[: section.index("\n## ")], flags=re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 3 and "recipes.align" in blocks[1] and "--family gemma2" in blocks[2]
+    assert len(blocks) == 3 and "recipes.align" in blocks[1] and "--family qwen3" in blocks[2]
     folder = tmp_path_factory.mktemp("quick_start")
     (folder / "docs").symlink_to(ROOT / "docs")
     environment = {
@@ -81,9 +81,9 @@ def test_a_model_of_another_family_is_scored_trained_and_exported_without_a_conv
     import torch
     from transformers import AutoModelForCausalLM
 
-    names = ("gemma-hf", "gemma-dpo-hf")
+    names = ("qwen3-hf", "qwen3-dpo-hf")
     start, trained = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in names)
-    assert type(start) is type(trained) and trained.config.model_type == "gemma2"
+    assert type(start) is type(trained) and trained.config.model_type == "qwen3"
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert not torch.equal(start(ids).logits, trained(ids).logits)

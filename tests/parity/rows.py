@@ -189,7 +189,7 @@ LAYOUTS_OF_EVERY_FAMILY = [
     Row(),
     Row(tp=2, pp=2, sequence_parallel=True, in_tests=True),
     Row(tp=2, tied=True),
-    Row(pp=2, tokens=80, tied=True, in_tests=True),
+    Row(pp=2, tokens=80, tied=True),
 ]
 ROWS = [
     *LAYOUTS,

@@ -1,7 +1,7 @@
-"""A public model in Megatron at a layout, without weights: the shards that all pipeline stages hold, on torch's meta
-device, in one process that pretends to be one rank of many after another.
+"""Public models in Megatron at layouts, without weights: the shards of all pipeline stages, on torch's meta device, in
+one process that pretends to be one rank of many after another.
 
-    python -m tests.support.on_paper MODEL_FOLDER TENSOR×PIPELINE ...   prints a JSON list of shards for each layout
+    python -m tests.support.on_paper REQUESTS   a JSON list of [MODEL_FOLDER, tensor, pipeline]; prints a line for each
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from tgdpo_megatron.quiet import quiet
 
 
-def shards(folder: Path, tensor: int, pipeline: int) -> list[dict[str, Any]]:
-    """Every shard of the first and of the last tensor-parallel rank of each pipeline stage."""
+def shards(folder: Path, tensor: int, pipeline: int) -> list[list[Any]]:
+    """Key, shape of the whole, shape of the shard, and whether it is a copy of another, of every shard of the first
+    tensor-parallel rank of each pipeline stage. The other ranks hold as much."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,28 +32,17 @@ def shards(folder: Path, tensor: int, pipeline: int) -> list[dict[str, Any]]:
     description = read_description(folder)
     parallel = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     config = Config.model_validate({"parallel": parallel, "train": {"precision": "fp32"}})
-    found = []
+    found: list[list[Any]] = []
     for stage in range(pipeline):
-        for place in {0, tensor - 1}:
-            dist.init_process_group(
-                "fake", rank=stage * tensor + place, world_size=tensor * pipeline, store=FakeStore()
-            )
-            parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
-            with torch.device("meta"):
-                chunks = build_model(description, transformer_config(description, config))
-            found += [
-                {
-                    "key": shard.key,
-                    "stage": stage,
-                    "rank": place,
-                    "shape": shard.global_shape,
-                    "local": shard.local_shape,
-                    "copy": shard.replica_id[0] != 0 if isinstance(shard.replica_id, tuple) else shard.replica_id != 0,
-                }
-                for shard in sharded_tensors(sharded_model_state(chunks))
-            ]
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=stage * tensor, world_size=tensor * pipeline, store=FakeStore())
+        parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+        with torch.device("meta"):
+            chunks = build_model(description, transformer_config(description, config))
+        for shard in sharded_tensors(sharded_model_state(chunks)):
+            replica = shard.replica_id[0] if isinstance(shard.replica_id, tuple) else shard.replica_id
+            found.append([shard.key, shard.global_shape, shard.local_shape, replica != 0])
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
     return found
 
 
@@ -61,9 +51,7 @@ def main() -> None:
     from tgdpo_megatron.platform import cpu
 
     cpu.install()
-    folder, *layouts = sys.argv[1:]
-    for layout in layouts:
-        tensor, pipeline = map(int, layout.split("×"))
+    for folder, tensor, pipeline in json.loads(Path(sys.argv[1]).read_text()):
         print(json.dumps(shards(Path(folder), tensor, pipeline)), flush=True)
 
 
