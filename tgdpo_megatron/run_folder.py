@@ -71,6 +71,12 @@ EXPORTS = "hf"
 """Folder of a run's exports to HuggingFace."""
 
 
+def export_of(checkpoint: Path) -> Path | None:
+    """The HuggingFace model that a run made of one of its checkpoints, or None."""
+    folder = checkpoint.parent.parent / EXPORTS / checkpoint.name
+    return folder if folder.is_dir() else None
+
+
 def newest_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
     whole = [path.parent for path in output.glob("checkpoints/iter-*/manifest.json") if path.parent.suffix != ".tmp"]

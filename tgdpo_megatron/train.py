@@ -324,6 +324,7 @@ def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
         held_out=held_out_results(run.output),
         held_out_pairs=len(run.validation.pairs) if run.validation else 0,
         checkpoint=checkpoint,
+        exported=run_folder.export_of(checkpoint),
         report=report,
     )
     print("\n".join(lines), flush=True)

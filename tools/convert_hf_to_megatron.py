@@ -3,6 +3,7 @@
 Then both models score the same tokens on the CPU, and the result is kept as the checkpoint's certificate.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from tgdpo_megatron.checkpoint.sources import find
@@ -37,7 +38,16 @@ def main() -> None:
             processes=parsed.processes,
             certificate=not parsed.no_certificate,
         )
-        print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}")
+        print(f"{parsed.megatron_folder}: weights {manifest.weights[:12]}, {manifest.dtype}; {_proof(parsed)}")
+
+
+def _proof(parsed: Namespace) -> str:
+    from tgdpo_megatron.checkpoint.certificate import read_certificate
+
+    if parsed.no_certificate:
+        return "not compared with HuggingFace's model"
+    found = read_certificate(parsed.megatron_folder)
+    return f"log-probs differ from HuggingFace's by at most {found.largest_difference:.1e} nats"
 
 
 if __name__ == "__main__":

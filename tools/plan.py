@@ -23,9 +23,10 @@ from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.config import Config, check_batch_layout, on_device
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
-from tgdpo_megatron.model.families import read_description
+from tgdpo_megatron.model.families import family_of, parameters, read_description
 from tgdpo_megatron.planning.memory import GIB, ROOM, Plan, plan, size
 from tgdpo_megatron.planning.remedies import layouts, remedies
+from tgdpo_megatron.report.words import plural
 
 LAYOUTS_SHOWN = 5
 
@@ -57,7 +58,8 @@ def report(
     needs = plan(config, description, **where)
     data_parallel = ranks // parallel.model_parallel_size
     lines = [
-        f"{ranks} ranks: TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
+        f"{_described(description)}; {plural(ranks, 'rank')}: "
+        f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
         f"DP{data_parallel}, {train.precision}, train.recompute={train.recompute}, scores.source="
         f"{config.scores.source}, {needs.tokens} tokens at once; pipeline stage {needs.stage} is the fullest",
         "",
@@ -77,6 +79,12 @@ def report(
         lines += ["", f"layouts of {ranks} ranks that fit in {ROOM:.0%} of it, fastest first (estimated):"]
         lines += [f"  {size(fits.bytes):>9}  {settings}" for settings, fits in fitting] or ["  none"]
     return "\n".join(lines)
+
+
+def _described(description: ModelDescription) -> str:
+    count = parameters(description)
+    words = f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
+    return f"{family_of(description).title}, {words} parameters"
 
 
 def _description(model: Path | None, config: Config) -> ModelDescription:

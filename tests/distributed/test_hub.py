@@ -249,7 +249,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
         ("acme/gated", "acme/gated: the model is gated; accept its terms at http://127.0.0.1"),
         ("acme/prefs", "has no model of that name"),
         ("acme/a..b", "acme/a..b: no such file or folder, and no name on a hub"),
-        ("nowhere", "no such checkpoint folder, and no name on a hub, which is ORGANISATION/NAME or"),
+        ("nowhere", "no such folder; a model on a hub is named ORGANISATION/NAME or"),
         ("/nowhere/tiny", "/nowhere/tiny: no such checkpoint folder"),
         ("acme/tiny@", "no name on a hub"),
     ],

@@ -85,7 +85,7 @@ def test_an_experiment_file_goes_to_the_training_and_its_data_to_the_guidance(
     ("arguments", "words"),
     [
         ([], "model.checkpoint is not set"),
-        (["model.checkpoint=nowhere", "data.train=x"], "nowhere: no such checkpoint folder, and no name on a hub"),
+        (["model.checkpoint=nowhere", "data.train=x"], "nowhere: no such folder; a model on a hub is named"),
         (["guidance.optimizer.lr=1", "loss.type=dpo"], "guidance.optimizer.lr=1: no guidance is trained"),
     ],
 )

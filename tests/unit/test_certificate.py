@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +27,10 @@ from tgdpo_megatron.checkpoint.certificate import (
 from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron
 from tgdpo_megatron.checkpoint.lending import lend
-from tgdpo_megatron.checkpoint.manifest import read_manifest
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
 from tgdpo_megatron.config import Config, ModelConfig
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.families import family_of
 
 
 @pytest.fixture
@@ -139,8 +141,6 @@ def test_a_certificate_can_be_made_again(copy: Path, hf_model: Path) -> None:
 
 
 def test_a_run_hands_its_certificate_on_under_its_own_fingerprint(copy: Path, checkpoint: Path) -> None:
-    from dataclasses import replace
-
     trained = replace(read_manifest(copy), weights="1" * 64, weights_bf16="2" * 64, iteration=3)
     hand_on(checkpoint, copy, trained)
     check_certificate(copy, trained)
@@ -158,8 +158,6 @@ def test_a_run_without_a_certificate_hands_on_none(copy: Path, tmp_path: Path) -
 
 def test_a_run_does_not_make_an_invalid_certificate_valid(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The start's certificate is of other weights; model.require_certificate=false let the run begin."""
-    from dataclasses import replace
-
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"weights": "3" * 64}))
     shutil.copytree(copy, tmp_path / "saved")
@@ -176,17 +174,29 @@ def test_who_owns_a_checkpoint_of_a_run_is_told_to_certify_its_start(copy: Path)
         preflight.check_models(config(copy))
 
 
-@pytest.mark.parametrize("kinds", [["full_attention"] * 4, ["full_attention", "sliding_attention"] * 2], ids=str)
+@pytest.mark.parametrize("windowed", [(False,) * 4, (False, True) * 2], ids=["none", "the others"])
 def test_the_comparison_sees_windows_on_the_wrong_layers_however_wide_they_are(
-    kinds: list[str], tmp_path: Path
+    windowed: tuple[bool, ...], tmp_path: Path
 ) -> None:
-    """Windows of 4096 tokens, as Gemma-2 has them, and a comparison of 48."""
+    """Windows of 4096 tokens, as Gemma-2 has them, which a wrong reading of config.json would give to other layers; and
+    a comparison of 33 tokens."""
     make_model(1, "gemma2", tied=True, sliding_window=4096).save_pretrained(tmp_path / "hf")
     hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_types": kinds}))
-    with pytest.raises(UserError, match="more than rounding explains"):
-        certify(tmp_path / "hf", tmp_path / "checkpoint")
+    right, sequences = describe(tmp_path / "checkpoint"), certify_module._sequences(300)
+    index = read_metadata(tmp_path / "checkpoint" / WEIGHTS)
+    dtypes = {name: torch.float32 for tensor in family_of(right).tensors(right) for name in tensor.names}
+    theirs = certify_module._huggingfaces(tmp_path / "hf", dtypes, right, sequences)
+    found = [
+        float((certify_module._ours(tmp_path / "checkpoint", index, description, sequences) - theirs).abs().max())
+        for description in (right, replace(right, windowed_layers=windowed))
+    ]
+    assert found[0] < 1e-5 and found[1] > 10 * limit_for(float(theirs.abs().max()))
+
+
+def test_a_checkpoint_of_another_model_is_told_apart_before_the_comparison(copy: Path, tmp_path: Path) -> None:
+    make_model(1, "qwen3", tied=True).save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="was not converted from .*, whose model differs in family"):
+        certify(tmp_path / "hf", copy)
 
 
 def test_tensors_of_several_dtypes_are_compared_each_in_its_own(tmp_path: Path) -> None:

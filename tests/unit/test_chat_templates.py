@@ -514,7 +514,7 @@ def test_a_template_that_means_harm_is_refused_in_one_sentence(
     with pytest.raises(UserError) as refused:
         prepare(load_tokenizer(tmp_path / "hf", str(path)), spoken("Yes.", "No."), template=str(path))
     assert str(refused.value).startswith(f"data.template={path}: the chat template") and words in str(refused.value)
-    assert "\n" not in str(refused.value) and time.monotonic() - started < 10
+    assert "\n" not in str(refused.value) and time.monotonic() - started < 60
     assert render(tokenizer, [turn("user", "Hi")]) == "<|begin|><|user|>\nHi<|end|>", "rendering goes on"
 
 

@@ -674,7 +674,7 @@ def test_damaged_checkpoint_metadata_is_refused(content: bytes, checkpoint: Path
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("manifest.json", "not a Megatron checkpoint of this project"),
+        ("manifest.json", "nor a Megatron checkpoint of this project"),
         ("weights/.metadata", "the checkpoint has no weights"),
         ("hf/config.json", "no config.json there"),
     ],

@@ -142,7 +142,9 @@ def source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, module
     path = Path(spec.origin)
-    return text(path.with_name("__main__.py") if path.name == "__init__.py" else path)
+    found = text(path.with_name("__main__.py") if path.name == "__init__.py" else path)
+    # Two programs share their command line.
+    return found + text(ROOT / "tests" / "support" / "tables.py") * ("support.tables import program" in found)
 
 
 @each_page

@@ -22,7 +22,7 @@ finally:
 @pytest.mark.parametrize(
     ("program", "changes", "words"),
     [
-        ("train", ["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder"),
+        ("train", ["model.checkpoint=nowhere"], "nowhere: no such folder; a model on a hub is named"),
         ("train", ["data.train=nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         ("train", ["data.validation=nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         ("train", ["train.global_batch_size=64"], "train.global_batch_size=64 is more than the 2 pairs"),
@@ -34,7 +34,7 @@ finally:
             "scores.reward_file=r.jsonl: no such file",
         ),
         ("train", ["model.guidance=hf"], "hf/config.json: architecture 'None' is not supported"),
-        ("score", ["model.checkpoint=nowhere"], "nowhere: no such checkpoint folder"),
+        ("score", ["model.checkpoint=nowhere"], "nowhere: no such folder; a model on a hub is named"),
         ("score", ["data.train=broken.jsonl"], "broken.jsonl line 2: not valid JSON"),
         ("score", ["data.train=kto.jsonl"], "kto.jsonl"),
     ],

@@ -214,10 +214,7 @@ def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
     assert "parallel.tensor_model_parallel_size=8" in done.stdout.split("layouts of 64 ranks that fit")[1]
 
 
-NOWHERE = (
-    "nowhere: no such checkpoint folder, and no name on a hub, which is ORGANISATION/NAME or "
-    "ORGANISATION/NAME@REVISION."
-)
+NOWHERE = "nowhere: no such folder; a model on a hub is named ORGANISATION/NAME or ORGANISATION/NAME@REVISION."
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_what_to_do_next() -> None
         held_out=[before, after],
         held_out_pairs=100,
         checkpoint=checkpoint,
+        exported=None,
         report=None,
     )
     assert lines == [
@@ -83,7 +84,8 @@ def test_without_held_out_pairs_a_run_ends_without_such_a_line() -> None:
         held_out=[],
         held_out_pairs=0,
         checkpoint=Path("a/checkpoints/b"),
+        exported=Path("a/hf/b"),
         report=Path("a/report.html"),
     )
     assert lines[0] == "stopped: 1 step in 3 s"
-    assert lines[1:3] == ["checkpoint  a/checkpoints/b", "report      a/report.html"]
+    assert lines[1:] == ["checkpoint  a/checkpoints/b", "report      a/report.html", "exported    a/hf/b"]

@@ -41,7 +41,7 @@ from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.errors import USER_ERROR, UserError
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families import family_of, parameters
+from tgdpo_megatron.model.families import family_of, parameters, read_description
 from tgdpo_megatron.platform import programs
 
 LENGTHS = (33, 17)
@@ -70,6 +70,8 @@ def certify(source: Path, folder: Path) -> Certificate:
     if torch.cuda.is_available() or dist.is_initialized():
         return _in_child(source, folder)
     manifest, description = read_manifest(folder), describe(folder)
+    if differs := read_description(source).differs_from(description):
+        raise UserError(f"{folder}: was not converted from {source}, whose model differs in {', '.join(differs)}.")
     sequences = _sequences(description.vocab_size)
     index = read_metadata(folder / WEIGHTS)
     dtypes = {
@@ -86,7 +88,7 @@ def certify(source: Path, folder: Path) -> Certificate:
     if not difference <= limit:  # nor where it is not a number
         raise UserError(
             f"{source}: the converted model's log-probs differ from HuggingFace's by {difference:.2g} nats, more than "
-            "rounding explains, so the conversion is not used; please report this model."
+            "rounding explains; it is of another model, or its conversion is wrong, which please report."
         )
     certificate = Certificate(
         family=description.family,

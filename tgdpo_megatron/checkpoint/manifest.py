@@ -91,6 +91,8 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
     Raises:
         UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished or damaged checkpoint.
     """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, not the folder of a model.")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder.")
     path = folder / "manifest.json"
@@ -100,7 +102,12 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
                 f"{folder}: this is a HuggingFace model; convert it with "
                 "python -m tools.convert_hf_to_megatron HF_FOLDER MEGATRON_FOLDER."
             )
-        raise UserError(f"{folder}: not a Megatron checkpoint of this project (no manifest.json).")
+        if (folder / "checkpoints").is_dir():
+            raise UserError(f"{folder}: this is the folder of a run; name one of its {folder / 'checkpoints'}.")
+        raise UserError(
+            f"{folder}: neither a HuggingFace model (no config.json) nor a Megatron checkpoint of this project (no "
+            "manifest.json)."
+        )
     try:
         manifest = CheckpointManifest(**json.loads(path.read_text()))
     except (TypeError, ValueError):

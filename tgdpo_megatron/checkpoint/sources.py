@@ -6,6 +6,7 @@ model is converted once, wherever it lies and whatever it is called. Nothing her
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from typing import Literal
 from tgdpo_megatron import hub
 from tgdpo_megatron.cache import cache_folder, locked, sha256_of
 from tgdpo_megatron.checkpoint import shard_index
+from tgdpo_megatron.checkpoint.certificate import check_certificate
 from tgdpo_megatron.checkpoint.manifest import FORMAT, companions, hf_folder, is_companion, read_manifest
 from tgdpo_megatron.errors import USER_ERROR, UserError
 from tgdpo_megatron.platform import programs
@@ -67,6 +69,13 @@ class Source:
         return hf_folder(self.folder)
 
 
+def _meant(given: Path) -> str:
+    """A question for the folder that was meant, where one of nearly the same name is there; otherwise empty."""
+    siblings = [path.name for path in given.parent.iterdir()] if given.parent.is_dir() else []
+    close = difflib.get_close_matches(given.name, siblings, n=1, cutoff=0.8)
+    return f"; did you mean {given.parent / close[0]}?" if close else ""
+
+
 def find(given: Path, *, needs: Needs = "model", commit: str | None = None) -> Source:
     """Find a model: a folder, else by its name in the cache of the hub, else on the hub itself.
 
@@ -81,7 +90,9 @@ def find(given: Path, *, needs: Needs = "model", commit: str | None = None) -> S
         return Source(given, given)
     named = hub.model_id(str(given))
     if named is None:
-        raise UserError(f"{given}: no such checkpoint folder, and no name on a hub, which is {hub.FORM}.")
+        raise UserError(f"{given}: no such folder{_meant(given)}; a model on a hub is named {hub.FORM}.")
+    if _meant(given):  # asked of a hub, the name of a folder would leave this machine
+        raise UserError(f"{given}: no such folder{_meant(given)}.")
     if named.revision is None and commit is not None:
         named = hub.at_commit(named, commit)
     folder = hub.cached_snapshot(named)
@@ -210,7 +221,7 @@ def converted(source: Source, *, quiet: bool = False) -> Path:
     waiting = f"{source.given}: another program is converting it; waiting for {target}"
     with locked(target.with_name(f"{name}.lock"), waiting) as lock:
         if not _is_readable(target):
-            if target.exists():  # a disk that failed, or a machine that lost its power
+            if target.exists():  # damaged by hand, by a disk, or by a loss of power
                 shutil.rmtree(target)
             if not quiet:
                 print(f"{source.given}: converting once, to {target}", file=sys.stderr, flush=True)
@@ -219,8 +230,9 @@ def converted(source: Source, *, quiet: bool = False) -> Path:
 
 
 def _is_readable(folder: Path) -> bool:
+    """Whether a folder of the cache holds a whole conversion, certificate included."""
     try:
-        read_manifest(folder, with_index=False)
+        check_certificate(folder, read_manifest(folder, with_index=False))
     except UserError:
         return False
     return True

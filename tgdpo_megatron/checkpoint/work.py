@@ -136,7 +136,9 @@ def check_target(target: Path) -> None:
         UserError: It holds something.
     """
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.is_file():
+            raise UserError(f"{target}: is a file; choose another folder.")
+        if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: already there and not empty; choose another folder.")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}).") from None

@@ -83,6 +83,8 @@ class ModelDescription:
     def differs_from(self, other: ModelDescription) -> list[str]:
         """Names of the fields that keep two models from running stacked in one pipeline: every field that differs,
         but max_position_embeddings."""
+        if self.family != other.family:
+            return ["family"]  # the rest follows from it
         ours, theirs = asdict(self), asdict(other)
         return [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
 

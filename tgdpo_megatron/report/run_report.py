@@ -17,6 +17,8 @@ from statistics import median
 from typing import Any
 
 from tgdpo_megatron import __version__
+from tgdpo_megatron.checkpoint.certificate import NAME as CERTIFICATE
+from tgdpo_megatron.checkpoint.certificate import read_certificate
 from tgdpo_megatron.checkpoint.manifest import describe
 from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, few
@@ -52,7 +54,7 @@ from tgdpo_megatron.report.tokens import (
 )
 from tgdpo_megatron.report.viewer import ViewedResponse
 from tgdpo_megatron.report.words import number, percent, plural
-from tgdpo_megatron.run_folder import ANSWERS, REPORT, as_given, kept_sources, newest_checkpoint
+from tgdpo_megatron.run_folder import ANSWERS, REPORT, as_given, export_of, kept_sources, newest_checkpoint
 
 SHOWN_PAIRS = 4
 SHOWN_TOKENS = 300
@@ -235,7 +237,22 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         ("precision", config.train.precision + (f", FP8 {config.train.fp8}" if config.train.fp8 else "")),
         *pace,
         ("checkpoint", str(run.checkpoint) if run.checkpoint else "none was saved"),
+        *_proofs(run.checkpoint),
     ]
+
+
+def _proofs(checkpoint: Path | None) -> list[tuple[str, str]]:
+    """What is known of the checkpoint's conversions: the certificate of its start, and where it was exported."""
+    if checkpoint is None:
+        return []
+    found = []
+    if (checkpoint / CERTIFICATE).is_file():
+        certificate = read_certificate(checkpoint)
+        words = f"{certificate.largest_difference:.1e} nats, over {plural(certificate.tokens, 'token')}"
+        found.append(("certificate", f"the start's log-probs differ from HuggingFace's by at most {words}"))
+    if exported := export_of(checkpoint):
+        found.append(("exported", str(exported)))
+    return found
 
 
 def _files(pairs: PreparedPairs) -> str:
@@ -481,10 +498,13 @@ def _commands(run: _Run) -> list[str]:
         words = [word for word in run.command if not word.startswith("train.resume=")]
         where = f"from {run.checkpoint.name}" if run.checkpoint else "from the start: no checkpoint was saved"
         lines += [f"# go on {where}", shlex.join([*words, "train.resume=true"])]
-    if run.checkpoint is not None:
+    if run.checkpoint is not None and export_of(run.checkpoint) is None:
         lines += [
             "# a HuggingFace folder of the trained model",
             shlex.join(["python", "-m", "tools.convert_megatron_to_hf", str(run.checkpoint), str(run.output / "hf")]),
+        ]
+    if run.checkpoint is not None:
+        lines += [
             "# every pair token by token, with the model's own rewards before and after",
             shlex.join(["python", "-m", "tools.view", str(run.output), *["--validation"] * bool(run.held_out)]),
         ]

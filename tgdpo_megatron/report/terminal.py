@@ -107,6 +107,7 @@ def closing_lines(
     held_out: Sequence[Mapping[str, float]],
     held_out_pairs: int,
     checkpoint: Path,
+    exported: Path | None,
     report: Path | None,
 ) -> list[str]:
     """The result of a run, and what to do with it.
@@ -117,6 +118,7 @@ def closing_lines(
         seconds: How long they took, with evaluations and checkpoints.
         held_out: The lines of metrics with held-out results, in order.
         held_out_pairs: Number of pairs behind them.
+        exported: The HuggingFace model of the checkpoint, where it was written.
         report: report.html, where it was written.
     """
     spent = (
@@ -136,6 +138,8 @@ def closing_lines(
     lines.append(f"checkpoint  {checkpoint}")
     if report is not None:
         lines.append(f"report      {report}")
+    if exported is not None:
+        return [*lines, f"exported    {exported}"]
     export = ["python", "-m", "tools.convert_megatron_to_hf", str(checkpoint), str(checkpoint.parent.parent / "hf")]
     return [*lines, f"export      {shlex.join(export)}"]
 

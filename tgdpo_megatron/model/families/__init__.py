@@ -83,7 +83,9 @@ def read_description(folder: Path) -> ModelDescription:
     architecture = named[0] if isinstance(named, list) else named
     if family is None or architecture != family.architecture:
         supported = ", ".join(known.architecture for known in FAMILIES.values())
-        raise UserError(f"{path}: architecture '{architecture}' is not supported; supported: {supported}.")
+        kinds = {"ForConditionalGeneration": ", a multimodal model,", "Moe": ", a mixture of experts,"}
+        what = next((words for part, words in kinds.items() if part in str(architecture)), "")
+        raise UserError(f"{path}: architecture '{architecture}'{what} is not supported; supported: {supported}.")
     try:
         return replace(family.read(config, path), family=family.name)
     except KeyError as error:

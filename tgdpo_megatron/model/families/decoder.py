@@ -12,7 +12,7 @@ from tgdpo_megatron.model.tensor_maps import TensorMap, by_group, same, stacked
 WINDOWED, FULL = "sliding_attention", "full_attention"
 """HuggingFace's names of the two kinds of layers."""
 
-_ROPE = "supported are plain RoPE and Llama-3.1's scaling (llama3, with the factors 1 and 4, and 8192 positions)"
+_ROPE = "supported are plain RoPE and Llama-3.1's scaling, which is called llama3"
 
 
 def sizes(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -75,7 +75,10 @@ def rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
         return {"rotary_base": base, "rope_scaling_factor": None}
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind != "llama3" or any(found.get(name) != value for name, value in fixed.items()):
-        raise UserError(f"{path}: RoPE scaling {found} is not supported; {_ROPE}.")
+        raise UserError(
+            f"{path}: RoPE scaling '{kind}' with these settings is not supported; {_ROPE}. Where a model was published "
+            "without it, delete the entry."
+        )
     return {"rotary_base": base, "rope_scaling_factor": float(found["factor"])}
 
 

@@ -34,8 +34,8 @@ def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     windowed = by_kind.get(WINDOWED) or {}
     if rope_kind(windowed) != "default" or rope_kind(full) not in ("default", "linear"):
         raise UserError(
-            f"{path}: RoPE scaling {by_kind or full} is not supported; supported are plain RoPE, and a linear factor "
-            "for the layers without a window."
+            f"{path}: this RoPE scaling is not supported; supported are plain RoPE, and a linear factor for the layers "
+            "without a window."
         )
     base = float(full.get("rope_theta") or config.get("rope_theta") or 1e6)
     of_windows = float(windowed.get("rope_theta") or config.get("rope_local_base_freq") or 1e4)
