@@ -125,7 +125,7 @@ def check_reachable(named: HubId) -> None:
 
     if is_offline():
         raise UserError(
-            f"{_looked_for(named)}, and HF_HUB_OFFLINE=1 forbids to ask {endpoint()}; set HF_HUB_OFFLINE=0, or fill "
+            f"{_looked_for(named)}, and HF_HUB_OFFLINE=1 forbids asking {endpoint()}; set HF_HUB_OFFLINE=0, or fill "
             "the cache where there is a network."
         )
     with explained(named):
@@ -148,7 +148,7 @@ def list_files(named: HubId) -> list[str]:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE=1 forbids to ask the hub."""
+    """Whether HF_HUB_OFFLINE=1 forbids asking the hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE

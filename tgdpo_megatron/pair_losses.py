@@ -106,8 +106,9 @@ def start_of(loss: LossConfig) -> Start | None:
     policy = logps.clone().requires_grad_()
     losses, _ = pair_losses(loss, policy, pairs, **scores)
     (slopes,) = torch.autograd.grad(losses.sum(), policy)
-    first, second = losses.tolist()
-    return Start(first, float(slopes.abs().max())) if math.isclose(first, second, abs_tol=1e-9) else None
+    (first, second), slope = losses.tolist(), float(slopes.abs().max())
+    known = math.isclose(first, second, abs_tol=1e-9) and math.isfinite(slope)
+    return Start(first, slope) if known else None
 
 
 def pair_losses(loss: LossConfig, policy: Tensor, pairs: Pairs, **scores: Tensor) -> tuple[Tensor, Tensor]:
