@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.hub import ROOT
 from tgdpo_megatron.cache import cache_folder, locked, mended_by_deletion
+from tgdpo_megatron.checkpoint.certificate import check_certificate
 from tgdpo_megatron.checkpoint.located import convert_models
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.checkpoint.sources import Source, content_hash, converted, find
@@ -139,12 +140,24 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_made_again(hf_model: Path
     assert read_manifest(converted(find(hf_model))) == read_manifest(checkpoint)
 
 
-def test_a_checkpoint_that_is_damaged_in_the_cache_may_be_deleted_and_is_then_made_again(hf_model: Path) -> None:
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_conversion_in_the_cache_without_a_valid_certificate_is_made_again(
+    content: str | None, hf_model: Path, checkpoint: Path
+) -> None:
+    certificate = converted(find(hf_model)) / "certificate.json"
+    certificate.unlink()
+    if content is not None:
+        certificate.write_text(content)
+    again = convert_models(Config(model=ModelConfig(checkpoint=hf_model)))[0].model.checkpoint
+    assert again == certificate.parent
+    check_certificate(again, read_manifest(checkpoint))
+
+
+def test_a_checkpoint_whose_weights_are_damaged_in_the_cache_may_be_deleted_and_is_then_made_again(
+    hf_model: Path,
+) -> None:
     made = converted(find(hf_model))
-    (made / "certificate.json").write_text("{}")
     config = Config(model=ModelConfig(checkpoint=hf_model))
-    with pytest.raises(UserError, match=f"certificate.*; or delete {made}, since it is made again.$"):
-        convert_models(config)
     with pytest.raises(UserError, match=f"damaged; or delete {made}, since"), mended_by_deletion(made):
         raise UserError(f"{made}: damaged.")
     with pytest.raises(UserError, match="damaged.$"), mended_by_deletion(hf_model):

@@ -250,8 +250,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
         ("acme/prefs", "has no model of that name"),
         ("acme/a..b", "acme/a..b: no such file or folder, and no name on a hub"),
         ("nowhere", "no such folder; a model on a hub is named ORGANISATION/NAME or"),
-        ("/nowhere/tiny", "/nowhere/tiny: no such checkpoint folder"),
-        ("acme/tiny@", "no name on a hub"),
+        ("/nowhere/tiny", "/nowhere/tiny: no such folder; a model on a hub is named"),
+        ("acme/tiny@", "acme/tiny@: no such folder; a model on a hub is named"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_refused(given: str, words: str, hub: Hub, tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_a_path_that_is_no_name_on_a_hub_is_not_looked_for_there(train: Callable
     record = tmp_path / "looked-up"
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(record=str(record)))
     said = train("model.checkpoint=models/meta-llama/Meta-Llama-3-8B-Instruct", PYTHONPATH=str(tmp_path / "site"))
-    assert_refused(said, "models/meta-llama/Meta-Llama-3-8B-Instruct: no such checkpoint folder")
+    assert_refused(said, "models/meta-llama/Meta-Llama-3-8B-Instruct: no such folder; a model on a hub is named")
     assert not record.exists(), record.read_text()
     assert said.seconds < NETWORK_WAIT
     assert not (tmp_path / "run").exists()
