@@ -242,3 +242,14 @@ def test_a_refusal_by_the_child_is_its_own_sentence(tmp_path: Path, monkeypatch:
 def test_large_log_probs_may_differ_by_more() -> None:
     """Of a 2B model with random weights they are about -200 nats, and differ by 0.0011."""
     assert limit_for(30.0) == 1e-3 and 5e-3 < limit_for(200.0) < 1e-2
+
+
+def test_the_comparison_reads_an_output_matrix_that_a_tied_model_stores_as_huggingface_does(tmp_path: Path) -> None:
+    make_model(1, "llama", tied=True).save_pretrained(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="more than rounding explains"):
+        certify(tmp_path / "hf", tmp_path / "checkpoint")

@@ -137,7 +137,7 @@ def _huggingfaces(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    weights = HfWeights(source)
+    weights, embedding = HfWeights(source), "model.embed_tokens.weight"
     config = AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     if getattr(config, "sliding_window", None):
         config.sliding_window = min(config.sliding_window, _WINDOW)
@@ -145,9 +145,9 @@ def _huggingfaces(
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
     def read(name: str) -> Tensor:
-        stored = name if name in dtypes else "model.embed_tokens.weight"  # a tied output matrix
-        shape = weights.shape(stored)
-        return _in_fp32(shape, shape, lambda first, count: weights.rows(stored, first, count).to(dtypes[stored]))
+        stored = name if name in weights.names else embedding  # a tied output matrix that is not stored
+        shape, dtype = weights.shape(stored), dtypes.get(stored, dtypes[embedding])
+        return _in_fp32(shape, shape, lambda first, count: weights.rows(stored, first, count).to(dtype))
 
     with _progress(description, "HuggingFace's model") as done:
         lend(model.eval(), read, done)
