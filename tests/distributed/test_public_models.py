@@ -19,7 +19,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_model_layout
 from tgdpo_megatron.model.families import FAMILIES, family_of, read_description
 
-SIZES = (1, 2, 4, 8)
+SIZES = range(1, 9)
 LARGEST = ("Llama-3.3-70B", "Mistral-Small-24B", "Qwen2.5-72B", "Qwen3-32B", "Gemma-2-27B", "Gemma-3-1B")
 """Of each family, at every layout that fits; the others at the first and the last of these."""
 
