@@ -2,11 +2,14 @@
 
     run_ranks("tests.support.head", "compare", 2)
 
-Each rank is a fresh Python process joined by the product's own launcher code.
+Each rank is a process of its own. Where nothing else is asked for, it is forked from one that has imported torch and
+Megatron, which takes most of a start; otherwise the product's own launcher starts it.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = "tests.support.program"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(
@@ -40,15 +44,48 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         request = json.dumps([module, function, world_size, timeout_minutes, arguments, str(output)])
-        done = subprocess.run(
-            [sys.executable, "-m", program, request],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        run = _launched if environment or program != PROGRAM else _forked
+        codes, said = run(program, request, world_size, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+        assert not any(codes), said[-6000:]
         return json.loads(output.read_text())
+
+
+def _launched(program: str, request: str, _: int, environment: Mapping[str, str]) -> tuple[list[int], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", program, request],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return [done.returncode], done.stdout
+
+
+def _forked(_: str, request: str, world_size: int, environment: Mapping[str, str]) -> tuple[list[int], str]:
+    forge = _forge()
+    assert forge.stdin is not None and forge.stdout is not None
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        job = {"arguments": [request], "size": world_size, "environment": dict(environment), "log": log.name}
+        forge.stdin.write(json.dumps(job) + "\n")
+        forge.stdin.flush()
+        return json.loads(forge.stdout.readline()), log.read()
+
+
+@functools.cache
+def _forge() -> subprocess.Popen[str]:
+    """This process's forge, which lives as long."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    forge = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.forge"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    atexit.register(forge.kill)
+    return forge
 
 
 def main(program: str = PROGRAM) -> None:

@@ -1,0 +1,96 @@
+"""A run that goes on at another layout: the same pairs in the same order, and the same loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.kills import LAYOUT, SAVE_INTERVAL, STEPS, World
+from tests.support.forked import Job
+
+LIMIT = 1e-5
+"""Largest difference of a step's loss to that of the uninterrupted run at TP2×PP2, nats; all in fp32."""
+LAYOUTS = {
+    "TP2×PP2": (4, LAYOUT),
+    "TP1": (1, ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1")),
+    "PP2×DP2": (4, ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2")),
+    "TP4": (4, ("parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=1")),
+}
+FIRST = "TP2×PP2"
+
+
+@dataclass
+class Result:
+    """A run whose second half was computed at another layout."""
+
+    before: str
+    after: str
+    difference: float
+    """Of the losses of all steps to the run at TP2×PP2, the largest, nats."""
+    same_pairs: bool
+    """Whether every step took the same pairs."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.before} → {self.after}"
+
+    @property
+    def passed(self) -> bool:
+        return self.same_pairs and self.difference <= LIMIT
+
+
+def run(world: World, whole: Path) -> Iterator[Result]:
+    """From TP2×PP2 to every other layout, and back.
+
+    Args:
+        whole: The folder of the uninterrupted run at TP2×PP2 with cached scores.
+    """
+    for layout in LAYOUTS:
+        if layout == FIRST:
+            continue
+        other = world.folder / f"whole-{layout}"
+        _train(world, layout, other)
+        yield _continued(world, FIRST, whole, layout, whole)
+        yield _continued(world, layout, other, FIRST, whole)
+
+
+def _train(world: World, layout: str, output: Path) -> None:
+    size, parallel = LAYOUTS[layout]
+    job = Job("recipes.train", [*world.command("cached", output), *parallel], output.with_suffix(".log"), size)
+    assert job.end(patience=300) == [0] * size, job.said()
+
+
+def _continued(world: World, before: str, started: Path, after: str, whole: Path) -> Result:
+    """A run as if killed in the middle, continued at another layout."""
+    output = world.folder / f"{before}-then-{after}"
+    shutil.copytree(started, output)
+    for checkpoint in (output / "checkpoints").glob("iter-*"):
+        if int(checkpoint.name.removeprefix("iter-")) > STEPS // 2 // SAVE_INTERVAL * SAVE_INTERVAL:
+            shutil.rmtree(checkpoint)
+    _train(world, after, output)
+    losses, samples = ([_losses(run) for run in (whole, output)], [_samples(run) for run in (whole, output)])
+    difference = max(abs(one - other) for one, other in zip(*losses, strict=True))
+    return Result(before, after, difference, samples[0] == samples[1])
+
+
+def _losses(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def _samples(output: Path) -> str:
+    return (output / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line for each change of layout."""
+    width = max(len(result.name) for result in results)
+    lines = [
+        f"{result.name:{width}}  {result.difference:.1e}  {'same pairs' if result.same_pairs else 'OTHER PAIRS'}  "
+        f"{'pass' if result.passed else 'FAIL'}"
+        for result in results
+    ]
+    return "\n".join([f"{'continued at another layout':{width}}  largest difference of a loss", *lines])
