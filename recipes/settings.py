@@ -63,6 +63,7 @@ UNREAD = {
         "train": {
             *("output", "num_epochs", "train_iters", "global_batch_size", "fixed_micro_batches", "fp8", "fp8_recipe"),
             *("recompute", "log_interval", "eval_interval", "save_interval", "save_minutes", "report", "resume"),
+            *("exit_after_minutes", "max_skipped_steps", "loss_spike_deviations"),
         },
         "report": set(ReportConfig.model_fields),
     }

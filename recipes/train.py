@@ -22,8 +22,13 @@ def main() -> None:
         # Megatron only in the ranks, once the packages that it uses have been checked.
         from tgdpo_megatron.platform.processes import job
 
-        minutes = config.train.distributed_timeout_minutes
-        with job("recipes.train", processes=processes, nodes=nodes, timeout_minutes=minutes) as ranks:
+        with job(
+            "recipes.train",
+            processes=processes,
+            nodes=nodes,
+            timeout_minutes=config.train.distributed_timeout_minutes,
+            rank_timeout_minutes=config.train.rank_timeout_minutes,
+        ) as ranks:
             config = on_device(config, ranks.device.type)
             from tgdpo_megatron.planning import out_of_memory
             from tgdpo_megatron.train import train

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Iterator
 from types import FrameType
 
-from tgdpo_megatron.errors import INTERRUPTED, REQUEUE
+import psutil
 
 LAUNCHED = "TGDPO_LAUNCHED"
 """Set where our launcher started the ranks: the file in which a rank leaves its last words."""
+STARTED = "TGDPO_STARTED"
+"""Set by our launcher: when it was started, in seconds since 1970."""
+_RESERVED_AT_FIRST = 0.05
 FINISH = signal.SIGUSR1
 """Asks a rank to finish its step, save and end."""
 
@@ -22,9 +27,33 @@ def asking() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, FINISH, *hung_up]
 
 
-def code_of(asked: Collection[int]) -> int:
-    """The exit code of a program that was asked to end by these signals, or by its own clock."""
-    return INTERRUPTED if signal.SIGINT in asked else REQUEUE
+class Deadline:
+    """The end of the time that a run has.
+
+    Args:
+        minutes: Since the program's start. 0: without end.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.end = (
+            float(os.environ.get(STARTED) or psutil.Process().create_time()) + 60 * minutes if minutes else math.inf
+        )
+        self.reserve = minutes * 60 * _RESERVED_AT_FIRST
+        self._longest = 0.0
+        self._began: float | None = None
+
+    def is_near(self) -> bool:
+        """Whether there is no time left for one more step. Asked at the beginning of each.
+
+        What a step took is measured from one beginning to the next, with all that comes after it. Time is reserved for
+        the longest so far twice: for the step that is about to begin, and for what follows the end of the run. A
+        twentieth of all time is reserved in any case, since the first save may be longer than any step before.
+        """
+        now = time.time()
+        if self._began is not None:
+            self._longest = max(self._longest, now - self._began)
+        self._began = now
+        return now + max(2 * self._longest, self._longest + self.reserve) > self.end
 
 
 class Interrupts:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from tgdpo_megatron.errors import (
     INTERRUPTED,
     RANK_DIED,
@@ -27,10 +29,12 @@ from tgdpo_megatron.errors import (
     UNEXPECTED,
     USER_ERROR,
     StoppedError,
+    code_of,
 )
-from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, asking, code_of
+from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, STARTED, asking
 from tgdpo_megatron.platform.meeting import Failure, Meeting, Report, Verdict
 from tgdpo_megatron.platform.nodes import Nodes
+from tgdpo_megatron.platform.parents import PARENT
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 3.0
@@ -131,9 +135,16 @@ def launch(
                 rank.process.kill()  # a stopped process as well
     verdict = meeting.agree(report, judge)
     if verdict.sentence and nodes.rank == 0:
-        stopped = verdict.code in (REQUEUE, INTERRUPTED)
-        print(verdict.sentence if stopped else f"error: {verdict.sentence}", file=sys.stderr, flush=True)
+        by_force = any((rank.process.wait() or 0) < 0 for rank in launcher.ranks)
+        _say(verdict, on_a_new_line=by_force)
     return verdict.code
+
+
+def _say(verdict: Verdict, *, on_a_new_line: bool) -> None:
+    """Say how the job ended. A first rank that was killed has left its progress bar without the end of a line."""
+    start = "\n" if on_a_new_line else ""
+    stopped = verdict.code in (REQUEUE, INTERRUPTED)
+    print(start + verdict.sentence if stopped else f"{start}error: {verdict.sentence}", file=sys.stderr, flush=True)
 
 
 def _environment(nodes: Nodes, port: int, processes: int, local: int) -> dict[str, str]:
@@ -159,7 +170,8 @@ def _start(module: str, arguments: Sequence[str], environment: dict[str, str], f
     words = folder / f"rank-{number}"
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=environment | {LAUNCHED: str(words)},
+        env=environment
+        | {LAUNCHED: str(words), PARENT: str(os.getpid()), STARTED: str(psutil.Process().create_time())},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ import torch
 import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
-from tgdpo_megatron.errors import LostRankError, SilentRankError, UserError, ran_out_of_memory, refusal
-from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
+from tgdpo_megatron.errors import LostRankError, UserError, ran_out_of_memory, refusal
+from tgdpo_megatron.platform import checks, cpu, life, torch_adam, torch_clip
 from tgdpo_megatron.platform.launcher import launch
 from tgdpo_megatron.platform.nodes import ALONE, Nodes
 from tgdpo_megatron.quiet import debugging, quiet
+
+RANK_TIMEOUT_MINUTES = 5.0
+"""The default of train.rank_timeout_minutes, for programs that have no settings."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def job(
     *,
     processes: int,
     timeout_minutes: float,
+    rank_timeout_minutes: float = RANK_TIMEOUT_MINUTES,
     nodes: Nodes = ALONE,
 ) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
@@ -63,6 +66,7 @@ def job(
         module: The program, as in `python -m MODULE`.
         processes: Ranks on this node.
         timeout_minutes: A collective that takes longer ends the job. So long the nodes wait for each other, too.
+        rank_timeout_minutes: A rank that stands still for longer ends the job.
         nodes: The place of this node among those of the job.
     """
     quiet()
@@ -81,12 +85,13 @@ def job(
                     processes=processes,
                     nodes=nodes,
                     timeout_minutes=timeout_minutes,
-                    silence_minutes=timeout_minutes,
+                    silence_minutes=rank_timeout_minutes,
                 )
             )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     ranks = _join(timeout_minutes)
-    yield ranks
+    with life.shown(ranks.rank, ranks.world_size, silence_minutes=rank_timeout_minutes):
+        yield ranks
     dist.destroy_process_group()
 
 
@@ -160,14 +165,12 @@ def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Do something once, on the first rank, and give every rank its result. Collective.
 
     The work may take longer than any collective: until it is done, the other ranks look for a word of the first rank
-    in the store, and for its signs of life.
+    in the store. That the first rank is alive is watched as always, see life.py.
 
     Raises:
         UserError: On the other ranks, if the first rank met one, or was refused something by the operating system. The
             first rank itself raises what it met, whatever that is.
         LostRankError: On the other ranks, if the first rank failed otherwise.
-        SilentRankError: On the other ranks, if the first rank has given no sign of life for as long as a collective may
-            take.
     """
     if ranks.world_size == 1:
         return work()
@@ -183,7 +186,6 @@ def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 _calls = itertools.count()
 """Counts the same on every rank, since the calls are collective."""
-_SECONDS_BETWEEN_SIGNS = 1.0
 _LONGEST_PAUSE = 0.5
 """Most seconds between two looks into the store."""
 _SECONDS_FOR_LAST_WORDS = 10.0
@@ -191,44 +193,27 @@ _SECONDS_FOR_LAST_WORDS = 10.0
 
 
 def _do_first(store: Any, call: str, work: Callable[[], Any]) -> Any:
-    """Do the work, show that this rank is alive meanwhile, and leave word how it ended."""
-    ended = threading.Event()
-
-    def show_life() -> None:
-        while not ended.wait(_SECONDS_BETWEEN_SIGNS):
-            store.add(f"{call}: signs of life", 1)
-
-    thread = threading.Thread(target=show_life, daemon=True)
-    thread.start()
+    """Do the work, and leave word how it ended."""
     try:
         result = work()
     except BaseException as error:
         # Where memory ran out, this rank alone says so, once the planner has found what would help.
         store.set(call, json.dumps({"refusal": None if ran_out_of_memory(error) else refusal(error)}))
         raise
-    finally:
-        ended.set()
-        thread.join()
     store.set(call, json.dumps({"done": True}))
     return result
 
 
 def _wait_for_first(store: Any, call: str) -> None:
-    """Wait until the first rank's work is done.
+    """Wait until the first rank's work is done, however long it takes.
 
     Raises:
-        UserError, LostRankError, SilentRankError: As on_first_rank.
+        UserError, LostRankError: As on_first_rank.
     """
-    signs, heard, pause = 0, time.monotonic(), 0.01
+    pause = 0.01
     while not store.check([call]):
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
-        if (now := store.add(f"{call}: signs of life", 0)) != signs:
-            signs, heard = now, time.monotonic()
-        if (silent := time.monotonic() - heard) > store.timeout.total_seconds():
-            raise SilentRankError(
-                f"rank 0, for whose work this rank waits, has given no sign of life for {silent:.0f} s."
-            )
     word = json.loads(store.get(call))
     if "done" in word:
         return
