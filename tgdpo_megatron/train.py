@@ -54,6 +54,7 @@ from tgdpo_megatron.report.terminal import (
     length_of_run,
     result_words,
 )
+from tgdpo_megatron.run_lock import RunLock
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
@@ -84,6 +85,7 @@ class _Run:
         identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
         template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
         incidents: What goes wrong in single steps.
+        lock: Keeps other jobs out of the folder.
     """
 
     config: Config
@@ -100,6 +102,7 @@ class _Run:
     identity: CheckpointManifest
     template: str | None
     incidents: Incidents
+    lock: RunLock
 
     @property
     def epoch_size(self) -> int:
@@ -197,6 +200,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     if done == last:
         _answer(run, ranks, "after")
     on_first_rank(ranks, partial(_conclude, run, ranks, done, time.monotonic() - started))
+    run.lock.release()
     if done < last:
         raise StoppedError(
             f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
@@ -382,10 +386,13 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     config = on_device(config, ranks.device.type)
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
+    life.at("checking the inputs")
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
-        resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
+        lock = RunLock(output)
+        resumed_from = on_first_rank(ranks, partial(_open, output, lock, config))
+        lock.share()
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
         commits = run_folder.kept_commits(output if resumed_from else None)
@@ -405,6 +412,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         identity = _identity(config, models, pairs, scores, template)
         run_folder.check_continues(resumed_from, config, identity)
         initialize_model_parallel(config.parallel, config.train.seed)
+        life.at("building and loading the models")
         engine = build_engine(
             config,
             models.description,
@@ -444,7 +452,24 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         identity,
         template,
         incidents,
+        lock,
     )
+
+
+def _open(output: Path, lock: RunLock, config: Config) -> Path | None:
+    """Take the folder of the run for this job. Called on the first rank.
+
+    Returns:
+        The checkpoint to continue from, or None for a new run.
+
+    Raises:
+        UserError: As check_output, or another job works there.
+    """
+    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
+        lock.take()
+    found = run_folder.check_output(output, config)
+    lock.take()
+    return found
 
 
 def _start_of(config: Config) -> Path:

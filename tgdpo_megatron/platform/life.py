@@ -161,9 +161,7 @@ class _Signs:
         self.next_silent = self.next_silent + self.pause if sign == self.next_sign else 0.0
         self.next_sign = sign
         if self.next_silent > self.silence and not (seen := Sign(**json.loads(sign))).ended:
-            _end(
-                f"{seen.name} has given no sign of life for {self.next_silent:.0f} s; it was last seen at: {seen.words}."
-            )
+            _end(f"{seen.name} has given no sign of life for {self.next_silent:.0f} s; last seen at: {seen.words}.")
 
     def _look_at_all(self, store: Any) -> None:
         """End the job if no rank moves, and name the one for which the others wait."""
