@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -26,9 +27,16 @@ from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.report.metrics import Sums, add_up, names_for
 
-LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Sums]]
-"""(output of the model on the last stage, its micro-batch) -> sum of the losses over pairs, number of pairs, sums to
-report. Megatron divides once, by the number of pairs of all ranks."""
+
+class LossFunction(Protocol):
+    """Turns the output of the model on the last stage into a loss."""
+
+    def __call__(self, output: Tensor, batch: Batch, /) -> tuple[Tensor, Tensor, Sums]:
+        """Sum of the losses over pairs, number of pairs, sums to report. Megatron divides once, by the number of pairs
+        of all ranks."""
+
+    def of_each_pair(self, output: Tensor, batch: Batch, /) -> Tensor:
+        """The loss of each pair. [P]"""
 
 
 @dataclass(frozen=True)
@@ -116,20 +124,51 @@ class Engine:
             for model in self.policy:
                 model.start_param_sync(force_sync=True)
 
-    def update(self) -> tuple[float, float]:
-        """Clip the gradient and update the weights, unless the gradient is not finite.
+    @torch.no_grad()
+    def losses_of_pairs(self, batches: Sequence[Batch]) -> dict[int, float]:
+        """Run this rank's micro-batches forward only. Collective, and slow where there are many ranks.
 
         Returns:
-            The norm of the gradient over all ranks, before clipping, and the learning rate of this step.
+            Pair -> its loss, of all micro-batches of all ranks.
         """
-        self.scheduler.step(increment=1)  # before the update, so that no step has learning rate 0
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+
+        def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+            batch = next(batches)
+            return model(batch), lambda output, non_loss_data: self.loss.of_each_pair(output, batch)
+
+        outputs = run_pipeline(
+            self.policy, forward_step, batches, self.config, forward_only=True, collect_non_loss_data=True
+        )
+        here = {
+            pair: loss
+            for batch, losses in zip(batches, outputs, strict=False)
+            for pair, loss in zip(batch.samples, losses.tolist(), strict=True)
+        }
+        everywhere: list[dict[int, float]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, here)
+        return {pair: loss for found in everywhere for pair, loss in found.items()}
+
+    def gradient_norm(self) -> float:
+        """The norm of the gradient over all ranks. Collective."""
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        return float(self.optimizer.get_grad_norm())
+
+    def next_learning_rate(self) -> float:
+        """Move the schedule on by a step, which has this learning rate, whether or not the weights are updated."""
+        self.scheduler.step(increment=1)  # before the update, so that no step has learning rate 0
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def update(self) -> float:
+        """Clip the gradient and update the weights, unless the gradient is not finite: then nothing is changed.
+
+        Returns:
+            The norm of the gradient over all ranks, before clipping.
+        """
+        norm = self.gradient_norm()
         if math.isfinite(norm):
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
             self.optimizer.step_with_ready_grads()
-        return norm, learning_rate
+        return norm
 
 
 def build_engine(

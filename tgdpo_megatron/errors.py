@@ -11,20 +11,24 @@ import argparse
 import contextlib
 import faulthandler
 import io
-import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
+from tgdpo_megatron.platform.interrupts import asking
+from tgdpo_megatron.platform.parents import end_with_parent
 from tgdpo_megatron.quiet import debugging, quiet
 
-UNEXPECTED, USER_ERROR, RANK_DIED, RANK_SILENT, STOPPED, INTERRUPTED = 1, 2, 3, 4, 5, 130
-"""Exit codes. A program ends with 128 + the number of the signal that asked for its end; STOPPED is how a rank tells
-its launcher so."""
+UNEXPECTED, USER_ERROR, REQUEUE, INTERRUPTED = 1, 2, 75, 130
+"""Exit codes of programs. REQUEUE asks a batch system to start the same command again: a signal or the clock ended the
+work before it was done. INTERRUPTED: Ctrl-C did."""
+RANK_DIED, RANK_SILENT = 3, 4
+"""Exit codes with which a rank tells its launcher about another: that it ended, or that it stands still."""
 SHOW_STACKS = signal.SIGUSR2
 """A process that gets this signal writes to stderr where each of its threads is, and goes on."""
 _STDERR = 2
@@ -43,19 +47,19 @@ class NonFiniteError(UserError):
 
 
 class StoppedError(Exception):
-    """A signal asked for the end of a run, which has saved its work. The message says how to go on."""
+    """A signal or the clock asked for the end of the work. The message says what is kept, and how to go on.
 
-    def __init__(self, message: str, number: int) -> None:
+    Args:
+        code: Exit code of the program, REQUEUE or INTERRUPTED.
+    """
+
+    def __init__(self, message: str, code: int = REQUEUE) -> None:
         super().__init__(message)
-        self.number = number
+        self.code = code
 
 
 class LostRankError(Exception):
     """Another rank failed. This rank did nothing wrong, but cannot go on."""
-
-
-class SilentRankError(LostRankError):
-    """Another rank gives no sign of life any more, and nobody else may know it yet."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -126,6 +130,8 @@ def one_sentence_errors() -> Iterator[None]:
             setattr(sys, name, _Unread.instead_of(stream))
     faulthandler.enable(_STDERR)
     faulthandler.register(SHOW_STACKS, _STDERR)
+    end_with_parent()
+    before = {} if "TGDPO_LAUNCHED" in os.environ else {number: signal.signal(number, _stop) for number in asking()[1:]}
     try:
         yield
         return
@@ -133,6 +139,9 @@ def one_sentence_errors() -> Iterator[None]:
         raise
     except BaseException as caught:  # torch's CheckpointException is no Exception
         error = caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     code, message = _verdict(error)
     in_a_rank, launched = "RANK" in os.environ, "TGDPO_LAUNCHED" in os.environ
     if code == UNEXPECTED and not in_a_rank:
@@ -142,15 +151,26 @@ def one_sentence_errors() -> Iterator[None]:
     if code != UNEXPECTED and int(os.environ.get("RANK", 0)) > 0:
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if launched else 3)
-    if launched:
-        _leave_message(message)
-    else:
+    if not leave_word(message):
         print(message if isinstance(error, StoppedError) else f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if in_a_rank:
         os._exit(code)  # sys.exit would wait for collectives with ranks that are gone
     sys.exit(code)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """End a program on a signal that ends programs, as Ctrl-C does: what is half-written is removed."""
+    raise StoppedError(
+        f"stopped by {signal.Signals(number).name} before the work was done; give the same command again (a training "
+        "that has saved a checkpoint: with train.resume=true)."
+    )
+
+
+def code_of(asked: Collection[int]) -> int:
+    """The exit code of a program that was asked to end by these signals, or by its own clock."""
+    return INTERRUPTED if signal.SIGINT in asked else REQUEUE
 
 
 class _Unread(io.FileIO):
@@ -184,9 +204,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted."
     if isinstance(error, StoppedError):
-        return STOPPED if "TGDPO_LAUNCHED" in os.environ else 128 + error.number, str(error)
+        return error.code, str(error)
     if isinstance(error, LostRankError):
-        return RANK_SILENT if isinstance(error, SilentRankError) else RANK_DIED, str(error)
+        return RANK_DIED, str(error)
     if lost_a_rank(error):
         return RANK_DIED, "another rank ended; this one stops too."
     if sentence := refusal(error):
@@ -207,6 +227,11 @@ def _show_traceback(error: BaseException) -> None:
     sys.stderr.write(text)  # at once, lest the lines of several ranks mix
 
 
-def _leave_message(message: str) -> None:
-    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-        json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
+def leave_word(message: str) -> bool:
+    """Leave a rank's last words to its launcher. False where no launcher of ours started this process."""
+    try:
+        with open(os.environ["TGDPO_LAUNCHED"], "w", encoding="utf-8") as file:
+            file.write(message)
+    except (KeyError, OSError):
+        return False
+    return True

@@ -34,15 +34,29 @@ class PreferenceLoss:
                 the divergence if the formula reads it. [k, R] fp32. The policy's and the divergence carry gradient.
         """
         loss = self.config.loss
-        policy, *live = logps
-        names = (*self.config.live_models, *(name for name in loss.method.reads if name == "divergence"))
-        inputs = inputs_of(loss, batch.pairs, **(batch.scores | dict(zip(names, live, strict=True))))
+        policy, inputs = self._read(logps, batch)
         losses, margins = formula(loss)(policy, batch.pairs, **inputs)
         sums = micro_batch_sums(
             loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach(), padding=batch.padding
         )
         pairs = torch.full((), batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
         return losses.sum(), pairs, sums
+
+    def of_each_pair(self, logps: Tensor, batch: Batch) -> Tensor:
+        """The loss of each pair of a micro-batch. [P] fp32.
+
+        Args:
+            logps: As above.
+        """
+        policy, inputs = self._read(logps, batch)
+        return formula(self.config.loss)(policy, batch.pairs, **inputs)[0]
+
+    def _read(self, logps: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's token log-probs, and what else the formula reads."""
+        loss = self.config.loss
+        policy, *live = logps
+        names = (*self.config.live_models, *(name for name in loss.method.reads if name == "divergence"))
+        return policy, inputs_of(loss, batch.pairs, **(batch.scores | dict(zip(names, live, strict=True))))
 
 
 def formula(loss: LossConfig) -> Formula:

@@ -4,6 +4,8 @@ FOLDER/config.yaml                resolved settings, with the models as they wer
 FOLDER/sources.json               where each model was found: its commit on a hub, its Megatron checkpoint
 FOLDER/data/                      tokenised pairs
 FOLDER/metrics.jsonl, tensorboard/
+FOLDER/samples.jsonl, skipped.jsonl, spikes.jsonl  see report/journal.py
+FOLDER/lock                       see run_lock.py
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
 FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
@@ -34,6 +36,7 @@ from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.data.hub_splits import at_commit
 from tgdpo_megatron.errors import UserError, in_short, refusal
 from tgdpo_megatron.quiet import debugging
+from tgdpo_megatron.run_lock import LOCK, InUseError
 
 _FIXED_IN_A_RUN = {
     "loss": tuple(LossConfig.model_fields),
@@ -126,7 +129,7 @@ def check_output(output: Path, config: Config) -> Path | None:
     Raises:
         UserError: It holds another run, or cannot be written.
     """
-    used = output.is_dir() and any(entry.name not in ("data", "logs") for entry in output.iterdir())
+    used = output.is_dir() and any(entry.name not in ("data", "logs", LOCK) for entry in output.iterdir())
     newest = newest_checkpoint(output)
     if used and not config.train.resume:
         raise UserError(
@@ -277,7 +280,7 @@ def removed_if_refused(folder: Path, *, is_first: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if refusal(error) and is_first and not was_there:
+        if refusal(error) and is_first and not was_there and not isinstance(error, InUseError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -38,11 +37,13 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.data.tokenizer import hash_of, template_of, tokenizer_for
 from tgdpo_megatron.engine import Engine, build_engine
-from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, in_short
+from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, code_of, in_short
+from tgdpo_megatron.incidents import Incidents
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
-from tgdpo_megatron.platform import interrupts
+from tgdpo_megatron.platform import interrupts, life
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
+from tgdpo_megatron.platform.random_states import set_for_step
 from tgdpo_megatron.quiet import debugging
 from tgdpo_megatron.report.metrics import Logger, averages
 from tgdpo_megatron.report.terminal import (
@@ -53,6 +54,7 @@ from tgdpo_megatron.report.terminal import (
     length_of_run,
     result_words,
 )
+from tgdpo_megatron.run_lock import RunLock
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
@@ -82,6 +84,8 @@ class _Run:
         found: Role -> where each model was found, and how the user had named it.
         identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
         template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
+        incidents: What goes wrong in single steps.
+        lock: Keeps other jobs out of the folder.
     """
 
     config: Config
@@ -97,6 +101,8 @@ class _Run:
     found: dict[str, Source]
     identity: CheckpointManifest
     template: str | None
+    incidents: Incidents
+    lock: RunLock
 
     @property
     def epoch_size(self) -> int:
@@ -117,6 +123,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     if ranks.is_first:
         _introduce(run, loudness)
     last = config.train.train_iters or 0
+    deadline = interrupts.Deadline(config.train.exit_after_minutes)
     logger = Logger(output, active=ranks.is_first, first=run.first)
     progress = tqdm(
         range(run.first, last),
@@ -146,28 +153,37 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             done = iteration + 1
             where = f"step {done} ({_name_samples(pairs, picked)})"
             overdue = ranks.is_first and 0 < config.train.save_minutes * 60 <= began - saved_at
-            metrics, stop, save = _step(run, batches, done, where, stop=asked.received is not None, save=overdue)
+            asks = asked.received is not None or (ranks.is_first and deadline.is_near())
+            life.at(f"step {done}, forward and backward", watched=done > run.first + 1)  # the first may compile
+            metrics, stop, save = _step(run, picked, batches, done, where, stop=asks, save=overdue)
             metrics["perf/seconds_per_step"] = time.monotonic() - began
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
-            # A run that is stopped has little time left, and saves first of all.
+            # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
+            stop = stop and done < last
             due = not stop and (done == last or _is_due(done, config.train.eval_interval))
             if run.validation is not None and due:
+                life.at(f"evaluating after step {done}", watched=True)
                 held_out = _evaluate(engine, run.validation, config, ranks)
                 _check_finite(held_out, f"the validation loss after {where}", output)
                 metrics |= {f"eval/{name}": value for name, value in averages(held_out).items()}
                 if done < last and ranks.is_first and loudness > Loudness.QUIET:
                     progress.write(f"step {done}: held out: {result_words(metrics, 'eval/')}")
-            if due or stop or _is_due(done, config.train.log_interval):
+            told = "loss" in metrics or (due and run.validation is not None)  # little is known of a skipped step
+            if told and (due or stop or _is_due(done, config.train.log_interval)):
                 logger.log(done, metrics)
-                progress.set_postfix_str(result_words(metrics), refresh=False)
+                if "loss" in metrics:
+                    progress.set_postfix_str(result_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
             every = config.train.export_interval
             export = not stop and every > 0 and (done == last or _is_due(done, every))
             keep = done == last or stop or export or _is_due(done, config.train.save_interval)
             if keep or save:
+                life.at(f"saving the checkpoint of step {done}")
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
+                if "loss" not in metrics:  # a step that was skipped may have pairs that no weights suit
+                    batches = _micro_batches(run.training, _picked(run, done), config, ranks)
                 _check_finite(engine.forward(batches), f"the loss after {where}", output)
                 checkpoint = _save(run, done)
                 if ranks.is_first and replaced is not None:
@@ -178,48 +194,66 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             if stop:
                 progress.update()
                 break
+    life.at("ending the run")
     logger.close()
     progress.close()
     if done == last:
         _answer(run, ranks, "after")
     on_first_rank(ranks, partial(_conclude, run, ranks, done, time.monotonic() - started))
+    run.lock.release()
     if done < last:
         raise StoppedError(
             f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
             "train.resume=true.",
-            asked.received or signal.SIGTERM,
+            code_of([asked.received] if asked.received else []),
         )
 
 
 def _step(
-    run: _Run, batches: list[Batch], done: int, where: str, *, stop: bool, save: bool
+    run: _Run, picked: np.ndarray, batches: list[Batch], done: int, where: str, *, stop: bool, save: bool
 ) -> tuple[dict[str, float], bool, bool]:
-    """One optimizer step. Collective.
+    """One optimizer step, which is skipped where its loss or gradient is not finite. Collective.
+
+    The step number gives the schedule of the learning rate and the order of the pairs, so that both move on in a step
+    that is skipped, and nothing else does.
 
     Args:
+        picked: The pairs of the step, of which `batches` are this rank's micro-batches.
         where: The step and its pairs, for errors.
         stop, save: Whether this rank wants to stop, or to save, after the step.
 
     Returns:
-        The step's metrics, and whether any rank wants to stop, or to save.
+        The step's metrics, without a loss where it was skipped, and whether any rank wants to stop, or to save.
     """
-    run.engine.zero_grad()
+    engine, settings = run.engine, run.config.train
+    set_for_step(settings.seed, done)
+    engine.zero_grad()
     # What the ranks want is added up together with the sums, so that agreeing costs no reduction of its own.
-    totals = run.engine.forward_backward(batches, votes={"stop": stop, "save": save})
+    totals = engine.forward_backward(batches, votes={"stop": stop, "save": save})
     stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
-    _check_finite(totals, f"the loss of {where}", run.output)
-    if done == 1 and run.start is not None:
+    run.incidents.keep_samples(done, picked)
+    if done == 1 and run.start is not None and _is_finite(totals):
         _check_start(totals["loss"] / totals["pairs"], run.start, run)
-    grad_norm, learning_rate = run.engine.update()
+    learning_rate = engine.next_learning_rate()
+    if not _is_finite(totals):
+        return run.incidents.skip(done, "loss", picked, batches, where), stop, save
+    loss = totals["loss"] / totals["pairs"]
+    run.incidents.look_for_leap(done, loss, batches)
+    life.at(f"step {done}, update", watched=done > run.first + 1)
+    grad_norm = engine.update()
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(f"the gradient of {where} is not finite; {run_folder.what_is_kept(run.output)}.")
-    metrics = averages(totals) | {
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "epoch": done * run.config.train.global_batch_size / run.epoch_size,
-        "num_tokens": totals["tokens"],
-        "num_padding_tokens": totals["padding"],
-    }
+        return run.incidents.skip(done, "gradient", picked, batches, where), stop, save
+    metrics = (
+        averages(totals)
+        | run.incidents.done(loss)
+        | {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "epoch": done * settings.global_batch_size / run.epoch_size,
+            "num_tokens": totals["tokens"],
+            "num_padding_tokens": totals["padding"],
+        }
+    )
     return metrics, stop, save
 
 
@@ -352,10 +386,13 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     config = on_device(config, ranks.device.type)
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
+    life.at("checking the inputs")
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
-        resumed_from = on_first_rank(ranks, partial(run_folder.check_output, output, config))
+        lock = RunLock(output)
+        resumed_from = on_first_rank(ranks, partial(_open, output, lock, config))
+        lock.share()
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
         commits = run_folder.kept_commits(output if resumed_from else None)
@@ -375,6 +412,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         identity = _identity(config, models, pairs, scores, template)
         run_folder.check_continues(resumed_from, config, identity)
         initialize_model_parallel(config.parallel, config.train.seed)
+        life.at("building and loading the models")
         engine = build_engine(
             config,
             models.description,
@@ -390,9 +428,48 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     part = _Part(pairs, scores)
     same = models.policy.weights == models.reference.weights
     start = start_of(config.loss) if same else None
-    return _Run(
-        config, output, engine, part, mix, held_out, resumed_from, first, start, is_new, found, identity, template
+    incidents = Incidents(
+        output,
+        config,
+        engine,
+        pairs,
+        lambda picked: _micro_batches(part, picked, config, ranks),
+        first=first,
+        ranks=ranks,
     )
+    return _Run(
+        config,
+        output,
+        engine,
+        part,
+        mix,
+        held_out,
+        resumed_from,
+        first,
+        start,
+        is_new,
+        found,
+        identity,
+        template,
+        incidents,
+        lock,
+    )
+
+
+def _open(output: Path, lock: RunLock, config: Config) -> Path | None:
+    """Take the folder of the run for this job. Called on the first rank.
+
+    Returns:
+        The checkpoint to continue from, or None for a new run.
+
+    Raises:
+        UserError: As check_output, or another job works there.
+    """
+    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
+        lock.take()
+    found = run_folder.check_output(output, config)
+    lock.take()
+    return found
 
 
 def _start_of(config: Config) -> Path:
@@ -429,8 +506,12 @@ def _evaluate(engine: Engine, validation: _Part, config: Config, ranks: Ranks) -
     return totals
 
 
+def _is_finite(totals: dict[str, float]) -> bool:
+    return not totals["not_finite"] and all(map(math.isfinite, totals.values()))
+
+
 def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
-    if totals["not_finite"] or not all(map(math.isfinite, totals.values())):
+    if not _is_finite(totals):
         raise NonFiniteError(f"{what} is not finite; {run_folder.what_is_kept(output)}.")
 
 

@@ -14,7 +14,7 @@ from tgdpo_megatron.errors import UserError, in_short, lost_a_rank, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-from tgdpo_megatron.errors import LostRankError, SilentRankError, UserError, one_sentence_errors
+from tgdpo_megatron.errors import LostRankError, UserError, one_sentence_errors
 
 def inner():
     {statement}
@@ -72,7 +72,6 @@ def test_every_line_of_a_ranks_traceback_names_the_rank() -> None:
     [
         ("raise RuntimeError('Connection closed by peer [127.0.0.1]')", 3, "another rank ended; this one stops too."),
         ("raise LostRankError('rank 0 failed.')", 3, "rank 0 failed."),
-        ("raise SilentRankError('rank 0 is silent.')", 4, "rank 0 is silent."),
     ],
 )
 def test_a_rank_that_lost_another_says_so_without_a_traceback(statement: str, code: int, sentence: str) -> None:

@@ -21,7 +21,11 @@ def test_a_program_beside_a_job_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch
     expected = {name: value for name, value in os.environ.items() if name not in (*of_a_job, "SLURM_STEP_ID")}
     expected = {name: value for name, value in expected.items() if not name.startswith("SLURM_")}
     del expected["TGDPO_LAUNCHED"], expected["OMP_NUM_THREADS"]
-    assert found == expected | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": found["PYTHONPATH"]}
+    assert found == expected | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": found["PYTHONPATH"],
+        "TGDPO_PARENT": str(os.getpid()),
+    }
 
 
 def test_files_in_the_users_folder_do_not_take_the_place_of_ours(

@@ -412,8 +412,20 @@ class TrainConfig(_Group):
     """Whether to write report.html into the folder of the run."""
     resume: bool = False
     """Whether to continue the run in `output` from its newest checkpoint."""
+    exit_after_minutes: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Minutes after the program's start when the run must have ended. It stops one step and one save earlier, and its
+    exit code 75 asks for another start. 0 sets no end."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps in a row that may be skipped because their loss or gradient is not finite. One more ends the run."""
+    loss_spike_deviations: float = Field(8.0, ge=0, allow_inf_nan=False)
+    """How many standard deviations above the median of the last 50 steps a loss must be for its pairs to be written to
+    spikes.jsonl. 0 looks for none."""
     distributed_timeout_minutes: int = Field(10, ge=1)
-    """Minutes after which a collective that has not finished ends the job."""
+    """Minutes after which a collective that has not finished ends the job. The machines of a job wait as long for each
+    other at its start."""
+    rank_timeout_minutes: float = Field(5.0, gt=0, allow_inf_nan=False)
+    """Minutes after which a rank that stands still ends the job. Shorter than distributed_timeout_minutes, so that
+    the rank is named before the others give up waiting for it."""
 
     @property
     def recipe_of_fp8(self) -> str | None:

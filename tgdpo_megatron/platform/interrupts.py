@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
+import psutil
+
 LAUNCHED = "TGDPO_LAUNCHED"
-"""Set where this program started the ranks. Its launcher then asks them with FINISH, and with no other signal."""
+"""Set where our launcher started the ranks: the file in which a rank leaves its last words."""
+STARTED = "TGDPO_STARTED"
+"""Set by our launcher: when it was started, in seconds since 1970."""
+_RESERVED_AT_FIRST = 0.05
 FINISH = signal.SIGUSR1
 """Asks a rank to finish its step, save and end."""
+
+
+def asking() -> list[signal.Signals]:
+    """The signals that ask a program to end: a person's Ctrl-C, a batch system's, and that of a closed terminal."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # as under nohup
+    return [signal.SIGINT, signal.SIGTERM, FINISH, *hung_up]
+
+
+class Deadline:
+    """The end of the time that a run has.
+
+    Args:
+        minutes: Since the program's start. 0: without end.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.end = (
+            float(os.environ.get(STARTED) or psutil.Process().create_time()) + 60 * minutes if minutes else math.inf
+        )
+        self.reserve = minutes * 60 * _RESERVED_AT_FIRST
+        self._longest = 0.0
+        self._began: float | None = None
+
+    def is_near(self) -> bool:
+        """Whether there is no time left for one more step. Asked at the beginning of each.
+
+        What a step took is measured from one beginning to the next, with all that comes after it. Time is reserved for
+        the longest so far twice: for the step that is about to begin, and for what follows the end of the run. A
+        twentieth of all time is reserved in any case, since the first save may be longer than any step before.
+        """
+        now = time.time()
+        if self._began is not None:
+            self._longest = max(self._longest, now - self._began)
+        self._began = now
+        return now + max(2 * self._longest, self._longest + self.reserve) > self.end
 
 
 class Interrupts:
@@ -35,13 +77,13 @@ class Interrupts:
 def noticed() -> Iterator[Interrupts]:
     """While the block runs, signals that would end this process are only remembered.
 
-    A rank of our launcher listens to FINISH alone: SIGTERM then means that another rank failed, and ends it.
+    A rank of our launcher leaves Ctrl-C to it. The others it listens to as well: some batch systems send their signals
+    to every process of a job.
     """
     interrupts = Interrupts()
-    asked_by = [FINISH] if LAUNCHED in os.environ else [FINISH, signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, interrupts.receive) for number in asked_by}
+    before = {number: signal.signal(number, interrupts.receive) for number in asking()}
     if LAUNCHED in os.environ:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield interrupts
     finally:

@@ -7,11 +7,12 @@ import re
 import sys
 from pathlib import Path
 
-from tgdpo_megatron.platform.interrupts import LAUNCHED
+from tgdpo_megatron.platform.interrupts import LAUNCHED, STARTED
+from tgdpo_megatron.platform.parents import PARENT
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OF_A_JOB = re.compile(
-    f"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*|TORCHELASTIC_.*|{LAUNCHED}|SLURM_.*|OMP_NUM_THREADS"
+    f"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*|TORCHELASTIC_.*|{LAUNCHED}|{STARTED}|SLURM_.*|OMP_NUM_THREADS"
 )
 """Variables that tell a process of a job its place in it, and its share of the cores."""
 
@@ -22,7 +23,10 @@ def command(module: str, *arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables of such a program: those of this process, without a place in a job and without a GPU."""
+    """The variables of such a program: those of this process, without a place in a job and without a GPU.
+
+    It ends with this process.
+    """
     inherited = {name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)}
     path = os.pathsep.join(filter(None, (str(_ROOT), inherited.get("PYTHONPATH"))))
-    return inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    return inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, PARENT: str(os.getpid())}

@@ -1,0 +1,88 @@
+"""A folder that a job writes into is refused to a second one for as long as a process of the first lives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tgdpo_megatron import run_folder, run_lock
+from tgdpo_megatron.run_lock import InUseError, RunLock
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_SECONDS_TO_END", 0)
+
+
+def test_a_second_job_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.take()
+    with pytest.raises(
+        InUseError, match=rf"{tmp_path}: another job works there \(process {os.getpid()} on .*, since 2"
+    ):
+        second.take()
+    first.release()
+    second.take()
+    second.release()
+
+
+def test_the_lock_holds_while_any_rank_of_the_job_lives(tmp_path: Path) -> None:
+    first, other = RunLock(tmp_path), RunLock(tmp_path)
+    first.take()
+    other.share()
+    first.release()  # as when the first rank is killed
+    with pytest.raises(InUseError):
+        RunLock(tmp_path).take()
+    other.release()
+    RunLock(tmp_path).take()
+
+
+def test_the_lock_ends_with_a_holder_that_is_killed(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from tgdpo_megatron.run_lock import RunLock
+lock = RunLock(Path({str(tmp_path)!r}))
+lock.take()
+print("held", flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(InUseError, match=f"process {holder.pid} on "):
+            RunLock(tmp_path).take()
+        holder.kill()
+    RunLock(tmp_path).take()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "a", "process": 1, "since": 1e300}', "9" * 5000])
+def test_whatever_the_file_says_the_refusal_is_a_sentence(content: str, tmp_path: Path) -> None:
+    first = RunLock(tmp_path)
+    first.take()
+    first.path.write_text(content)
+    with pytest.raises(InUseError, match="another job works there; wait"):
+        RunLock(tmp_path).take()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    RunLock(tmp_path).take()
+    assert "this file system has no locks (Function not implemented)" in capsys.readouterr().out
+
+
+def test_the_job_that_came_second_to_a_new_folder_does_not_remove_it(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with pytest.raises(InUseError), run_folder.removed_if_refused(folder, is_first=True):
+        folder.mkdir()
+        raise InUseError("another job works there.")
+    assert folder.is_dir()

@@ -1,0 +1,46 @@
+"""Files of a run that grow by a line of JSON for a step, and that agree with the checkpoint from which it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SAMPLES, SKIPPED, SPIKES = "samples.jsonl", "skipped.jsonl", "spikes.jsonl"
+"""Files in the folder of a run: the pairs of each step, the steps that were skipped, and those whose loss leapt."""
+
+
+class Journal:
+    """One such file, written by one rank. It is there once it has a line.
+
+    Args:
+        first: Optimizer steps done before this process. Lines that an interrupted run wrote after them are dropped.
+    """
+
+    def __init__(self, path: Path, *, first: int) -> None:
+        self.path = path
+        if path.is_file():
+            part = path.with_suffix(".tmp")
+            part.write_text("".join(lines_until(first, path)))
+            os.replace(part, path)  # a run that is killed now keeps its lines
+
+    def write(self, step: int, content: Mapping[str, Any]) -> None:
+        """Add a line about an optimizer step, counted from 1."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": step, **content}, allow_nan=False) + "\n")
+
+
+def lines_until(step: int, path: Path) -> list[str]:
+    """The lines up to a step. A line that a killed run left incomplete is dropped."""
+    if not step or not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["iteration"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    return kept
