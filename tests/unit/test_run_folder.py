@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
 from tgdpo_megatron.config import Config, OptimizerConfig, load
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_folder import check_continues, check_output, keep_settings, newest_checkpoint
+from tgdpo_megatron.resuming import check_continues
+from tgdpo_megatron.run_folder import check_output, keep_settings, newest_checkpoint
 
 IDENTITY = CheckpointManifest(
     weights="w",
@@ -49,8 +50,7 @@ def changed(config: Config, group: str, name: str, value: Any) -> Config:
 def test_a_run_continues_with_its_own_settings(stopped: tuple[Path, Config]) -> None:
     folder, config = stopped
     check_continues(folder, config, IDENTITY)
-    resumed = changed(config, "train", "resume", True)
-    assert check_output(folder.parent.parent, resumed) == folder
+    check_output(folder.parent.parent, changed(config, "train", "resume", True))
 
 
 FIXED = [
