@@ -66,11 +66,7 @@ def find_start(output: Path, ranks: Ranks) -> Path | None:
     on_first_rank(ranks, partial(_delete_unfinished, output))
     moved: list[str] = []
     while (newest := on_first_rank(ranks, partial(_newest_folder, output))) is not None:
-        found: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(found, _looked_at(newest, ranks.rank, ranks.world_size))
-        if refusal := next((refusal for _, refusal in found if refusal is not None), None):
-            raise UserError(refusal)
-        damage = next((damage for damage, _ in found if damage is not None), None)
+        damage = _altered_file(newest, ranks) or on_first_rank(ranks, partial(_what_is_wrong, newest))
         if damage is None:
             return Path(newest)
         moved.append(on_first_rank(ranks, partial(_move_aside, newest, damage)))
@@ -95,32 +91,38 @@ def _newest_folder(output: Path) -> Path | None:
     return max(run_folder.checkpoint_folders(output), key=run_folder.step_of, default=None)
 
 
-def _looked_at(folder: Path, part: int, parts: int) -> tuple[str | None, str | None]:
-    """What is wrong with a checkpoint, and why it cannot be used though it may be whole; None where nothing is."""
-    try:
-        return _damage(folder, part, parts), None
-    except UserError as error:
-        return None, str(error)
-
-
-def _damage(folder: Path, part: int, parts: int) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank looks, in words; None where nothing is.
+def _altered_file(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a file that has a checksum, in words; None where nothing is. The ranks share the files.
 
     Raises:
-        UserError: A file cannot be read, or another version has saved it.
+        UserError: A file is there, but cannot be read, on any rank.
+    """
+    damage = unread = None
+    try:
+        if (folder / SUMS).is_file():
+            damage = first_damage(folder, part=ranks.rank, parts=ranks.world_size)
+    except OSError as error:
+        unread = error.strerror
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, (damage, unread))
+    if reason := next(filter(None, (unread for _, unread in found)), None):
+        raise UserError(f"{folder}: this checkpoint cannot be read ({reason}); it was left as it is.")
+    return next(filter(None, (damage for damage, _ in found)), None)
+
+
+def _what_is_wrong(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of whose files none was altered, in words; None where nothing is.
+
+    Raises:
+        UserError: Another version has saved it.
     """
     if not (folder / "manifest.json").is_file():
         return "manifest.json is missing"
-    try:
-        has_sums = (folder / SUMS).is_file()
-        if has_sums and (damage := first_damage(folder, part=part, parts=parts)) is not None:
-            return damage
-    except OSError as error:
-        raise UserError(f"{folder}: this checkpoint cannot be read ({error.strerror}); nothing was changed.") from None
+    has_sums = (folder / SUMS).is_file()
     try:
         manifest = read_manifest(folder)
     except UserError as error:
-        if has_sums:  # so it was saved, but by another version
+        if has_sums:
             raise
         return re.sub(rf"^{re.escape(str(folder))}[/:]*\s*", "", str(error)).removesuffix(".")
     if manifest.sums is not None and not has_sums:

@@ -111,7 +111,7 @@ def begin_save(
     manifest = replace(manifest, weights=weights, weights_bf16=rounded, sums=SUMS)
     shards, common = model_shards(sharded_model_state(chunks)), {"iteration": manifest.iteration}
     if not manifest.weights_only:
-        more, of_optimizer = optimizer_shards(optimizer, _for_optimizer(sharded_model_state(chunks)), _metadata())
+        more, of_optimizer = optimizer_shards(optimizer, _for_optimizer(sharded_model_state(chunks)), megatron_layout())
         shards += more
         common |= {"optimizer": of_optimizer, "scheduler": scheduler.state_dict()}
 
@@ -131,7 +131,9 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
     """
     model_state = sharded_model_state(chunks)
     options = [{name: group[name] for name in _SET_BY_USERS if name in group} for group in optimizer.param_groups]
-    optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
+    optimizer_state = optimizer.sharded_state_dict(
+        _for_optimizer(model_state), is_loading=True, metadata=megatron_layout()
+    )
     loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
     _put(chunks, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
@@ -154,7 +156,7 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
     return {
         str(place): {
             name: value
-            for name, value in chunk.sharded_state_dict(metadata=_metadata()).items()
+            for name, value in chunk.sharded_state_dict(metadata=megatron_layout()).items()
             if not name.endswith("_extra_state")
         }
         for place, chunk in enumerate(chunks)
@@ -187,7 +189,8 @@ def _for_optimizer(model_state: dict[str, Any]) -> dict[str, Any]:
     return {f"model{place}": state for place, state in model_state.items()}
 
 
-def _metadata() -> dict[str, Any]:
+def megatron_layout() -> dict[str, Any]:
+    """How Megatron lays a checkpoint out: so that it can be read at any other layout."""
     return {
         **CONTENT_METADATA,
         "distrib_optim_sharding_type": "fully_reshardable",
