@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.program import run_ranks
-from tests.support.saves import DAMAGES
+from tests.support.saves import DAMAGES, OLD
 from tgdpo_megatron.checkpoint.manifest import read_metadata
 from tgdpo_megatron.checkpoint.sums import read_sums
 
@@ -39,25 +39,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
     """Two data-parallel ranks, which own half of the optimizer's state each."""
     folder = tmp_path_factory.mktemp("saves")
 
-    def job(output: str, *, lr: float = 1e-3, beta: float = 0.1, **train: Any) -> dict[str, Any]:
+    def job(output: str, *, beta: float = 0.1, optimizer: Any = None, **train: Any) -> dict[str, Any]:
         usual = {"train_iters": 4, "save_interval": 2, "global_batch_size": 4, "micro_batch_size": 1}
         return {
             "model": {"checkpoint": str(checkpoint)},
             "loss": {"type": "dpo", "beta": beta},
             "data": {"train": str(pairs_file), "validation": str(pairs_file)},
-            "optimizer": {"lr": lr, "lr_warmup_iters": 0},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 0} | (optimizer or {}),
             "train": usual | {"report": False} | train | {"output": str(folder / output)},
         }
 
     best = {"keep_best": "eval/loss", "keep_last": 1, "save_interval": 1, "eval_interval": 1, "train_iters": 6}
+    undistributed = {"optimizer": {"use_distributed_optimizer": False}, "async_save": False}
     go_on = {"resume": True, "train_iters": 6}
     jobs = {
         "blocking": job("blocking", async_save=False),
         "background": job("background") | {"slow": 0.02},
-        "best": job("best", lr=0.3, **best),
+        "best": job("best", optimizer={"lr": 0.3}, **best),
         "full": job("full") | {"full_after": 30, "slow": 0.01},
         "weights only": job("weights only", save_optimizer=False),
         "weights only, resumed": job("weights only", save_optimizer=False, **go_on),
+        "undistributed": job("undistributed", **undistributed),
+        "undistributed, killed": job("undistributed, killed", resume=True, **undistributed)
+        | {"killed": str(folder / "undistributed")},
         "changed": job("blocking", beta=0.2, **go_on),
     }
     said, damaged = run_ranks(
@@ -100,6 +104,15 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_in_one_sentence_and_keeps_the
     assert runs.checkpoints("full") == [BEFORE]
 
 
+def test_a_run_without_the_distributed_optimizer_goes_on_bit_for_bit(runs: Runs) -> None:
+    """What the kill left behind is gone. Weights and optimizer state of four steps are those of the whole run."""
+    assert runs.checkpoints("undistributed, killed") == [BEFORE, WHOLE]
+    names = ("undistributed", "undistributed, killed")
+    sums = [read_sums(runs.folder / name / "checkpoints" / WHOLE) for name in names]
+    of_ranks = [{name: found[name] for name in found if name.endswith(".distcp")} for found in sums]
+    assert of_ranks[0] == of_ranks[1]
+
+
 def test_weights_alone_take_a_quarter_of_the_disk_and_are_no_start_of_a_continued_run(runs: Runs) -> None:
     sizes = [
         sum(path.stat().st_size for path in (runs.folder / name / "checkpoints" / WHOLE).rglob("*.distcp"))
@@ -126,6 +139,10 @@ def test_a_damaged_newest_checkpoint_is_named_moved_aside_and_the_one_before_is_
     else:
         assert (start, there) == (BEFORE, [BEFORE, DAMAGED])
     assert said.count("\n") == 1 and f"is damaged ({words}" in said
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_without_checksums(runs: Runs) -> None:
+    assert runs.damaged[OLD] == [WHOLE, "", [BEFORE, WHOLE]]
 
 
 def test_sha256sum_finds_nothing_wrong_with_a_checkpoint(runs: Runs) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import torch
 from recipes.settings import RECIPES
 from tgdpo_megatron.config import complete, load
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.platform.processes import Ranks
+from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 
 
 def train_on_disks(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> list[str]:
     """Run training jobs one after another; return the sentence each was refused with, or "".
 
-    Beside its settings a job may have `slow`, seconds that every box of a checkpoint takes to be written, and
-    `full_after`, the number of boxes that the second rank can write.
+    Beside its settings a job may have `slow`, seconds that every box of a checkpoint takes to be written, `full_after`,
+    the number of boxes that the second rank can write, and `killed`, the folder of a run from whose copy it goes on as
+    if that had been killed before its newest checkpoint was whole.
     """
     from megatron.core import parallel_state
 
@@ -33,6 +35,8 @@ def train_on_disks(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> list[str]:
     said = []
     for job in jobs:
         settings = dict(job)
+        if killed := settings.pop("killed", None):
+            on_first_rank(ranks, partial(_kill, Path(killed), Path(settings["train"]["output"])))
         slow, full_after = settings.pop("slow", 0.0), settings.pop("full_after", None)
         try:
             with _disk(slow, full_after if ranks.rank == 1 else None):
@@ -42,6 +46,13 @@ def train_on_disks(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> list[str]:
             said.append(str(refusal))
         parallel_state.destroy_model_parallel()
     return said
+
+
+def _kill(run: Path, copy: Path) -> None:
+    shutil.copytree(run, copy)
+    newest = max((copy / "checkpoints").glob("iter-*"))
+    (newest / "manifest.json").unlink()
+    newest.rename(newest.with_name(newest.name + ".tmp"))
 
 
 @contextlib.contextmanager
@@ -131,13 +142,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 """What happens to the newest checkpoint -> how, and what is said of it. The files are those of two ranks."""
 
 
+OLD = "no checksums, as earlier versions saved"
+
+
+def _as_earlier_versions(folder: Path) -> None:
+    """Without checksums, and without what the manifest has learnt to say since."""
+    (folder / "SHA256SUMS").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("weights_only", "held_out", "progress", "sums"):
+        del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def damaged(ranks: Ranks, *, run: str, folder: str) -> dict[str, list[Any]]:
     """Damage the newest checkpoint of a run in every way; return where it would go on, what was said, what is there."""
-    from tgdpo_megatron.platform.processes import on_first_rank
     from tgdpo_megatron.resuming import find_start
 
     found = {}
-    for number, (name, (damage, _)) in enumerate(DAMAGES.items()):
+    ways = {name: damage for name, (damage, _) in DAMAGES.items()} | {OLD: _as_earlier_versions}
+    for number, (name, damage) in enumerate(ways.items()):
         copy = Path(folder) / str(number)
         on_first_rank(ranks, lambda copy=copy, damage=damage: _copied(Path(run), copy, damage))
         with contextlib.redirect_stderr(io.StringIO()) as said:
