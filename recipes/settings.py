@@ -64,6 +64,7 @@ UNREAD = {
             *("output", "num_epochs", "train_iters", "global_batch_size", "fixed_micro_batches", "fp8", "fp8_recipe"),
             *("recompute", "log_interval", "eval_interval", "save_interval", "save_minutes", "report", "resume"),
             *("exit_after_minutes", "max_skipped_steps", "loss_spike_deviations"),
+            *("keep_last", "keep_best", "async_save", "save_optimizer", "export_interval", "resume_with_changes"),
         },
         "report": set(ReportConfig.model_fields),
     }

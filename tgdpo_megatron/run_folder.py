@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be used, where a run continues, what must not change when it does.
+"""The folder of a run: whether it can be used, and what is in it.
 
 FOLDER/config.yaml                resolved settings, with the models as they were named
 FOLDER/sources.json               where each model was found: its commit on a hub, its Megatron checkpoint
@@ -9,6 +9,7 @@ FOLDER/lock                       see run_lock.py
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
 FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py
+FOLDER/checkpoints/best           a link to one of them, with train.keep_best
 FOLDER/hf/iter-0000030/           its export, with train.export_interval
 """
 
@@ -18,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,46 +32,20 @@ import yaml
 
 from tgdpo_megatron.cache import write_json
 from tgdpo_megatron.checkpoint.located import ROLES, with_folders
-from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.manifest import SETTINGS, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source
-from tgdpo_megatron.config import Config, LossConfig
+from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.hub_splits import at_commit
 from tgdpo_megatron.errors import UserError, in_short, refusal
 from tgdpo_megatron.quiet import debugging
 from tgdpo_megatron.run_lock import LOCK, InUseError
 
-_FIXED_IN_A_RUN = {
-    "loss": tuple(LossConfig.model_fields),
-    "data": ("max_length", "shuffle", "weights"),
-    "train": ("global_batch_size", "seed", "precision", "fp8", "fp8_recipe"),
-    "optimizer": (
-        "lr",
-        "min_lr",
-        "lr_decay_style",
-        "lr_warmup_iters",
-        "clip_grad",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_eps",
-    ),
-}
-"""Settings that continuing must not change. Layout, micro-batches, intervals and train_iters may."""
-
-
-_IDENTITY = {
-    "pairs_hash": "other pairs",
-    "reference": "another reference",
-    "guidance": "another guidance",
-    "rewards": "other contrastive prompts or another reward file",
-}
-"""Inputs that must stay the same when a run is continued."""
-
-
 REPORT = "report.html"
 """File in the folder of a run."""
 ANSWERS = "answers.json"
 """Another: prompt, chosen answer, and the model's answers before and after training."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
 EXPORTS = "hf"
 """Folder of a run's exports to HuggingFace."""
 
@@ -80,10 +56,29 @@ def export_of(checkpoint: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def checkpoint_folders(output: Path) -> list[Path]:
+    """The folders named like checkpoints of a run, the earliest step first. They may be damaged."""
+    return sorted((path for path in output.glob(f"{CHECKPOINTS}/iter-*") if _STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint of a run was saved, by its name."""
+    found = _STEP.fullmatch(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
+
+
+_STEP = re.compile(r"iter-([0-9]{1,18})")
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, the earliest step first. Their files are not looked at."""
+    return [folder for folder in checkpoint_folders(output) if (folder / "manifest.json").is_file()]
+
+
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    whole = [path.parent for path in output.glob("checkpoints/iter-*/manifest.json") if path.parent.suffix != ".tmp"]
-    return max(whole, key=lambda folder: folder.name, default=None)
+    """The newest whole checkpoint of a run, or None. Its files are not looked at."""
+    return max(whole_checkpoints(output), key=step_of, default=None)
 
 
 def is_finished(output: Path) -> bool:
@@ -91,7 +86,7 @@ def is_finished(output: Path) -> bool:
     newest = newest_checkpoint(output)
     if newest is None or not (output / "config.yaml").is_file():
         return False
-    steps = _kept_settings(newest).get("train", {}).get("train_iters")
+    steps = kept_settings(newest).get("train", {}).get("train_iters")
     return (read_manifest(newest, with_index=False).iteration or 0) >= (steps or math.inf)
 
 
@@ -120,73 +115,33 @@ def with_newest_checkpoints(config: Config) -> Config:
     return with_folders(config, named)
 
 
-def check_output(output: Path, config: Config) -> Path | None:
+def check_output(output: Path, config: Config) -> None:
     """Check that a run's folder can be used.
-
-    Returns:
-        The checkpoint to continue from, or None for a new run.
 
     Raises:
         UserError: It holds another run, or cannot be written.
     """
     used = output.is_dir() and any(entry.name not in ("data", "logs", LOCK) for entry in output.iterdir())
-    newest = newest_checkpoint(output)
     if used and not config.train.resume:
         raise UserError(
             f"{output}: already there and not empty; choose another train.output, or continue the run in it with "
             "train.resume=true."
         )
-    if used and newest is None and not (output / "metrics.jsonl").is_file():
+    if used and not checkpoint_folders(output) and not (output / "metrics.jsonl").is_file():
         raise UserError(f"{output}: holds no run that could be continued; choose another train.output.")
     check_writable(output)
-    return newest
 
 
-def check_continues(start: Path | None, config: Config, identity: CheckpointManifest) -> None:
-    """Refuse to continue a run as another one.
-
-    Raises:
-        UserError: Other pairs, other frozen weights, or another setting of the method; or the run is finished.
-    """
-    if start is None:
-        return
-    before = read_manifest(start)
-    if (before.iteration or 0) >= (config.train.train_iters or 0):
-        longer = "train.train_iters" if config.train.num_epochs is None else "train.num_epochs"
-        raise UserError(f"{start.parent.parent}: this run is finished ({start.name}); raise {longer} to go on.")
-    for name, words in _IDENTITY.items():
-        if getattr(before, name) != getattr(identity, name):
-            raise UserError(f"{start}: the run had {words} than now; start a new run.")
-    if before.chat_template_kwargs not in (None, identity.chat_template_kwargs):
-        raise UserError(f"{start}: the run had other data.chat_template_kwargs than now; start a new run.")
-    saved = _kept_settings(start)
-    current = config.model_dump(mode="json")
-    for group, names in _FIXED_IN_A_RUN.items():
-        for name in names:
-            before_now = saved.get(group, {}).get(name)
-            if before_now != current[group][name]:
-                raise UserError(
-                    f"{start}: the run has {group}.{name}={before_now}, not {current[group][name]}; "
-                    "continue it as it was, or start a new run."
-                )
-
-
-def warmup_of(start: Path) -> int | None:
-    """The steps of warm-up of the run that a checkpoint belongs to."""
-    steps = _kept_settings(start).get("optimizer", {}).get("lr_warmup_iters")
-    return steps if isinstance(steps, int) else None
-
-
-def _kept_settings(start: Path) -> dict[str, dict[str, Any]]:
-    """The settings that are kept with the run that a checkpoint belongs to.
+def kept_settings(start: Path) -> dict[str, dict[str, Any]]:
+    """The settings that a checkpoint of a run was saved with. Earlier versions kept them with the run alone.
 
     Raises:
         UserError: They cannot be read.
     """
-    kept = start.parent.parent / "config.yaml"
+    kept = start / SETTINGS if (start / SETTINGS).is_file() else start.parent.parent / SETTINGS
     try:
         saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{kept}: the settings of the run cannot be read ({in_short(error)}).") from error
     if not isinstance(saved, dict) or not all(isinstance(group, dict) for group in saved.values()):
         raise UserError(f"{kept}: the settings of the run were altered; they are no groups of settings any more.")
@@ -209,11 +164,17 @@ def keep_settings(output: Path, config: Config, found: Mapping[str, Source]) -> 
         for role, source in found.items()
     }
     write_json(output / _SOURCES, kept)
-    settings: str = yaml.safe_dump(as_given(config, found).model_dump(mode="json"), sort_keys=False)
+    settings = settings_text(config, found)
     part = output / "config.yaml.tmp"
     part.write_text(settings)
     os.replace(part, output / "config.yaml")
     return settings
+
+
+def settings_text(config: Config, found: Mapping[str, Source]) -> str:
+    """The settings as YAML, with the models as the user named them."""
+    text: str = yaml.safe_dump(as_given(config, found).model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def as_given(config: Config, found: Mapping[str, Source]) -> Config:

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,13 @@ import numpy as np
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from tgdpo_megatron import preflight, run_folder
+from tgdpo_megatron import preflight, resuming, run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
 from tgdpo_megatron.checkpoint import located
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source
-from tgdpo_megatron.checkpoint.state import load_training_state, save_checkpoint
+from tgdpo_megatron.checkpoint.state import load_training_state
 from tgdpo_megatron.config import Config, check_batch_layout, on_device, with_steps
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import Mix, global_batch, mix_of
@@ -40,6 +40,7 @@ from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, code_of, in_short
 from tgdpo_megatron.incidents import Incidents
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
+from tgdpo_megatron.planning.disk import check_disk
 from tgdpo_megatron.platform import interrupts, life
 from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
@@ -55,6 +56,7 @@ from tgdpo_megatron.report.terminal import (
     result_words,
 )
 from tgdpo_megatron.run_lock import RunLock
+from tgdpo_megatron.saves import Content, Saves, best_checkpoint, is_due
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
@@ -82,8 +84,7 @@ class _Run:
         start: What is known of the loss of the first step; None where nothing is.
         is_new: Whether the run made its folder.
         found: Role -> where each model was found, and how the user had named it.
-        identity: Identity of the run's checkpoints, without fingerprints of weights and iteration.
-        template: Text of the chat template that checkpoints get in place of the tokenizer's own; None to keep that.
+        saves: Saves its checkpoints.
         incidents: What goes wrong in single steps.
         lock: Keeps other jobs out of the folder.
     """
@@ -99,8 +100,7 @@ class _Run:
     start: Start | None
     is_new: bool
     found: dict[str, Source]
-    identity: CheckpointManifest
-    template: str | None
+    saves: Saves
     incidents: Incidents
     lock: RunLock
 
@@ -138,12 +138,11 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         engine.find_scales(_micro_batches(run.training, _picked(run, run.first), config, ranks))
     if run.validation is not None and run.first == 0:
         before = _evaluate(engine, run.validation, config, ranks)
-        _check_finite(before, "the validation loss before the first step", output)
+        _check_finite(before, "the validation loss before the first step", run)
         logger.log(0, {f"eval/{name}": value for name, value in averages(before).items()})
     if run.first == 0:
         _answer(run, ranks, "before")
-    started = saved_at = time.monotonic()
-    replaced: Path | None = None  # the checkpoint that the next one replaces
+    started, saves = time.monotonic(), run.saves
     done, stop = run.first, False
     with interrupts.noticed() as asked:
         for iteration in progress:
@@ -152,7 +151,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             batches = _micro_batches(run.training, picked, config, ranks)
             done = iteration + 1
             where = f"step {done} ({_name_samples(pairs, picked)})"
-            overdue = ranks.is_first and 0 < config.train.save_minutes * 60 <= began - saved_at
+            overdue = ranks.is_first and saves.overdue
             asks = asked.received is not None or (ranks.is_first and deadline.is_near())
             life.at(f"step {done}, forward and backward", watched=done > run.first + 1)  # the first may compile
             metrics, stop, save = _step(run, picked, batches, done, where, stop=asks, save=overdue)
@@ -161,34 +160,32 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 progress.write(f"warning: step {done}: {sentence}")
             # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
             stop = stop and done < last
-            due = not stop and (done == last or _is_due(done, config.train.eval_interval))
+            due = not stop and (done == last or is_due(done, config.train.eval_interval))
             if run.validation is not None and due:
                 life.at(f"evaluating after step {done}", watched=True)
                 held_out = _evaluate(engine, run.validation, config, ranks)
-                _check_finite(held_out, f"the validation loss after {where}", output)
+                _check_finite(held_out, f"the validation loss after {where}", run)
                 metrics |= {f"eval/{name}": value for name, value in averages(held_out).items()}
                 if done < last and ranks.is_first and loudness > Loudness.QUIET:
                     progress.write(f"step {done}: held out: {result_words(metrics, 'eval/')}")
             told = "loss" in metrics or (due and run.validation is not None)  # little is known of a skipped step
-            if told and (due or stop or _is_due(done, config.train.log_interval)):
+            if told and (due or stop or is_due(done, config.train.log_interval)):
                 logger.log(done, metrics)
                 if "loss" in metrics:
                     progress.set_postfix_str(result_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
             every = config.train.export_interval
-            export = not stop and every > 0 and (done == last or _is_due(done, every))
-            keep = done == last or stop or export or _is_due(done, config.train.save_interval)
-            if keep or save:
+            export = not stop and every > 0 and (done == last or is_due(done, every))
+            saves.settle()
+            if save or saves.due(done, stop=stop):
                 life.at(f"saving the checkpoint of step {done}")
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
                 if "loss" not in metrics:  # a step that was skipped may have pairs that no weights suit
                     batches = _micro_batches(run.training, _picked(run, done), config, ranks)
-                _check_finite(engine.forward(batches), f"the loss after {where}", output)
-                checkpoint = _save(run, done)
-                if ranks.is_first and replaced is not None:
-                    shutil.rmtree(replaced, ignore_errors=True)
-                replaced, saved_at = None if keep else checkpoint, time.monotonic()
+                _check_finite(engine.forward(batches), f"the loss after {where}", run)
+                held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+                checkpoint = saves.save(done, held_out, wait=stop or done == last or export)
                 if export:
                     on_first_rank(ranks, partial(_export, checkpoint, output))
             if stop:
@@ -306,22 +303,6 @@ def _introduce(run: _Run, loudness: Loudness) -> None:
         print("warning: the run is far from one epoch of its pairs, which train.num_epochs=1 would be.", flush=True)
 
 
-def _save(run: _Run, done: int) -> Path:
-    """Save a checkpoint. Collective."""
-    folder = run.output / "checkpoints" / f"iter-{done:07d}"
-    run.engine.gather_weights()
-    save_checkpoint(
-        folder,
-        run.engine.chunks,
-        run.engine.optimizer,
-        run.engine.scheduler,
-        companions=_start_of(run.config),
-        template=run.template,
-        manifest=replace(run.identity, iteration=done),
-    )
-    return folder
-
-
 def _export(checkpoint: Path, output: Path) -> None:
     """Write a checkpoint as a HuggingFace model into the folder of the run. A run goes on without its exports."""
     folder = output / run_folder.EXPORTS / checkpoint.name
@@ -358,6 +339,7 @@ def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
         held_out=held_out_results(run.output),
         held_out_pairs=len(run.validation.pairs) if run.validation else 0,
         checkpoint=checkpoint,
+        best=best_checkpoint(run_folder.whole_checkpoints(run.output), run.config.train.keep_best),
         exported=run_folder.export_of(checkpoint),
         report=report,
     )
@@ -391,8 +373,9 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         lock = RunLock(output)
-        resumed_from = on_first_rank(ranks, partial(_open, output, lock, config))
+        on_first_rank(ranks, partial(_open, output, lock, config))
         lock.share()
+        resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
         commits = run_folder.kept_commits(output if resumed_from else None)
@@ -406,11 +389,15 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         counts = [file.pairs for file in pairs.files]
         preflight.check_batch_fits(config, counts, config.train.global_batch_size)
         mix = mix_of(counts, config.data.weights)
-        warmup = run_folder.warmup_of(resumed_from) if resumed_from else None
+        warmup = resuming.warmup_of(resumed_from) if resumed_from else None
         config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
         scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
         identity = _identity(config, models, pairs, scores, template)
-        run_folder.check_continues(resumed_from, config, identity)
+        changes = resuming.check_continues(resumed_from, config, identity, models.description)
+        if ranks.is_first:
+            for change in changes:
+                print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
+        on_first_rank(ranks, partial(check_disk, output, config, models.description))
         initialize_model_parallel(config.parallel, config.train.seed)
         life.at("building and loading the models")
         engine = build_engine(
@@ -428,6 +415,9 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     part = _Part(pairs, scores)
     same = models.policy.weights == models.reference.weights
     start = start_of(config.loss) if same else None
+    saves = Saves(
+        output, config, engine, Content(identity, _start_of(config), template, run_folder.settings_text(config, found))
+    )
     incidents = Incidents(
         output,
         config,
@@ -449,27 +439,22 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
         start,
         is_new,
         found,
-        identity,
-        template,
+        saves,
         incidents,
         lock,
     )
 
 
-def _open(output: Path, lock: RunLock, config: Config) -> Path | None:
+def _open(output: Path, lock: RunLock, config: Config) -> None:
     """Take the folder of the run for this job. Called on the first rank.
-
-    Returns:
-        The checkpoint to continue from, or None for a new run.
 
     Raises:
         UserError: As check_output, or another job works there.
     """
     if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
         lock.take()
-    found = run_folder.check_output(output, config)
+    run_folder.check_output(output, config)
     lock.take()
-    return found
 
 
 def _start_of(config: Config) -> Path:
@@ -491,11 +476,6 @@ def _micro_batches(part: _Part, picked: np.ndarray, config: Config, ranks: Ranks
     )
 
 
-def _is_due(done: int, interval: int) -> bool:
-    """Whether something is due after `done` steps: every `interval` steps, or never with 0."""
-    return interval > 0 and done % interval == 0
-
-
 def _evaluate(engine: Engine, validation: _Part, config: Config, ranks: Ranks) -> dict[str, float]:
     """The sums that the loss reports, over all validation pairs. Collective."""
     totals: dict[str, float] = {}
@@ -510,9 +490,9 @@ def _is_finite(totals: dict[str, float]) -> bool:
     return not totals["not_finite"] and all(map(math.isfinite, totals.values()))
 
 
-def _check_finite(totals: dict[str, float], what: str, output: Path) -> None:
+def _check_finite(totals: dict[str, float], what: str, run: _Run) -> None:
     if not _is_finite(totals):
-        raise NonFiniteError(f"{what} is not finite; {run_folder.what_is_kept(output)}.")
+        raise NonFiniteError(f"{what} is not finite; {run.saves.what_is_kept()}.")
 
 
 def _identity(

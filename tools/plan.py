@@ -24,6 +24,7 @@ from tgdpo_megatron.config import Config, check_batch_layout, on_device
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.model.families import family_of, parameters, read_description
+from tgdpo_megatron.planning.disk import disk_need
 from tgdpo_megatron.planning.memory import GIB, ROOM, Plan, plan, size
 from tgdpo_megatron.planning.remedies import layouts, remedies
 from tgdpo_megatron.report.words import plural
@@ -73,6 +74,7 @@ def report(
             verdict += f", but CUDA, libraries and gaps between tensors take up to {1 - ROOM:.0%}"
         lines.append(f"{size(needs.bytes)} of {size(memory)}: {verdict}")
     found = remedies(config, description, available=memory, **where)
+    lines += ["", f"on the disk: {disk_need(config, description).sentence()}"]
     lines += ["", "changes that need less memory:", *(f"  {remedy.sentence()}" for remedy in found)] if found else []
     if memory is not None:
         fitting = layouts(config, description, available=round(ROOM * memory), **where)[:LAYOUTS_SHOWN]

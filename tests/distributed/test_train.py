@@ -79,12 +79,13 @@ def runs(
     schedule |= {"adam_beta1": 0.0, "adam_beta2": 0.0}
     overflowing = {"lr": 1e15}  # weights of 1e15 are finite, products of three of them are not
     still = {"optimizer": {"lr": 1e-20}, "validation": many, "log_interval": 2}  # no weight moves
+    all_kept = {"save_interval": 1, "keep_last": 0}
     jobs = {
-        "stepped": job("stepped", optimizer=schedule, train_iters=4, save_interval=1, global_batch_size=1, seed=SEED),
+        "stepped": job("stepped", optimizer=schedule, train_iters=4, global_batch_size=1, seed=SEED, **all_kept),
         "bf16 after fp32": job("bf16", start=folder / "stepped/checkpoints/iter-0000004", precision="bf16"),
         "still": job("still", train_iters=5, **still),
-        "often": job("often", train_iters=3, save_minutes=1e-9),
-        "often and kept": job("often and kept", train_iters=3, save_minutes=1e-9, save_interval=2),
+        "often": job("often", train_iters=3, save_minutes=1e-9, keep_last=1),
+        "often, two kept": job("often, two kept", train_iters=3, save_minutes=1e-9),
         "explodes": job("explodes", optimizer=overflowing),
         "explodes, validated": job("validated", optimizer=overflowing, validation=pairs_file),
         "altered start": job("altered start", start=folder / "altered"),
@@ -139,9 +140,9 @@ def test_the_seed_decides_which_pair_a_step_takes(runs: Runs, tokenizer: Any) ->
     assert [line["num_tokens"] for line in runs.metrics("stepped")] == [tokens[pair] for pair in order]
 
 
-def test_a_checkpoint_saved_for_the_time_alone_is_replaced_by_the_next(runs: Runs) -> None:
+def test_a_checkpoint_is_saved_when_the_time_is_over_and_the_newest_are_kept(runs: Runs) -> None:
     assert runs.checkpoints("often") == ["iter-0000003"]
-    assert runs.checkpoints("often and kept") == ["iter-0000002", "iter-0000003"]
+    assert runs.checkpoints("often, two kept") == ["iter-0000002", "iter-0000003"]
 
 
 # ---------------------------------------------------------------- what is logged
@@ -182,12 +183,19 @@ def test_weights_under_which_a_loss_is_not_finite_are_not_kept(name: str, output
     assert runs.checkpoints(output) == []
 
 
-def test_a_checkpoint_whose_manifest_cannot_be_written_is_none(runs: Runs) -> None:
+def test_a_checkpoint_whose_manifest_cannot_be_written_is_none_and_leaves_nothing(runs: Runs) -> None:
     assert "No space left on device" in runs.refusals["disk full"]
-    assert runs.checkpoints("full") == ["iter-0000001.tmp"]
+    assert runs.refusals["disk full"].endswith("; no checkpoint was saved.")
+    assert runs.checkpoints("full") == []
 
 
-@pytest.mark.parametrize("name", ["altered start", "altered run"])
-def test_one_flipped_bit_of_a_checkpoint_is_refused(name: str, runs: Runs) -> None:
-    """Where a run starts from it, and where a run goes on from it."""
-    assert "the weights are not those that the manifest names; the checkpoint was altered." in runs.refusals[name]
+def test_one_flipped_bit_of_a_checkpoint_that_a_run_starts_from_is_refused(runs: Runs) -> None:
+    assert runs.refusals["altered start"].endswith(
+        "the weights are not those that the manifest names; the checkpoint was altered."
+    )
+
+
+def test_one_flipped_bit_of_the_only_checkpoint_that_a_run_could_go_on_from_is_refused(runs: Runs) -> None:
+    """It is moved out of the way, and stays."""
+    assert "no whole checkpoint is left to go on from" in runs.refusals["altered run"]
+    assert runs.checkpoints("still") == ["iter-0000005.damaged"]

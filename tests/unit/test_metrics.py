@@ -251,6 +251,18 @@ def test_tensorboard_shows_each_step_of_a_continued_run_once(tmp_path: Path) -> 
     assert scalars(tmp_path)["train/loss"] == [1, 2, 3, 4, 5]
 
 
+def test_lines_that_are_no_metrics_are_dropped_when_a_run_goes_on_and_the_others_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line is what a kill left of one, and is not worth a word."""
+    lines = log(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\xff\x00 garbage\n[3]\n{}\n" + b"".join(others) + b'{"iterat')
+    assert log(tmp_path, range(0), first=3) == lines
+    assert capsys.readouterr().err == f"warning: {path}: line 2, and 2 more: no metrics; dropped.\n"
+
+
 def test_other_ranks_write_no_log(tmp_path: Path) -> None:
     logger = Logger(tmp_path, active=False)
     logger.log(1, {"loss": 0.5})

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
 from tgdpo_megatron.config import Config, OptimizerConfig, load
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_folder import check_continues, check_output, keep_settings, newest_checkpoint
+from tgdpo_megatron.resuming import check_continues
+from tgdpo_megatron.run_folder import check_output, keep_settings, newest_checkpoint
 
 IDENTITY = CheckpointManifest(
     weights="w",
@@ -49,8 +50,7 @@ def changed(config: Config, group: str, name: str, value: Any) -> Config:
 def test_a_run_continues_with_its_own_settings(stopped: tuple[Path, Config]) -> None:
     folder, config = stopped
     check_continues(folder, config, IDENTITY)
-    resumed = changed(config, "train", "resume", True)
-    assert check_output(folder.parent.parent, resumed) == folder
+    check_output(folder.parent.parent, changed(config, "train", "resume", True))
 
 
 FIXED = [
@@ -112,14 +112,63 @@ def test_a_run_whose_settings_were_damaged_is_not_continued(stopped: tuple[Path,
         ("guidance", "another guid"),
         ("rewards", "other contrastive prompts or another reward file"),
         ("chat_template_kwargs", "other data.chat_template_kwargs"),
+        ("template", "another chat template"),
     ],
 )
 def test_a_run_is_not_continued_with_other_data_or_frozen_weights(
     stopped: tuple[Path, Config], field: str, words: str
 ) -> None:
     folder, config = stopped
-    with pytest.raises(UserError, match=f"the run had {words}"):
+    with pytest.raises(UserError, match=f"the run had {words}.*train.resume_with_changes=true"):
         check_continues(folder, config, replace(IDENTITY, **{field: "other"}))
+
+
+def test_other_pairs_are_named_by_their_files_before_and_now(stopped: tuple[Path, Config]) -> None:
+    folder, config = stopped
+    moved = changed(config, "data", "train", "new.jsonl")
+    with pytest.raises(UserError, match=r"other pairs than now \(data.train was None, and is new.jsonl\)"):
+        check_continues(folder, moved, replace(IDENTITY, pairs_hash="other"))
+
+
+def test_a_run_is_continued_with_changes_where_the_user_says_so_and_they_are_told(
+    stopped: tuple[Path, Config],
+) -> None:
+    folder, config = stopped
+    accepting = changed(changed(config, "train", "resume_with_changes", True), "train", "seed", 1)
+    told = check_continues(folder, accepting, replace(IDENTITY, pairs_hash="other"))
+    assert told == ["the run had other pairs than now", "the run has train.seed=42, not 1"]
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "train.precision"])
+def test_what_the_weights_depend_on_cannot_change_whatever_the_user_says(
+    stopped: tuple[Path, Config], what: str
+) -> None:
+    folder, config = stopped
+    config = changed(config, "train", "resume_with_changes", True)
+    identity = IDENTITY
+    if what == "tokenizer":
+        identity = replace(IDENTITY, tokenizer="other")
+    else:
+        config = changed(config, "train", "precision", "fp32")
+    with pytest.raises(UserError, match="continue it as it was, start a new run.$"):
+        check_continues(folder, config, identity)
+
+
+def test_weights_alone_are_no_start_of_a_continued_run(stopped: tuple[Path, Config]) -> None:
+    folder, config = stopped
+    write_manifest(folder, replace(IDENTITY, weights_only=True))
+    with pytest.raises(UserError, match=f"start a new run with model.checkpoint={folder}"):
+        check_continues(folder, config, IDENTITY)
+
+
+def test_the_settings_in_the_checkpoint_stand_in_for_those_of_the_run(stopped: tuple[Path, Config]) -> None:
+    """So a config.yaml that was deleted, or altered, stops nothing."""
+    folder, config = stopped
+    kept = folder.parent.parent / "config.yaml"
+    kept.rename(folder / "config.yaml")
+    check_continues(folder, config, IDENTITY)
+    with pytest.raises(UserError, match="the run has train.seed=42, not 1"):
+        check_continues(folder, changed(config, "train", "seed", 1), IDENTITY)
 
 
 @pytest.mark.parametrize(

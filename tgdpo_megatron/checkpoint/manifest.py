@@ -1,6 +1,8 @@
 """A checkpoint folder: Megatron weights, with what identifies them and what an export to HuggingFace needs.
 
-FOLDER/manifest.json   identity of the weights, written last: a folder without it is not a checkpoint
+FOLDER/manifest.json   identity of the weights: a folder without it is not a checkpoint
+FOLDER/SHA256SUMS      checksums of all files, for a run; see sums.py
+FOLDER/config.yaml     settings, for a run
 FOLDER/hf/             config.json and tokenizer of the HuggingFace model
 FOLDER/weights/        torch_dist checkpoint: weights and, for a run, optimizer state
 """
@@ -20,7 +22,7 @@ from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
 
 FORMAT = 2
-WEIGHTS, HF = "weights", "hf"
+WEIGHTS, HF, SETTINGS = "weights", "hf", "config.yaml"
 
 # Files of a HuggingFace folder that are not weights and may be needed to use the model.
 COMPANIONS = (
@@ -79,6 +81,12 @@ class CheckpointManifest:
     checkpoint that was converted."""
     weights_bf16: str = ""
     """Fingerprint of the weights rounded to bf16, which is how a bf16 run loads them."""
+    weights_only: bool = False
+    """Whether a run left its optimizer state out. It cannot go on from here then."""
+    held_out: dict[str, float] | None = None
+    """The run's metrics of the held-out pairs after this step, where they were evaluated. They begin with `eval/`."""
+    sums: str | None = None
+    """Name of the file with the checksums. None for a checkpoint that was converted, or saved by an earlier version."""
     format: int = FORMAT
 
 
@@ -125,7 +133,7 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Write the manifest. It must be the last file written to a checkpoint."""
+    """Write the manifest. It must be the last file written to a checkpoint that is not renamed when it is whole."""
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import queue
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import hand_on
-from tgdpo_megatron.checkpoint.failures import readable, writable
+from tgdpo_megatron.checkpoint.failures import readable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
 from tgdpo_megatron.checkpoint.manifest import (
     HF,
+    SETTINGS,
     WEIGHTS,
     CheckpointManifest,
     copy_companions,
     read_manifest,
-    write_manifest,
 )
+from tgdpo_megatron.checkpoint.saving import Save
+from tgdpo_megatron.checkpoint.shards import model_shards, optimizer_shards
+from tgdpo_megatron.checkpoint.sums import SUMS
 from tgdpo_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
 from tgdpo_megatron.model.gpt import PreferenceGPT
@@ -70,13 +69,37 @@ def save_checkpoint(
 ) -> CheckpointManifest:
     """Write weights and optimizer state so that the folder appears whole or not at all. Collective.
 
+    Args, Raises: As begin_save, and as Save.finish.
+    """
+    save = begin_save(folder, chunks, optimizer, scheduler, companions=companions, manifest=manifest, template=template)
+    return save.finish()
+
+
+def begin_save(
+    folder: Path,
+    chunks: Sequence[PreferenceGPT],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    companions: Path,
+    manifest: CheckpointManifest,
+    template: str | None = None,
+    settings: str | None = None,
+    background: bool = False,
+) -> Save:
+    """Begin to write weights and optimizer state. Collective.
+
     Args:
+        optimizer: Its state is left out where the manifest says `weights_only`.
         companions: Checkpoint folder whose hf/ files describe this model.
         manifest: The checkpoint's identity. Its fingerprints are filled in here.
         template: Text of a chat template that takes the place of the tokenizer's own.
+        settings: Text of the run's config.yaml.
+        background: Whether to copy the state, and write the copy while this rank goes on.
 
     Raises:
         NonFiniteError: A weight is not finite. Nothing is written then.
+        NotWrittenError: The operating system refuses the folder.
     """
     try:
         weights = fingerprint(chunks)
@@ -85,42 +108,43 @@ def save_checkpoint(
         raise NonFiniteError(
             f"{folder}: {error}; the checkpoint was not saved, and the one before it is kept."
         ) from None
-    manifest = replace(manifest, weights=weights, weights_bf16=rounded)
-    work = folder.with_name(folder.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / WEIGHTS).mkdir(parents=True)
-    dist.barrier()
-    model_state = sharded_model_state(chunks)
-    state = {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(_for_optimizer(model_state), metadata=_metadata()),
-        "scheduler": scheduler.state_dict(),
-        "iteration": manifest.iteration,
-    }
-    # Megatron collects the results of its writers in a server process, which would outlive a rank that is killed. The
-    # writers of a blocking save report to this process, so a plain queue is enough.
-    filesystem_async._results_queue = queue.Queue()
-    with writable(f"{folder}: the checkpoint"):
-        dist_checkpointing.save(state, str(work / WEIGHTS), content_metadata=CONTENT_METADATA)
-    if dist.get_rank() == 0:
+    manifest = replace(manifest, weights=weights, weights_bf16=rounded, sums=SUMS)
+    shards, common = model_shards(sharded_model_state(chunks)), {"iteration": manifest.iteration}
+    if not manifest.weights_only:
+        more, of_optimizer = optimizer_shards(optimizer, _for_optimizer(sharded_model_state(chunks)), megatron_layout())
+        shards += more
+        common |= {"optimizer": of_optimizer, "scheduler": scheduler.state_dict()}
+
+    def add_files(work: Path) -> None:
         copy_companions(companions / HF, work / HF, template)
         hand_on(companions, work, manifest)
-        write_manifest(work, manifest)
-        work.rename(folder)
-    dist.barrier()
-    return manifest
+        if settings is not None:
+            (work / SETTINGS).write_text(settings, encoding="utf-8")
+
+    return Save(folder, shards, common, manifest, add_files=add_files, background=background)
 
 
 def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer: Any, scheduler: Any) -> None:
-    """Load weights, optimizer and schedule from a checkpoint that a run saved. Collective."""
+    """Load weights, optimizer and schedule from a checkpoint that a run saved. Collective.
+
+    The settings of the optimizer stay those that it was built with.
+    """
     model_state = sharded_model_state(chunks)
-    optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
+    options = [{name: group[name] for name in _SET_BY_USERS if name in group} for group in optimizer.param_groups]
+    optimizer_state = optimizer.sharded_state_dict(
+        _for_optimizer(model_state), is_loading=True, metadata=megatron_layout()
+    )
     loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
     _put(chunks, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
+    for group, chosen in zip(optimizer.param_groups, options, strict=True):
+        group.update(chosen)
     scheduler.load_state_dict(loaded["scheduler"])
     _check_fingerprint(chunks, read_manifest(folder), folder)
+
+
+_SET_BY_USERS = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
+"""Options of a group of weights that a checkpoint keeps, and that the settings decide."""
 
 
 def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
@@ -132,7 +156,7 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
     return {
         str(place): {
             name: value
-            for name, value in chunk.sharded_state_dict(metadata=_metadata()).items()
+            for name, value in chunk.sharded_state_dict(metadata=megatron_layout()).items()
             if not name.endswith("_extra_state")
         }
         for place, chunk in enumerate(chunks)
@@ -165,12 +189,11 @@ def _for_optimizer(model_state: dict[str, Any]) -> dict[str, Any]:
     return {f"model{place}": state for place, state in model_state.items()}
 
 
-def _metadata() -> dict[str, Any]:
+def megatron_layout() -> dict[str, Any]:
+    """How Megatron lays a checkpoint out: so that it can be read at any other layout."""
     return {
         **CONTENT_METADATA,
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
-        # Gather optimizer state on the hosts. By default a save takes 8 bytes of GPU memory for every parameter.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }

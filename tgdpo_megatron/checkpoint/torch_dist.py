@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
@@ -71,21 +73,65 @@ def write_index(
     stored: Sequence[StoredBlock],
 ) -> None:
     """Make a folder of .distcp files a checkpoint that Megatron loads."""
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # late: writing needs none of it
-
-    items = [_write_item(block, dtypes, shapes) for block in blocks]
-    _, metadata = create_default_global_save_plan([SavePlan(items)])
-    results = [
-        WriteResult(_place(key, first, shapes[key]), length, _StorageInfo(file, offset, length))
+    sizes = {(block.tensor.key, block.first): block.tensor.shape for block in blocks}
+    found = [
+        StoredBox(key, shapes[key], _rows_at(first, shapes[key]), sizes[key, first], dtypes[key], file, offset, length)
         for key, first, file, offset, length in stored
     ]
-    dcp.FileSystemWriter(folder).finish(metadata, [results])
-    torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
+    write_index_of_boxes(folder, found, {})
+
+
+class StoredBox(NamedTuple):
+    """Where a box of a tensor lies.
+
+    Attributes:
+        shape: Of the whole tensor.
+        place: Index of the box's first element in it.
+        sizes: Of the box.
+        first, length: Bytes of the file.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    place: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    first: int
+    length: int
+
+
+def write_index_of_boxes(folder: Path, stored: Sequence[StoredBox], common: dict[str, Any]) -> None:
+    """Make a folder of .distcp files a checkpoint that Megatron loads.
+
+    Args:
+        stored: All boxes, which together are whole tensors.
+        common: What is no tensor.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # late: writing needs none of it
+
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for box in stored:
+        whole = TensorStorageMetadata(TensorProperties(dtype=box.dtype), torch.Size(box.shape), [])
+        chunk = ChunkStorageMetadata(torch.Size(box.place), torch.Size(box.sizes))
+        tensors.setdefault(box.key, whole).chunks.append(chunk)
+    for key, tensor in tensors.items():
+        assert sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel(), f"{key} is not whole"
+    results = [
+        WriteResult(MetadataIndex(box.key, box.place), box.length, _StorageInfo(box.file, box.first, box.length))
+        for box in stored
+    ]
+    dcp.FileSystemWriter(folder).finish(Metadata(dict(tensors)), [results])
+    torch.save({**common, "content_metadata": CONTENT_METADATA}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
+def _rows_at(first: int, shape: Sequence[int]) -> tuple[int, ...]:
+    return (first, *(0 for _ in shape[1:]))
+
+
 def _place(key: str, first: int, shape: Sequence[int]) -> MetadataIndex:
-    return MetadataIndex(key, (first, *(0 for _ in shape[1:])))
+    return MetadataIndex(key, _rows_at(first, shape))
 
 
 def _key_and_row(place: MetadataIndex) -> tuple[str, int]:

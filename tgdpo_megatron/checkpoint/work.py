@@ -97,9 +97,9 @@ class Work:
         """Make the folder the target, once all that is in it is on the disk."""
         with writable(f"{self.target}: the folder"):
             for path in (*self.folder.rglob("*"), self.folder):
-                _wait_for_disk(path)
+                wait_for_disk(path)
             self.folder.rename(self.target)
-            _wait_for_disk(self.folder.parent)
+            wait_for_disk(self.folder.parent)
         shutil.rmtree(self.target / _JOURNAL, ignore_errors=True)
 
     def _keep(self, part: int, record: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Work:
             )
 
 
-def _wait_for_disk(path: Path) -> None:
+def wait_for_disk(path: Path) -> None:
     """Return when a file, or the list of names that a folder is, would outlast a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

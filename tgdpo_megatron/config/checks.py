@@ -75,6 +75,7 @@ def complete(config: Config, *, where: str) -> Config:
             name = "train" if group is train else "optimizer"
             raise UserError(f"{where}: {name}.{one} and {name}.{other} say the same in two ways; give one of them.")
     _check_sources(config, where)
+    _check_keep_best(config, where)
     if train.fp8_recipe and not train.fp8:
         raise UserError(
             f"{where}: train.fp8_recipe={train.fp8_recipe} is not read without train.fp8; set "
@@ -125,6 +126,30 @@ def _check_sources(config: Config, where: str) -> None:
             f"{where}: scores.reward_file numbers the rows of one file, and data.train names {files}; put the pairs "
             "into one file."
         )
+
+
+def _check_keep_best(config: Config, where: str) -> None:
+    """Check that the metric of train.keep_best is known of every checkpoint that is saved for its number."""
+    train, metric = config.train, config.train.keep_best
+    if metric is None:
+        return
+    if not config.data.holds_out:
+        raise UserError(f"{where}: train.keep_best={metric} needs held-out pairs; set data.validation.")
+    if metric.startswith("eval/rewards/") and not config.loss.method.compares:
+        raise UserError(
+            f"{where}: loss.type={config.loss.type} has no {metric}, because it does not compare two responses; set "
+            "train.keep_best=eval/loss."
+        )
+    intervals = {"save_interval": train.save_interval, "export_interval": train.export_interval}
+    if not any(intervals.values()):
+        raise UserError(f"{where}: train.keep_best={metric} chooses among checkpoints; set train.save_interval.")
+    for name, interval in intervals.items():
+        if interval and (not train.eval_interval or interval % train.eval_interval):
+            raise UserError(
+                f"{where}: train.keep_best={metric} needs an evaluation at every checkpoint, but "
+                f"train.{name}={interval} is no multiple of train.eval_interval={train.eval_interval}; set "
+                f"train.eval_interval={interval}."
+            )
 
 
 def check_layout(config: Config, *, world_size: int) -> int:

@@ -64,7 +64,7 @@ _ATTENTION = "attention is Transformer Engine's where that is installed, otherwi
 _FULL = "all weights are trained, and adapters are not supported"
 _UNQUANTISED = "weights are not quantised"
 _SPLIT = "the parallel settings split the model, optimizer.use_distributed_optimizer the optimizer's state"
-_ALL_KEPT = "all checkpoints of train.save_interval are kept"
+_BEST_KEPT = "one is kept beside the newest: the best by a metric, which train.keep_best names"
 _METRICS = "metrics go to metrics.jsonl in train.output, and to tensorboard/ there where TensorBoard is installed"
 _SIZES = "the model's sizes come with its checkpoint"
 _TOKENIZER = "the tokenizer travels with the checkpoint"
@@ -366,8 +366,8 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("save_strategy", TRAINER, "train.save_interval", "always in steps"),
     ("save_interval", MCORE, "train.save_interval", ""),
     ("checkpointing.save_period", (NEMO,), "train.save_interval", ""),
-    ("save_total_limit", TRAINER, None, _ALL_KEPT),
-    ("checkpointing.keep_top_k", (NEMO,), None, _ALL_KEPT),
+    ("save_total_limit", TRAINER, "train.keep_last", ""),
+    ("checkpointing.keep_top_k", (NEMO,), None, _BEST_KEPT),
     ("eval_steps", TRAINER, "train.eval_interval", ""),
     ("eval_strategy", TRAINER, "train.eval_interval", "always in steps"),
     ("eval_interval", MCORE, "train.eval_interval", ""),

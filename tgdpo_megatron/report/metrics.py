@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,12 +249,20 @@ def _tag(name: str) -> str:
 
 
 def _lines_until(iteration: int, path: Path) -> list[str]:
-    """The lines of metrics up to an iteration. A line that a killed run left incomplete is dropped."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    """The lines of metrics up to an iteration. A line that a killed run left incomplete is dropped.
+
+    Other lines that are none of metrics are dropped as well, with a sentence on stderr.
+    """
+    kept, foreign = [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["iteration"] <= iteration:
-                kept.append(line)
-        except json.JSONDecodeError:
-            continue
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines) or line.endswith(b"\n"):
+                foreign.append(number)
+    if foreign:
+        more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        print(f"warning: {path}: line {foreign[0]}{more}: no metrics; dropped.", file=sys.stderr)
     return kept

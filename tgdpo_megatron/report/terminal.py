@@ -109,6 +109,7 @@ def closing_lines(
     checkpoint: Path,
     exported: Path | None,
     report: Path | None,
+    best: Path | None = None,
 ) -> list[str]:
     """The result of a run, and what to do with it.
 
@@ -118,6 +119,7 @@ def closing_lines(
         seconds: How long they took, with evaluations and checkpoints.
         held_out: The lines of metrics with held-out results, in order.
         held_out_pairs: Number of pairs behind them.
+        best: The checkpoint that train.keep_best keeps; None without.
         exported: The HuggingFace model of the checkpoint, where it was written.
         report: report.html, where it was written.
     """
@@ -136,6 +138,8 @@ def closing_lines(
         after = f"{result_words(last, 'eval/')} (step {last['iteration']:.0f})"
         lines.append(f"held out    {before}{after}, {plural(held_out_pairs, 'pair')}{worse}")
     lines.append(f"checkpoint  {checkpoint}")
+    if best is not None:
+        lines.append(f"best        {best}")
     if report is not None:
         lines.append(f"report      {report}")
     if exported is not None:

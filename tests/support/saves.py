@@ -1,0 +1,181 @@
+"""Trainings of one set of ranks that save on slow and on full disks, and checkpoints that are damaged afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.settings import RECIPES
+from tgdpo_megatron.config import complete, load
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.platform.processes import Ranks, on_first_rank
+
+
+def train_on_disks(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> list[str]:
+    """Run training jobs one after another; return the sentence each was refused with, or "".
+
+    Beside its settings a job may have `slow`, seconds that every box of a checkpoint takes to be written, `full_after`,
+    the number of boxes that the second rank can write, and `killed`, the folder of a run from whose copy it goes on as
+    if that had been killed before its newest checkpoint was whole.
+    """
+    from megatron.core import parallel_state
+
+    from tgdpo_megatron.train import train
+
+    said = []
+    for job in jobs:
+        settings = dict(job)
+        if killed := settings.pop("killed", None):
+            on_first_rank(ranks, partial(_kill, Path(killed), Path(settings["train"]["output"])))
+        slow, full_after = settings.pop("slow", 0.0), settings.pop("full_after", None)
+        try:
+            with _disk(slow, full_after if ranks.rank == 1 else None):
+                train(complete(load(RECIPES["dpo_tiny"](), settings, where="test"), where="test"), ranks)
+            said.append("")
+        except UserError as refusal:
+            said.append(str(refusal))
+        parallel_state.destroy_model_parallel()
+    return said
+
+
+def _kill(run: Path, copy: Path) -> None:
+    shutil.copytree(run, copy)
+    newest = max((copy / "checkpoints").glob("iter-*"))
+    (newest / "manifest.json").unlink()
+    newest.rename(newest.with_name(newest.name + ".tmp"))
+
+
+@contextlib.contextmanager
+def _disk(slow: float, full_after: int | None) -> Iterator[None]:
+    """torch.save takes some time, and finds the disk full after some tensors."""
+    save, written = torch.save, 0
+
+    def write(tensor: Any, file: Any, **options: Any) -> None:
+        nonlocal written
+        if isinstance(tensor, torch.Tensor):
+            time.sleep(slow)
+            if written == full_after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written += 1
+        save(tensor, file, **options)
+
+    torch.save = write
+    try:
+        yield
+    finally:
+        torch.save = save
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path: Path, share: float) -> None:
+    content = bytearray(path.read_bytes())
+    place = int(share * len(content))
+    content[place : place + 4] = bytes(byte ^ 0xFF for byte in content[place : place + 4])
+    path.write_bytes(content)
+
+
+def _change_step(path: Path, step: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"iteration": step}))
+
+
+OF_A_RANK = "weights/__1_0.distcp"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    **{
+        f"four bytes flipped at {share:.0%} of a rank's file": (
+            lambda folder, share=share: _flip(folder / OF_A_RANK, share),
+            f"{OF_A_RANK} is not as it was saved",
+        )
+        for share in (0.1, 0.35, 0.6, 0.85)
+    },
+    "a rank's file cut": (lambda folder: _cut(folder / OF_A_RANK), f"{OF_A_RANK} is not as it was saved"),
+    "a rank's file deleted": (lambda folder: (folder / OF_A_RANK).unlink(), f"{OF_A_RANK} is missing"),
+    "the index cut": (lambda folder: _cut(folder / "weights/.metadata"), "weights/.metadata is not as it was saved"),
+    "the index deleted": (lambda folder: (folder / "weights/.metadata").unlink(), "weights/.metadata is missing"),
+    "common.pt cut": (lambda folder: _cut(folder / "weights/common.pt"), "weights/common.pt is not as it was saved"),
+    "a byte of the tokenizer flipped": (
+        lambda folder: _flip(folder / "hf/tokenizer.json", 0.5),
+        "hf/tokenizer.json is not as it was saved",
+    ),
+    "the settings deleted": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
+    "the manifest empty": (
+        lambda folder: (folder / "manifest.json").write_text(""),
+        "manifest.json is not as it was saved",
+    ),
+    "the manifest cut": (lambda folder: _cut(folder / "manifest.json"), "manifest.json is not as it was saved"),
+    "the manifest deleted": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "the manifest of a wrong step": (
+        lambda folder: _change_step(folder / "manifest.json", 3),
+        "manifest.json is not as it was saved",
+    ),
+    "the manifest of a step that is a word": (
+        lambda folder: _change_step(folder / "manifest.json", "four"),
+        "manifest.json is not as it was saved",
+    ),
+    "the manifest of a step below 0": (
+        lambda folder: _change_step(folder / "manifest.json", -4),
+        "manifest.json is not as it was saved",
+    ),
+    "the checksums deleted": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
+    "the checksums cut": (
+        lambda folder: (folder / "SHA256SUMS").write_text("0" * 70),
+        "SHA256SUMS has the line",
+    ),
+    "everything deleted": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], "manifest.json is missing"),
+    "a copy of it under another step": (
+        lambda folder: shutil.copytree(folder, folder.with_name("iter-9999999")),
+        "its manifest is of step 4",
+    ),
+}
+"""What happens to the newest checkpoint -> how, and what is said of it. The files are those of two ranks."""
+
+
+OLD = "no checksums, as earlier versions saved"
+
+
+def _as_earlier_versions(folder: Path) -> None:
+    """Without checksums, and without what the manifest has learnt to say since."""
+    (folder / "SHA256SUMS").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("weights_only", "held_out", "progress", "sums"):
+        del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def damaged(ranks: Ranks, *, run: str, folder: str) -> dict[str, list[Any]]:
+    """Damage the newest checkpoint of a run in every way; return where it would go on, what was said, what is there."""
+    from tgdpo_megatron.resuming import find_start
+
+    found = {}
+    ways = {name: damage for name, (damage, _) in DAMAGES.items()} | {OLD: _as_earlier_versions}
+    for number, (name, damage) in enumerate(ways.items()):
+        copy = Path(folder) / str(number)
+        on_first_rank(ranks, lambda copy=copy, damage=damage: _copied(Path(run), copy, damage))
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            start = find_start(copy, ranks)
+        there = sorted(path.name for path in (copy / "checkpoints").iterdir())
+        found[name] = [start and start.name, said.getvalue(), there]
+    return found
+
+
+def _copied(run: Path, copy: Path, damage: Callable[[Path], Any]) -> None:
+    shutil.copytree(run, copy)
+    damage(copy / "checkpoints" / "iter-0000004")
+
+
+def disks_and_damages(ranks: Ranks, *, jobs: list[dict[str, Any]], run: str, folder: str) -> list[Any]:
+    """Both of the above, for the price of one start."""
+    said = train_on_disks(ranks, jobs=jobs)
+    return [said, damaged(ranks, run=run, folder=folder)]

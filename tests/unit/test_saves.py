@@ -1,0 +1,146 @@
+"""Which checkpoints are kept, and how much disk they take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_memory import LLAMA_8B
+from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, write_manifest
+from tgdpo_megatron.config import Config, complete, load
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.planning.disk import check_disk, disk_need
+from tgdpo_megatron.run_folder import checkpoint_folders, newest_checkpoint
+from tgdpo_megatron.saves import best_checkpoint, kept
+
+BYTES_8B = 8_030_261_248
+"""Parameters of Llama-3-8B, as its authors count them."""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[list[float | None]], list[Path]]:
+    """A function that makes the checkpoints of a run, one for each held-out accuracy; the steps are 1, 2, …"""
+
+    def make(accuracies: list[float | None]) -> list[Path]:
+        folders = []
+        for step, accuracy in enumerate(accuracies, start=1):
+            folder = tmp_path / "checkpoints" / f"iter-{step:07d}"
+            (folder / "weights").mkdir(parents=True)
+            (folder / "weights" / ".metadata").touch()
+            held_out = None if accuracy is None else {"eval/rewards/accuracies": accuracy, "eval/loss": accuracy}
+            write_manifest(folder, CheckpointManifest("", "float32", None, None, iteration=step, held_out=held_out))
+            folders.append(folder)
+        return folders
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "stay"),
+    [
+        (2, None, [3, 4]),
+        (1, None, [4]),
+        (0, None, [1, 2, 3, 4]),
+        (2, 1, [1, 3, 4]),
+        (2, 4, [3, 4]),
+        (9, 1, [1, 2, 3, 4]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(keep_last: int, best: int | None, stay: list[int]) -> None:
+    found = [Path(f"iter-{step}") for step in (1, 2, 3, 4)]
+    chosen = found[best - 1] if best else None
+    assert kept(found, keep_last, chosen) == [found[step - 1] for step in stay]
+
+
+@pytest.mark.parametrize(("metric", "step"), [("eval/rewards/accuracies", 2), ("eval/loss", 1), (None, None)])
+def test_the_best_is_the_highest_accuracy_or_the_lowest_loss_and_the_earliest_of_equals(
+    saved: Callable[..., list[Path]], metric: str | None, step: int | None
+) -> None:
+    """A checkpoint that was saved without an evaluation is never the best."""
+    found = saved([0.1, 0.9, None, 0.9, 0.1])
+    assert best_checkpoint(found, metric) == (found[step - 1] if step else None)
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(saved: Callable[..., list[Path]], tmp_path: Path) -> None:
+    """Also where its name has a digit more than the others; what is unfinished, damaged or a link does not count."""
+    first, second = saved([None, None])
+    second.rename(second.with_name("iter-10000000"))
+    for name in ("iter-9999999999.tmp", "iter-9999999999.damaged", "best"):
+        shutil.copytree(first, first.with_name(name))
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "iter-10000000"
+    assert len(checkpoint_folders(tmp_path)) == 2
+
+
+def settings(**train: Any) -> Config:
+    return complete(load(Config(), {"loss": {"type": "dpo"}, "train": train}, where="test"), where="test")
+
+
+@pytest.mark.parametrize(
+    ("train", "bytes_each", "at_once", "exports"),
+    [
+        ({}, 14, 3, 0),
+        ({"precision": "fp32"}, 16, 3, 0),
+        ({"save_optimizer": False}, 2, 3, 0),
+        ({"keep_last": 0, "save_interval": 100}, 14, 11, 0),
+        ({"save_interval": 1000, "save_minutes": 0}, 14, 2, 0),
+        ({"save_minutes": 0}, 14, 1, 0),
+        ({"export_interval": 300, "keep_last": 0, "save_interval": 500}, 14, 6, 4),
+    ],
+)
+def test_the_disk_that_a_run_of_1050_steps_needs(
+    train: dict[str, Any], bytes_each: int, at_once: int, exports: int
+) -> None:
+    """By hand: bf16 weights, their fp32 copy and two moments; as many as are kept, and the one that is written."""
+    config = settings(**({"precision": "bf16", "train_iters": 1050} | train))
+    need = disk_need(config, LLAMA_8B)
+    assert need.checkpoint == bytes_each * BYTES_8B
+    assert (need.checkpoints, need.exports) == (at_once, exports)
+    assert need.export == (4 if train.get("precision") == "fp32" else 2) * BYTES_8B
+
+
+def test_a_run_whose_checkpoints_find_no_room_is_refused_and_what_is_there_counts(tmp_path: Path) -> None:
+    """Sparse files have their size without taking the disk."""
+    free = shutil.disk_usage(tmp_path).free
+    many = settings(precision="bf16", train_iters=10**6, keep_last=free // (14 * BYTES_8B) + 1)
+    with pytest.raises(UserError, match=r"the run will write [\d,.]+ GB more .*lower train.keep_last"):
+        check_disk(tmp_path / "run", many, LLAMA_8B)
+    written = tmp_path / "run" / "checkpoints" / "iter-0000001" / "weights"
+    written.mkdir(parents=True)
+    with (written / "__0_0.distcp").open("wb") as file:
+        file.truncate(4 * 14 * BYTES_8B)
+    check_disk(tmp_path / "run", many, LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"save_interval": 10}}, "needs held-out pairs; set data.validation"),
+        ({"train": {}, "data": {"validation": "v.jsonl"}}, "chooses among checkpoints; set train.save_interval"),
+        (
+            {"train": {"save_interval": 10, "eval_interval": 4}, "data": {"validation": "v.jsonl"}},
+            "train.save_interval=10 is no multiple of train.eval_interval=4; set train.eval_interval=10",
+        ),
+        (
+            {"train": {"save_interval": 8, "eval_interval": 0}, "data": {"validation": "v.jsonl"}},
+            "no multiple of train.eval_interval=0",
+        ),
+        (
+            {
+                "train": {"save_interval": 4, "eval_interval": 4, "keep_best": "eval/rewards/margins"},
+                "data": {"validation": "v.jsonl"},
+                "loss": {"type": "sft"},
+            },
+            "loss.type=sft has no eval/rewards/margins",
+        ),
+    ],
+)
+def test_keep_best_needs_a_value_at_every_checkpoint(changes: dict[str, Any], words: str) -> None:
+    base = {"loss": {"type": "dpo"}}
+    train = {"keep_best": "eval/loss"} | changes["train"]
+    with pytest.raises(UserError, match=words):
+        complete(load(Config(), base | changes | {"train": train}, where="test"), where="test")

@@ -1,0 +1,174 @@
+"""A checkpoint on its way to the disk: written in a folder beside its own, by every rank, and current at one instant.
+
+FOLDER.tmp/   while it is written; what a killed program leaves of it is removed by the next save
+FOLDER/       once every file is whole, on the disk, and named in SHA256SUMS
+
+With `background`, a rank copies its part into the host's memory and goes on training, while a thread writes the copy.
+A thread ends with its rank, whatever ends that. Megatron's own asynchronous saves fork a process of each rank: with a
+CUDA context and the threads of a communication library in it, and with a server for its results that outlives a rank
+that is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tgdpo_megatron.checkpoint.failures import NotWrittenError, writable
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
+from tgdpo_megatron.checkpoint.shards import Shard
+from tgdpo_megatron.checkpoint.sums import SummedFile, write_sums
+from tgdpo_megatron.checkpoint.torch_dist import StoredBox, write_index_of_boxes
+from tgdpo_megatron.checkpoint.work import wait_for_disk
+from tgdpo_megatron.errors import LostRankError, UserError
+
+UNFINISHED = ".tmp"
+"""Ends the name of a folder that is being written, or removed."""
+
+
+class Save:
+    """A save under way. Made on every rank. Collective.
+
+    Args:
+        folder: The checkpoint to make.
+        shards: What this rank writes.
+        common: What is no tensor. The first rank's is written.
+        add_files: Adds the other files to the folder that is worked in. Called on the first rank.
+        background: Whether to copy the shards and write the copies while this rank goes on.
+
+    Raises:
+        NotWrittenError: On every rank, if the operating system refuses the first rank the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Shard],
+        common: dict[str, Any],
+        manifest: CheckpointManifest,
+        *,
+        add_files: Callable[[Path], None],
+        background: bool,
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._common, self._add_files = common, add_files
+        self._work = folder.with_name(folder.name + UNFINISHED)
+        self._written: list[StoredBox] = []
+        self._sums: dict[str, str] = {}
+        self._failure: BaseException | None = self._begin() if dist.get_rank() == 0 else None
+        self._agree()
+        # Without a background, each shard is copied when its turn has come, and takes no memory for longer.
+        todo = _emptied(deque([shard.copied() for shard in shards])) if background else _copies(shards)
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._write, args=(todo,), name="save", daemon=True)
+            self._thread.start()
+        else:
+            self._write(todo)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> CheckpointManifest:
+        """Wait for every rank's files, and make the checkpoint current. Collective.
+
+        Raises:
+            NotWrittenError: On every rank, if the operating system refused one of them a file. Nothing is left then.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self._agree()
+            ranks = dist.get_world_size()
+            parts: list[Any] | None = [None] * ranks if dist.get_rank() == 0 else None
+            dist.gather_object((self._written, self._sums), parts)
+            if parts is not None:
+                self._failure = self._complete(parts)
+            self._agree()
+        except BaseException:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._work, ignore_errors=True)
+            raise
+        return self.manifest
+
+    def _begin(self) -> BaseException | None:
+        try:
+            with writable(f"{self.folder}: the checkpoint"):
+                shutil.rmtree(self._work, ignore_errors=True)
+                (self._work / WEIGHTS).mkdir(parents=True)
+        except BaseException as error:  # the other ranks wait to hear of it
+            return error
+        return None
+
+    def _write(self, shards: Iterable[Shard]) -> None:
+        """Write this rank's file, and wait for the disk. A failure is kept for `finish`."""
+        name = f"__{dist.get_rank()}_0.distcp"
+        try:
+            with writable(f"{self.folder}: the checkpoint"), (self._work / WEIGHTS / name).open("wb") as file:
+                summed = SummedFile(file)
+                for shard in shards:
+                    first = summed.tell()
+                    torch.save(shard.data, summed)  # type: ignore[arg-type]
+                    sizes, length = tuple(shard.data.shape), summed.tell() - first
+                    self._written.append(
+                        StoredBox(shard.key, shard.shape, shard.offset, sizes, shard.data.dtype, name, first, length)
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+                self._sums[f"{WEIGHTS}/{name}"] = summed.hash.hexdigest()
+        except BaseException as error:
+            self._failure = error
+
+    def _complete(self, parts: list[tuple[list[StoredBox], dict[str, str]]]) -> BaseException | None:
+        """Add what one rank writes for all, and rename the folder. On the first rank."""
+        try:
+            with writable(f"{self.folder}: the checkpoint"):
+                write_index_of_boxes(self._work / WEIGHTS, [box for boxes, _ in parts for box in boxes], self._common)
+                self._add_files(self._work)
+                write_manifest(self._work, self.manifest)
+                known = {name: found for _, sums in parts for name, found in sums.items()}
+                write_sums(self._work, known)
+                for path in (*self._work.rglob("*"), self._work):
+                    if str(path.relative_to(self._work)) not in known:  # their writers have waited already
+                        wait_for_disk(path)
+                self._work.rename(self.folder)
+                wait_for_disk(self.folder.parent)
+        except BaseException as error:
+            return error
+        return None
+
+    def _agree(self) -> None:
+        """Raise on every rank where one of them failed. Collective."""
+        sentence = None if self._failure is None else str(self._failure) if _is_refusal(self._failure) else ""
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, sentence)
+        if self._failure is not None:
+            raise self._failure
+        for sentence in filter(None, said):
+            raise NotWrittenError(sentence)
+        if "" in said:
+            raise LostRankError("another rank could not write its part of a checkpoint; this one stops too.")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return isinstance(error, UserError)
+
+
+def _copies(shards: list[Shard]) -> Iterator[Shard]:
+    return (shard.copied() for shard in shards)
+
+
+def _emptied(shards: deque[Shard]) -> Iterator[Shard]:
+    """Each shard in turn. Its memory is free once the next one is asked for."""
+    while shards:
+        yield shards.popleft()
