@@ -12,12 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from torch import Tensor
 
 from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import hand_on
 from tgdpo_megatron.checkpoint.failures import readable, writable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
+from tgdpo_megatron.checkpoint.index import Index, read_index
 from tgdpo_megatron.checkpoint.manifest import (
     HF,
     WEIGHTS,
@@ -26,8 +33,9 @@ from tgdpo_megatron.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from tgdpo_megatron.checkpoint.reading import read_into, read_plain
 from tgdpo_megatron.checkpoint.torch_dist import CONTENT_METADATA
-from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
+from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
@@ -140,14 +148,56 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
 
 
 def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    common = folder / WEIGHTS / "common.pt"
+    """Fill a sharded state from a checkpoint's tensors, and add its plain data. Collective.
+
+    Megatron's own loading unpickles. Here a checkpoint is read as numbers, and Megatron puts them in their places.
+
+    Raises:
+        UserError: On every rank, where any of them cannot read its part.
+    """
+    error: UserError | None = None
     try:
-        torch.load(common, map_location="cpu", weights_only=True)  # small; Megatron's own reading of it is less careful
-    except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{common}: this part of the checkpoint cannot be read ({in_short(error)}).") from error
-    with readable(f"{folder}: the checkpoint"):
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
+        with readable(f"{folder}: the checkpoint"):
+            loaded = _fill(state, folder / WEIGHTS)
+    except UserError as caught:
+        error = caught
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if first := next(filter(None, (error, *errors)), None):
+        raise first
     return loaded
+
+
+def _fill(state: dict[str, Any], weights: Path) -> dict[str, Any]:
+    index, content = read_index(weights), read_plain(weights / "common.pt")
+    if not isinstance(content, dict):
+        raise ValueError("common.pt holds no state")
+    force_all_tensors_to_non_fp8(state)
+    sharded, unsaved, factories = load_preprocess(state)
+    sharded, _ = extract_sharded_base(sharded)
+    merge(content, unsaved)
+    merge(content, dict_list_map_outplace(lambda part: _fill_part(part, weights, index), sharded))
+    filled: dict[str, Any] = apply_factory_merges(content, factories)
+    return filled
+
+
+def _fill_part(part: ShardedTensor, weights: Path, index: Index) -> Tensor:
+    """Fill a rank's part of a tensor. Rows of padding, which another layout may not have stored, are set to 0."""
+    assert isinstance(part, ShardedTensor), part
+    if (stored := index.get(part.key)) is None:
+        raise UserError(f"{weights}: the checkpoint lacks {part.key}.")
+    same_axes = len(stored.shape) == len(part.global_shape)
+    if stored.shape != tuple(part.global_shape) and not (part.allow_shape_mismatch and same_axes):
+        raise UserError(f"{weights}: {part.key} has shape {stored.shape}, but the model's has {part.global_shape}.")
+    part.init_data("cpu")
+    assert part.data is not None
+    target = part.data.detach().view((1,) * part.prepend_axis_num + tuple(part.local_shape))
+    if stored.shape != tuple(part.global_shape):
+        target.zero_()
+        for axis, (first, size) in enumerate(zip(part.global_offset, stored.shape, strict=True)):
+            target = target.narrow(axis, 0, min(target.shape[axis], max(0, size - first)))
+    read_into(target, weights, stored, part.global_offset)
+    return part.data
 
 
 def _put(chunks: Sequence[PreferenceGPT], loaded: dict[str, Any]) -> None:
