@@ -196,6 +196,8 @@ def _check_stored(tensors: list[TensorMap], index: Index, source: Path) -> None:
         found = index[tensor.key].shape
         if len(found) != len(tensor.shape) or found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
             raise UserError(f"{source}: {tensor.key} has shape {found}, but config.json describes {tensor.shape}.")
+        if not getattr(torch, index[tensor.key].dtype).is_floating_point:
+            raise UserError(f"{source}: {tensor.key} holds {index[tensor.key].dtype}, which no weight is stored as.")
 
 
 def _first_of(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ FOLDER/weights/        torch_dist checkpoint: weights and, for a run, optimizer 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -127,14 +128,23 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
     return manifest
 
 
-def wrong_field(record: Any) -> str | None:
+def wrong_field(record: object) -> str | None:
     """The name of a dataclass's field whose value is not of the type declared for it, or is an integer below zero."""
-    for name, declared in get_type_hints(type(record)).items():
-        parts = get_args(declared) if isinstance(declared, UnionType) else (declared,)
-        kinds, value = tuple(get_origin(part) or part for part in parts), getattr(record, name)
+    for name, kinds in _kinds(type(record)).items():  # type: ignore[arg-type]  # mypy knows no hash of a class
+        value = getattr(record, name)
         if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             return name
     return None
+
+
+@functools.cache
+def _kinds(record: type) -> dict[str, tuple[type, ...]]:
+    """The types that the fields of a dataclass may have."""
+    found = {}
+    for name, declared in get_type_hints(record).items():
+        parts = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        found[name] = tuple(get_origin(part) or part for part in parts)
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any]:

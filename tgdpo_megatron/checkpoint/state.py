@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tgdpo_megatron.checkpoint.manifest import (
 )
 from tgdpo_megatron.checkpoint.reading import read_into, read_plain
 from tgdpo_megatron.checkpoint.torch_dist import CONTENT_METADATA
-from tgdpo_megatron.errors import NonFiniteError, UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
 from tgdpo_megatron.model.gpt import PreferenceGPT
 
 
@@ -46,7 +47,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
         UserError: Unreadable or altered weights, or a weight that is not finite.
     """
     with mended_by_deletion(folder):
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, with_index=False)
         state = sharded_model_state(chunks)
         _put(chunks, _read({"model": state}, folder)["model"])
         _check_fingerprint(chunks, manifest, folder)
@@ -124,10 +125,12 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
     """Load weights, optimizer and schedule from a checkpoint that a run saved. Collective."""
     model_state = sharded_model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(_for_optimizer(model_state), is_loading=True, metadata=_metadata())
-    loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
+    state = {"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}
+    loaded = _read(state, folder)
     _put(chunks, loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
+    with _fitting(folder):
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
     _check_fingerprint(chunks, read_manifest(folder), folder)
 
 
@@ -169,16 +172,55 @@ def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _fill(state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    index, content = read_index(weights), read_plain(weights / "common.pt")
-    if not isinstance(content, dict):
-        raise ValueError("common.pt holds no state")
+    index, common = read_index(weights), weights / "common.pt"
     force_all_tensors_to_non_fp8(state)
     sharded, unsaved, factories = load_preprocess(state)
-    sharded, _ = extract_sharded_base(sharded)
+    sharded, plain = extract_sharded_base(sharded)
+    with readable(f"{common}: this part of the checkpoint"):
+        content = read_plain(common)
+        _check_like(plain, content, "the state")
     merge(content, unsaved)
     merge(content, dict_list_map_outplace(lambda part: _fill_part(part, weights, index), sharded))
     filled: dict[str, Any] = apply_factory_merges(content, factories)
     return filled
+
+
+def _check_like(expected: Any, found: Any, where: str) -> None:
+    """Refuse plain data of another kind than this run has in the same place.
+
+    Options may be missing, and there may be others: Adam is not the same everywhere.
+
+    Raises:
+        ValueError: The data do not fit.
+    """
+    if isinstance(expected, _NUMBERS):
+        fits = isinstance(found, _NUMBERS)
+    else:
+        fits = expected is None or type(found) is type(expected)
+    if not fits:
+        raise ValueError(f"{where} is a {type(found).__name__}, not a {type(expected).__name__}")
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            if name in found:
+                _check_like(value, found[name], f"{name!r} in {where}")
+            elif isinstance(value, dict | list):
+                raise ValueError(f"{where} lacks {name!r}")
+    elif isinstance(expected, list | tuple):
+        for value, one in zip(expected, found, strict=False):
+            _check_like(value, one, f"a part of {where}")
+
+
+_NUMBERS = (int, float, Tensor)
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Say in a sentence that Megatron finds a state unfit, which it says by whatever its lines happen to raise."""
+    try:
+        yield
+    except (LookupError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {in_short(error)}"
+        raise UserError(f"{folder}: the training state does not fit this run ({why}).") from error
 
 
 def _fill_part(part: ShardedTensor, weights: Path, index: Index) -> Tensor:
