@@ -331,6 +331,9 @@ def other_files(folder: Path, rng: random.Random, marker: Path) -> None:
             lambda: [(weights / other).write_bytes(plain) for other in others],
             lambda: (weights / "common.pt").write_bytes(saved(state)),
             lambda: (weights / "common.pt").write_bytes(saved({"optimizer": state})),
+            lambda: (weights / "common.pt").write_bytes(
+                saved(torch.load(weights / "common.pt") | {"model": {"0": state}})
+            ),
             lambda: _other_kind_of_file(weights / name, rng),
             lambda: (folder / "manifest.json").write_text(
                 rng.choice(["[" * 100_000, "{}", "[]", "null", "9" * 5000, "NaN"])

@@ -179,6 +179,7 @@ def _fill(state: dict[str, Any], weights: Path) -> dict[str, Any]:
     with readable(f"{common}: this part of the checkpoint"):
         content = read_plain(common)
         _check_like(plain, content, "the state")
+    content.pop("model", None)  # weights are tensors
     merge(content, unsaved)
     merge(content, dict_list_map_outplace(lambda part: _fill_part(part, weights, index), sharded))
     filled: dict[str, Any] = apply_factory_merges(content, factories)
