@@ -26,8 +26,9 @@ from tgdpo_megatron.checkpoint.certificate import (
 )
 from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron
+from tgdpo_megatron.checkpoint.index import read_index
 from tgdpo_megatron.checkpoint.lending import lend
-from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest
 from tgdpo_megatron.config import Config, ModelConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.families import family_of
@@ -183,7 +184,7 @@ def test_the_comparison_sees_windows_on_the_wrong_layers_however_wide_they_are(
     make_model(1, "gemma2", tied=True, sliding_window=4096).save_pretrained(tmp_path / "hf")
     hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
     right, sequences = describe(tmp_path / "checkpoint"), certify_module._sequences(300)
-    index = read_metadata(tmp_path / "checkpoint" / WEIGHTS)
+    index = read_index(tmp_path / "checkpoint" / WEIGHTS)
     dtypes = {name: torch.float32 for tensor in family_of(right).tensors(right) for name in tensor.names}
     theirs = certify_module._huggingfaces(tmp_path / "hf", dtypes, right, sequences)
     found = [

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.program import run_ranks
-from tgdpo_megatron.checkpoint.manifest import read_metadata
+from tgdpo_megatron.checkpoint.index import read_index
 
 IDS = [1, 40, 7, 250, 12, 99, 3]
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -70,8 +70,8 @@ def test_an_export_has_neither_padding_nor_a_second_copy_of_tied_embeddings(mode
     assert {name: tensor.shape for name, tensor in trained.items()} == {
         name: tensor.shape for name, tensor in start.items()
     }
-    stored = read_metadata(models["checkpoint"] / "weights").state_dict_metadata
-    assert stored["embedding.word_embeddings.weight"].size[0] > len(trained["model.embed_tokens.weight"])
+    stored = read_index(models["checkpoint"] / "weights")
+    assert stored["embedding.word_embeddings.weight"].shape[0] > len(trained["model.embed_tokens.weight"])
 
 
 def test_an_export_never_reads_the_optimizers_state(models: dict[str, Path], tmp_path: Path) -> None:
@@ -83,11 +83,11 @@ def test_an_export_never_reads_the_optimizers_state(models: dict[str, Path], tmp
     shutil.copytree(models["checkpoint"], tmp_path / "damaged")
     weights = tmp_path / "damaged" / "weights"
     destroyed = 0
-    for place, info in read_metadata(weights).storage_data.items():
-        if place.fqn.startswith("optimizer."):
-            with (weights / info.relative_path).open("r+b") as file:
-                file.seek(info.offset)
-                file.write(b"x" * info.length)
+    for key, tensor in read_index(weights).items():
+        for block in tensor.blocks if key.startswith("optimizer.") else ():
+            with (weights / block.file).open("r+b") as file:
+                file.seek(block.start)
+                file.write(b"x" * block.length)
             destroyed += 1
     assert destroyed
     megatron_to_hf(tmp_path / "damaged", tmp_path / "hf")

@@ -136,6 +136,27 @@ def train_and_look(ranks: Ranks, *, recipe: str, job: dict[str, Any], looks: lis
         distribution(ranks, **look)
 
 
+def loading_says(ranks: Ranks, *, folders: list[str]) -> list[str]:
+    """The sentence with which each checkpoint of a model is refused where training loads it; "" where it is loaded."""
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.checkpoint.state import load_weights
+    from tgdpo_megatron.config import Config
+    from tgdpo_megatron.model.build import build_model, transformer_config
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+
+    config = load(Config(), {"train": {"precision": "fp32"}}, where="test")
+    initialize_model_parallel(config.parallel, seed=1)
+    description = describe(Path(folders[0]))
+    chunks, said = build_model(description, transformer_config(description, config)), []
+    for folder in folders:
+        try:
+            load_weights(chunks, Path(folder))
+            said.append("")
+        except UserError as refusal:
+            said.append(str(refusal))
+    return said
+
+
 def packed_logps(
     ranks: Ranks, *, folder: str, packs: list[list[list[int]]], precision: str = "fp32"
 ) -> list[list[list[float]]]:

@@ -197,6 +197,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.view": ("--output",),
     "bench.gpu": ("--json",),
     "bench.speed": ("--json", "--picture"),
+    "tests.faults.fuzz": ("--json",),
     "tests.parity": ("--json",),
     "tests.roundtrip": ("--json",),
     "tools.certify": (1,),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch import _weights_only_unpickler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
@@ -28,9 +24,6 @@ OF_THE_FILE = [
     FileNotFoundError("no such file"),
     EOFError(),
     ValueError("Expecting value"),
-    pickle.UnpicklingError("invalid load key"),
-    CheckpointingException("is not a distributed checkpoint"),
-    RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"),
 ]
 OTHERWISE = [
     AssertionError("ours"),
@@ -50,12 +43,6 @@ def test_what_a_damaged_file_raises_is_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=r"^a file cannot be read \("), readable("a file"):
         raise wrap(error)
-
-
-def test_whatever_an_unpickler_makes_of_random_bytes_is_the_files_fault() -> None:
-    """Here it takes from an empty stack, and raises an IndexError."""
-    with pytest.raises(UserError, match=r"^a file cannot be read \("), readable("a file"):
-        _weights_only_unpickler.load(io.BytesIO(b"\x80\x02b."))
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, collected], ids=["bare", "collected"])

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest, read_object, wrong_field
 from tgdpo_megatron.errors import UserError
 
 NAME = "certificate.json"
@@ -86,7 +86,7 @@ def read_certificate(folder: Path) -> Certificate:
     """
     path = folder / NAME
     try:
-        found = Certificate(**json.loads(path.read_text()))
+        found = Certificate(**read_object(path))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; "
@@ -94,6 +94,8 @@ def read_certificate(folder: Path) -> Certificate:
         ) from None
     except (ValueError, TypeError):
         raise UserError(f"{path}: not a certificate; {_again(folder)}") from None
+    if wrong := wrong_field(found):
+        raise UserError(f"{path}: {wrong} cannot be {getattr(found, wrong)!r:.50}; {_again(folder)}")
     if found.sealed() != found:
         raise UserError(f"{path}: the certificate was altered; {_again(folder)}")
     return found

@@ -32,10 +32,11 @@ from tgdpo_megatron.checkpoint.certificate import (
     write_certificate,
 )
 from tgdpo_megatron.checkpoint.failures import InterruptedWorkError
+from tgdpo_megatron.checkpoint.index import Index, read_index
 from tgdpo_megatron.checkpoint.lending import lend, without_weights
-from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest, read_metadata
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, describe, read_manifest
+from tgdpo_megatron.checkpoint.reading import read_rows
 from tgdpo_megatron.checkpoint.safetensors import HfWeights
-from tgdpo_megatron.checkpoint.torch_dist import read_rows
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
@@ -73,9 +74,9 @@ def certify(source: Path, folder: Path) -> Certificate:
     if differs := read_description(source).differs_from(description):
         raise UserError(f"{folder}: was not converted from {source}, whose model differs in {', '.join(differs)}.")
     sequences = _sequences(description.vocab_size)
-    index = read_metadata(folder / WEIGHTS)
+    index = read_index(folder / WEIGHTS)
     dtypes = {
-        name: index.state_dict_metadata[tensor.key].properties.dtype
+        name: getattr(torch, index[tensor.key].dtype)
         for tensor in family_of(description).tensors(description)
         for name in tensor.names
     }
@@ -166,11 +167,11 @@ def _huggingfaces(
 
 
 @torch.no_grad()
-def _ours(folder: Path, index: Any, description: ModelDescription, sequences: list[Tensor]) -> Tensor:
+def _ours(folder: Path, index: Index, description: ModelDescription, sequences: list[Tensor]) -> Tensor:
     """The same log-probs from the checkpoint, by the model that is trained. [R] fp32.
 
     Args:
-        index: The checkpoint's, from read_metadata.
+        index: The checkpoint's.
     """
     if description.sliding_window is not None:
         description = replace(description, sliding_window=min(description.sliding_window, _WINDOW))

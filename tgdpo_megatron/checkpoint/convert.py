@@ -19,6 +19,7 @@ from tgdpo_megatron import __version__
 from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.failures import writable
 from tgdpo_megatron.checkpoint.fingerprint import combine
+from tgdpo_megatron.checkpoint.index import Index, StoredTensor, read_index
 from tgdpo_megatron.checkpoint.jobs import Part, Sums, ToHuggingFace, ToMegatron, in_parts
 from tgdpo_megatron.checkpoint.manifest import (
     FORMAT,
@@ -29,7 +30,6 @@ from tgdpo_megatron.checkpoint.manifest import (
     copy_companions,
     describe,
     read_manifest,
-    read_metadata,
     write_manifest,
 )
 from tgdpo_megatron.checkpoint.safetensors import HfShards, HfTensor, HfWeights
@@ -122,12 +122,11 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, proc
     manifest = read_manifest(source)
     description = describe(source)
     tensors = family_of(description).tensors(description)
-    metadata = read_metadata(source / WEIGHTS)
-    stored = metadata.state_dict_metadata
-    _check_stored(tensors, stored, source)
-    dtypes = {tensor.key: _DTYPES[dtype] if dtype else stored[tensor.key].properties.dtype for tensor in tensors}
+    index = read_index(source / WEIGHTS)
+    _check_stored(tensors, index, source)
+    dtypes = {tensor.key: _DTYPES[dtype] if dtype else getattr(torch, index[tensor.key].dtype) for tensor in tensors}
     # Blocks that are no larger than a tensor's stored ones are each read once; of larger ones the tensor is read whole.
-    parts = in_parts(block for tensor in tensors for block in tensor.blocks(_rows_to_read(tensor, stored[tensor.key])))
+    parts = in_parts(block for tensor in tensors for block in tensor.blocks(_rows_to_read(tensor, index[tensor.key])))
     shards = HfShards(
         [
             HfTensor(name, shape, dtypes[tensor.key])
@@ -137,7 +136,7 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, proc
     )
     files = [source / "manifest.json", *sorted((source / WEIGHTS).iterdir())]
     with work_on(target, _identity(parts, dtypes, source / HF, files)) as work:
-        job = ToHuggingFace(parts, metadata, shards, source, work.folder)
+        job = ToHuggingFace(parts, index, shards, source, work.folder)
         with writable(f"{work.folder}: the model"):
             shards.begin(work.folder)
         records = work.do(job, [_bytes(part, dtypes) for part in parts], processes)
@@ -186,17 +185,19 @@ def _check_tied(weights: HfWeights, source: Path) -> None:
         )
 
 
-def _check_stored(tensors: list[TensorMap], stored: dict[str, Any], source: Path) -> None:
+def _check_stored(tensors: list[TensorMap], index: Index, source: Path) -> None:
     """Refuse a checkpoint that does not hold the model that its config.json describes.
 
     It may hold more: the optimizer's state, and rows of padding after the vocabulary.
     """
-    if lacking := [tensor.key for tensor in tensors if tensor.key not in stored]:
+    if lacking := [tensor.key for tensor in tensors if tensor.key not in index]:
         raise UserError(f"{source}: the checkpoint lacks {_first_of(lacking)}.")
     for tensor in tensors:
-        found = tuple(stored[tensor.key].size)
-        if found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
+        found = index[tensor.key].shape
+        if len(found) != len(tensor.shape) or found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
             raise UserError(f"{source}: {tensor.key} has shape {found}, but config.json describes {tensor.shape}.")
+        if not getattr(torch, index[tensor.key].dtype).is_floating_point:
+            raise UserError(f"{source}: {tensor.key} holds {index[tensor.key].dtype}, which no weight is stored as.")
 
 
 def _first_of(names: Sequence[str]) -> str:
@@ -215,9 +216,9 @@ def _rows_of_a_block(shape: Sequence[int], dtype: torch.dtype) -> int:
     return max(1, BLOCK_BYTES // (torch.Size(shape[1:]).numel() * dtype.itemsize))
 
 
-def _rows_to_read(tensor: TensorMap, stored: Any) -> int:
-    rows = _rows_of_a_block(tensor.shape, stored.properties.dtype)
-    whole_rows = all(chunk.sizes[1:] == stored.size[1:] and chunk.sizes[0] <= rows for chunk in stored.chunks)
+def _rows_to_read(tensor: TensorMap, stored: StoredTensor) -> int:
+    rows = _rows_of_a_block(tensor.shape, getattr(torch, stored.dtype))
+    whole_rows = all(block.shape[1:] == stored.shape[1:] and block.shape[0] <= rows for block in stored.blocks)
     return rows if whole_rows else tensor.shape[0]
 
 

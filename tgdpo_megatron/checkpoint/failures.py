@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
-import traceback
 from collections.abc import Iterator
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -106,16 +104,6 @@ def _is_of_the_system(error: BaseException) -> bool:
     )
 
 
-_UNPICKLERS = ("/torch/_weights_only_unpickler.py", "/pickle.py")
-
-
 def _is_of_the_file(error: BaseException) -> bool:
     """Whether a reader said this of the bytes it was given. Found by damaging every file of checkpoints at random."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException  # loaded already, if it was raised
-
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames and frames[-1].filename.endswith(_UNPICKLERS):  # of random bytes they may raise anything
-        return True
-    if isinstance(error, RuntimeError):
-        return "PytorchStreamReader" in str(error)
-    return isinstance(error, OSError | EOFError | ValueError | pickle.UnpicklingError | CheckpointingException)
+    return isinstance(error, OSError | EOFError | ValueError)

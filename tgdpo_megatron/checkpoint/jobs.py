@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tgdpo_megatron.checkpoint.failures import readable
 from tgdpo_megatron.checkpoint.fingerprint import all_finite, tensor_sum
+from tgdpo_megatron.checkpoint.index import Index
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS
+from tgdpo_megatron.checkpoint.reading import read_rows
 from tgdpo_megatron.checkpoint.safetensors import HfShards, HfWeights
-from tgdpo_megatron.checkpoint.torch_dist import read_rows, write_blocks
+from tgdpo_megatron.checkpoint.torch_dist import write_blocks
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.tensor_maps import Block
 
@@ -115,13 +117,13 @@ class ToHuggingFace:
     """From a Megatron checkpoint to safetensors files that HfShards.begin has made.
 
     Attributes:
-        metadata: The checkpoint's index.
+        index: The checkpoint's.
         source: The checkpoint.
         folder: Where the files are.
     """
 
     parts: Sequence[Part]
-    metadata: Any
+    index: Index
     shards: HfShards
     source: Path
     folder: Path
@@ -136,7 +138,7 @@ class ToHuggingFace:
         for block in self.parts[part]:
             tensor = block.tensor
             with readable(f"{self.source}: {tensor.key}"):
-                whole = read_rows(self.source / WEIGHTS, self.metadata, tensor.key, block.first, tensor.shape)
+                whole = read_rows(self.source / WEIGHTS, self.index, tensor.key, block.first, tensor.shape)
             if not all_finite(whole):
                 raise UserError(
                     f"{self.source}: {tensor.key} holds numbers that are not finite; the checkpoint is not exported."

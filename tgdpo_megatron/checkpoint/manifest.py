@@ -9,19 +9,21 @@ FOLDER/weights/        torch_dist checkpoint: weights and, for a run, optimizer 
 
 from __future__ import annotations
 
-import enum
+import functools
 import json
-import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from tgdpo_megatron.errors import UserError, in_short
+from tgdpo_megatron.checkpoint.index import read_index
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
 
 FORMAT = 2
+_MAX_MANIFEST_BYTES = 16 * 1024**2
 WEIGHTS, HF, SETTINGS = "weights", "hf", "config.yaml"
 
 # Files of a HuggingFace folder that are not weights and may be needed to use the model.
@@ -94,7 +96,7 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
     """Read a checkpoint's manifest.
 
     Args:
-        with_index: Whether to check the index of the weights as well, for which torch is loaded.
+        with_index: Whether to read the index of the weights as well, which is long for a large model.
 
     Raises:
         UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished or damaged checkpoint.
@@ -117,9 +119,11 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
             "manifest.json)."
         )
     try:
-        manifest = CheckpointManifest(**json.loads(path.read_text()))
+        manifest = CheckpointManifest(**read_object(path))
     except (TypeError, ValueError):
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
+    if wrong := wrong_field(manifest):
+        raise UserError(f"{path}: {wrong} cannot be {getattr(manifest, wrong)!r:.50}; convert the model again.")
     if manifest.format != FORMAT:
         raise UserError(
             f"{path}: the checkpoint has format {manifest.format}, but this version reads format {FORMAT}; convert the "
@@ -128,8 +132,44 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise UserError(f"{folder}: the checkpoint has no weights.")
     if with_index:
-        read_metadata(folder / WEIGHTS)
+        read_index(folder / WEIGHTS)
     return manifest
+
+
+def wrong_field(record: object) -> str | None:
+    """The name of a dataclass's field whose value is not of the type declared for it, or is an integer below zero."""
+    for name, kinds in _kinds(type(record)).items():  # type: ignore[arg-type]  # mypy knows no hash of a class
+        value = getattr(record, name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            return name
+    return None
+
+
+@functools.cache
+def _kinds(record: type) -> dict[str, tuple[type, ...]]:
+    """The types that the fields of a dataclass may have."""
+    found = {}
+    for name, declared in get_type_hints(record).items():
+        parts = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        found[name] = tuple(get_origin(part) or part for part in parts)
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may come from anywhere.
+
+    Raises:
+        ValueError: The file holds something else, is too large, or nests too deeply.
+    """
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ValueError("too large")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    return content
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
@@ -145,63 +185,6 @@ def hf_folder(folder: Path) -> Path:
 def describe(folder: Path) -> ModelDescription:
     """Shape of the model in a checkpoint folder, or in a HuggingFace folder."""
     return read_description(hf_folder(folder))
-
-
-def read_metadata(folder: Path) -> Any:
-    """The index of a torch_dist checkpoint.
-
-    torch writes the index as a pickle, and loading a pickle can run code. This function accepts only the classes that
-    an index is made of. It is called before torch loads the index, so that a checkpoint from elsewhere cannot run code.
-
-    Raises:
-        UserError: The index is damaged, or names anything else.
-    """
-    path = folder / ".metadata"
-    try:
-        with path.open("rb") as file:
-            return _IndexUnpickler(file).load()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: the checkpoint's index is damaged ({in_short(error)}).") from error
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # how some releases of Python pickle a member of an enum
-            return _enum_member
-        if (module, name) in _INDEX_PARTS or (module == "torch" and _is_dtype(name)):
-            return super().find_class(module, name)
-        if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
-            found = super().find_class(module, name)
-            # A class that is defined in that module, not imported there.
-            if isinstance(found, type) and (found.__module__, found.__name__) == (module, name):
-                return found
-        raise UserError(
-            f"the checkpoint's index names {module}.{name}, which no index holds; the checkpoint is not loaded."
-        )
-
-
-_INDEX_PARTS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("pathlib", "PosixPath"),
-}
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    """Takes the place of getattr while an index is read: gives a member of an enum, and nothing else."""
-    if isinstance(owner, enum.EnumMeta) and name in owner.__members__:
-        return owner.__members__[name]
-    raise UserError(f"the checkpoint's index looks up {name}, which no index does; the checkpoint is not loaded.")
-
-
-def _is_dtype(name: str) -> bool:
-    import torch  # late, since manifests are also read before torch is loaded
-
-    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def copy_companions(source: Path, target: Path, template: str | None = None) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from torch import Tensor
 
 from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import hand_on
 from tgdpo_megatron.checkpoint.failures import readable
 from tgdpo_megatron.checkpoint.fingerprint import model_fingerprint
+from tgdpo_megatron.checkpoint.index import Index, read_index
 from tgdpo_megatron.checkpoint.manifest import (
     HF,
     SETTINGS,
@@ -22,6 +31,7 @@ from tgdpo_megatron.checkpoint.manifest import (
     copy_companions,
     read_manifest,
 )
+from tgdpo_megatron.checkpoint.reading import read_into, read_plain
 from tgdpo_megatron.checkpoint.saving import Save
 from tgdpo_megatron.checkpoint.shards import model_shards, optimizer_shards
 from tgdpo_megatron.checkpoint.sums import SUMS
@@ -37,7 +47,7 @@ def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
         UserError: Unreadable or altered weights, or a weight that is not finite.
     """
     with mended_by_deletion(folder):
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, with_index=False)
         state = sharded_model_state(chunks)
         _put(chunks, _read({"model": state}, folder)["model"])
         _check_fingerprint(chunks, manifest, folder)
@@ -134,12 +144,13 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
     optimizer_state = optimizer.sharded_state_dict(
         _for_optimizer(model_state), is_loading=True, metadata=megatron_layout()
     )
-    loaded = _read({"model": model_state, "optimizer": optimizer_state}, folder)
+    loaded = _read({"model": model_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict()}, folder)
     _put(chunks, loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    with _fitting(folder):
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
     for group, chosen in zip(optimizer.param_groups, options, strict=True):
         group.update(chosen)
-    scheduler.load_state_dict(loaded["scheduler"])
     _check_fingerprint(chunks, read_manifest(folder), folder)
 
 
@@ -164,14 +175,96 @@ def sharded_model_state(chunks: Sequence[PreferenceGPT]) -> dict[str, Any]:
 
 
 def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    common = folder / WEIGHTS / "common.pt"
+    """Fill a sharded state from a checkpoint's tensors, and add its plain data. Collective.
+
+    Megatron's own loading unpickles. Here a checkpoint is read as numbers, and Megatron puts them in their places.
+
+    Raises:
+        UserError: On every rank, where any of them cannot read its part.
+    """
+    error: UserError | None = None
     try:
-        torch.load(common, map_location="cpu", weights_only=True)  # small; Megatron's own reading of it is less careful
-    except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{common}: this part of the checkpoint cannot be read ({in_short(error)}).") from error
-    with readable(f"{folder}: the checkpoint"):
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder / WEIGHTS))
+        with readable(f"{folder}: the checkpoint"):
+            loaded = _fill(state, folder / WEIGHTS)
+    except UserError as caught:
+        error = caught
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if first := next(filter(None, (error, *errors)), None):
+        raise first
     return loaded
+
+
+def _fill(state: dict[str, Any], weights: Path) -> dict[str, Any]:
+    index, common = read_index(weights), weights / "common.pt"
+    force_all_tensors_to_non_fp8(state)
+    sharded, unsaved, factories = load_preprocess(state)
+    sharded, plain = extract_sharded_base(sharded)
+    with readable(f"{common}: this part of the checkpoint"):
+        content = read_plain(common)
+        _check_like(plain, content, "the state")
+    content.pop("model", None)  # weights are tensors
+    merge(content, unsaved)
+    merge(content, dict_list_map_outplace(lambda part: _fill_part(part, weights, index), sharded))
+    filled: dict[str, Any] = apply_factory_merges(content, factories)
+    return filled
+
+
+def _check_like(expected: Any, found: Any, where: str) -> None:
+    """Refuse plain data of another kind than this run has in the same place.
+
+    Options may be missing, and there may be others: Adam is not the same everywhere.
+
+    Raises:
+        ValueError: The data do not fit.
+    """
+    if isinstance(expected, _NUMBERS):
+        fits = isinstance(found, _NUMBERS)
+    else:
+        fits = expected is None or type(found) is type(expected)
+    if not fits:
+        raise ValueError(f"{where} is a {type(found).__name__}, not a {type(expected).__name__}")
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            if name in found:
+                _check_like(value, found[name], f"{name!r} in {where}")
+            elif isinstance(value, dict | list):
+                raise ValueError(f"{where} lacks {name!r}")
+    elif isinstance(expected, list | tuple):
+        for value, one in zip(expected, found, strict=False):
+            _check_like(value, one, f"a part of {where}")
+
+
+_NUMBERS = (int, float, Tensor)
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Say in a sentence that Megatron finds a state unfit, which it says by whatever its lines happen to raise."""
+    try:
+        yield
+    except (LookupError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {in_short(error)}"
+        raise UserError(f"{folder}: the training state does not fit this run ({why}).") from error
+
+
+def _fill_part(part: ShardedTensor, weights: Path, index: Index) -> Tensor:
+    """Fill a rank's part of a tensor. Rows of padding, which another layout may not have stored, are set to 0."""
+    assert isinstance(part, ShardedTensor), part
+    if (stored := index.get(part.key)) is None:
+        raise UserError(f"{weights}: the checkpoint lacks {part.key}.")
+    same_axes = len(stored.shape) == len(part.global_shape)
+    if stored.shape != tuple(part.global_shape) and not (part.allow_shape_mismatch and same_axes):
+        raise UserError(f"{weights}: {part.key} has shape {stored.shape}, but the model's has {part.global_shape}.")
+    part.init_data("cpu")
+    assert part.data is not None
+    target = part.data.detach().view((1,) * part.prepend_axis_num + tuple(part.local_shape))
+    if stored.shape != tuple(part.global_shape):
+        target.zero_()
+        for axis, (first, size) in enumerate(zip(part.global_offset, stored.shape, strict=True)):
+            target = target.narrow(axis, 0, min(target.shape[axis], max(0, size - first)))
+    read_into(target, weights, stored, part.global_offset)
+    return part.data
 
 
 def _put(chunks: Sequence[PreferenceGPT], loaded: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's checkpoint format, torch_dist, written and read some rows at a time, without a model or process group.
+"""Megatron's checkpoint format, torch_dist, written some rows at a time, without a model or process group.
 
 Every block of rows is a tensor of its own in a .distcp file. So a rank that needs a part of a tensor reads the blocks
 that overlap it, and not the whole tensor.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tgdpo_megatron.model.tensor_maps import Block
@@ -172,39 +171,3 @@ class _OnDemand(DefaultSavePlanner):
         if self.block is not None:
             self.block.untyped_storage().resize_(0)
             self.block = None
-
-
-def read_rows(folder: Path, metadata: Any, key: str, first: int, shape: Sequence[int]) -> Tensor:
-    """Read rows of a tensor, which may lie in blocks of any shape.
-
-    Args:
-        metadata: The checkpoint's index, from read_metadata.
-        first: Place of the first row in the whole tensor.
-        shape: Of the rows.
-    """
-    stored = metadata.state_dict_metadata[key]
-    target = torch.empty(shape, dtype=stored.properties.dtype)
-    place = _place(key, first, shape)
-    assert place.offset is not None
-    wanted = ChunkStorageMetadata(place.offset, torch.Size(shape))
-    items = create_read_items_for_chunk_list(key, stored, [wanted])
-    if sum(item.lengths.numel() for item in items) != target.numel():
-        raise ValueError("the index does not cover the whole tensor")
-    reader = dcp.FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(LoadPlan(items), _Into(target)).wait()
-    return target
-
-
-class _Into(DefaultLoadPlanner):
-    """A load planner that knows of one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def resolve_tensor(self, read_item: Any) -> Tensor:
-        target = self.target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(axis, start, length)
-        return target

@@ -1,0 +1,197 @@
+"""The index of a checkpoint's tensors: which there are, and where their numbers lie.
+
+torch writes it as a pickle, `.metadata`. It is read as data and checked against the files before anything is done with
+it: an index that declares what no file holds is refused. torch is not loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tgdpo_megatron.checkpoint.pickled import Made, Name, read_pickle
+from tgdpo_megatron.errors import UserError, in_short
+
+ITEM_BYTES = {
+    **{"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2},
+    **{"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1},
+}
+"""The dtypes that a checkpoint's tensors may have, and the bytes of a number."""
+_MAX_BYTES = 256 * 1024**2
+"""Of an index. One of 60,000 blocks has 25 MB."""
+MAX_AXES = 16
+"""Of a tensor."""
+_MAX_NUMBER = 2**63 - 1
+_FILE_NAME = re.compile(r"\w[\w-]*\.distcp", re.ASCII)
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A part of a tensor, as torch.save wrote it into a part of a file."""
+
+    offsets: tuple[int, ...]
+    """Place of its first number in the tensor."""
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    """First byte in the file."""
+    length: int
+    """Bytes in the file. They hold at least the block's numbers."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint. Its blocks lie inside it and have as many numbers as it has."""
+
+    dtype: str
+    """A name of ITEM_BYTES."""
+    shape: tuple[int, ...]
+    blocks: tuple[StoredBlock, ...]
+
+
+Index = dict[str, StoredTensor]
+"""The tensors of a checkpoint by key."""
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check the index of a folder of .distcp files.
+
+    Raises:
+        UserError: The index is damaged, holds anything but tensors, or is not that of the folder's files.
+    """
+    path = folder / ".metadata"
+    try:
+        return _Entries(folder, _pickled(path)).tensors()
+    except OSError as error:
+        raise UserError(f"{path}: the checkpoint's index cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: the checkpoint's index is damaged ({in_short(error)}).") from error
+
+
+def _pickled(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError("it is no file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+    return read_pickle(path.read_bytes())
+
+
+class _Entries:
+    """What an index says, not yet believed."""
+
+    def __init__(self, folder: Path, content: Any) -> None:
+        state = _state(content, "Metadata")
+        self.folder = folder
+        self.declared = _a(dict, state.get("state_dict_metadata"))
+        self.places = dict(self._places(_a(dict, state.get("storage_data") or {})))
+        self.sizes: dict[str, int] = {}
+        """Bytes of the files that were looked at."""
+
+    def tensors(self) -> Index:
+        found = {_a(str, key): self._tensor(key, entry) for key, entry in self.declared.items()}
+        if self.places:
+            raise ValueError(f"it places a block of {next(iter(self.places))[0]!r} that no tensor has")
+        return found
+
+    @staticmethod
+    def _places(stored: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], dict[str, Any]]]:
+        for index, info in stored.items():
+            at = _state(index, "MetadataIndex")
+            offset = at.get("offset")
+            key = (_a(str, at.get("fqn")), None if offset is None else _sizes(offset))
+            yield key, _state(info, "_StorageInfo")
+
+    def _tensor(self, key: str, entry: Any) -> StoredTensor:
+        if isinstance(entry, Made) and entry.is_a("BytesStorageMetadata"):
+            raise ValueError(f"it says that {key!r} is an object, and not a tensor, which no checkpoint here holds")
+        state = _state(entry, "TensorStorageMetadata")
+        dtype, shape = _dtype(state.get("properties")), _sizes(state.get("size"))
+        chunks = _a(list, state.get("chunks"))
+        if len(chunks) > len(self.places):
+            raise ValueError(f"it has more blocks of {key!r} than places for them")
+        blocks = tuple(self._block(key, _state(chunk, "ChunkStorageMetadata"), dtype, shape) for chunk in chunks)
+        if sum(math.prod(block.shape) for block in blocks) != math.prod(shape):
+            raise ValueError(f"the blocks of {key!r} are not the whole tensor")
+        return StoredTensor(dtype, shape, blocks)
+
+    def _block(self, key: str, chunk: dict[str, Any], dtype: str, whole: tuple[int, ...]) -> StoredBlock:
+        offsets, shape = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
+        inside = len(offsets) == len(shape) == len(whole) and all(
+            first + count <= size for first, count, size in zip(offsets, shape, whole, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"a block of {key!r} does not lie inside the tensor")
+        if (place := self.places.pop((key, offsets), None)) is None:
+            raise ValueError(f"it has no place for a block of {key!r}")
+        if place.get("transform_descriptors"):
+            raise ValueError(f"a block of {key!r} is not stored as it is")
+        block = StoredBlock(
+            offsets,
+            shape,
+            _a(str, place.get("relative_path")),
+            _count(place.get("offset")),
+            _count(place.get("length")),
+        )
+        if block.start + block.length > self._size(block.file):
+            raise self._unreadable(block.file, "it ends before a block that the index places in it")
+        if math.prod(shape) * ITEM_BYTES[dtype] > block.length:
+            raise ValueError(f"a block of {key!r} has more numbers than its {block.length} bytes hold")
+        return block
+
+    def _size(self, name: str) -> int:
+        """Bytes of a file of the folder. No other file can be named, nor a link to one."""
+        if name not in self.sizes:
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
+            path = self.folder / name
+            if path.resolve().parent != self.folder.resolve():
+                raise ValueError(f"{name} is a link to a file outside the checkpoint")
+            if not path.is_file():
+                raise self._unreadable(name, "no such file")
+            self.sizes[name] = path.stat().st_size
+        return self.sizes[name]
+
+    def _unreadable(self, name: str, why: str) -> UserError:
+        return UserError(f"{self.folder / name}: this part of the checkpoint cannot be read ({why}).")
+
+
+def _a(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"it has a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
+
+
+def _state(value: Any, name: str) -> dict[str, Any]:
+    """The fields of a record of a class."""
+    if not (isinstance(value, Made) and value.is_a(name) and isinstance(value.state, dict)):
+        raise ValueError(f"it has something else where a {name} belongs")
+    return value.state
+
+
+def _dtype(properties: Any) -> str:
+    if not (isinstance(properties, Made) and properties.is_a("TensorProperties") and type(properties.state) is tuple):
+        raise ValueError("it has something else where a tensor's properties belong")
+    dtype = properties.state[0] if properties.state else None
+    if not (isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in ITEM_BYTES):
+        raise ValueError(f"it has a tensor of the dtype {dtype.name if isinstance(dtype, Name) else None!r}")
+    return dtype.name
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """The numbers of a torch.Size."""
+    if not (isinstance(value, Made) and value.is_a("Size") and len(value.arguments) == 1):
+        raise ValueError("it has something else where a torch.Size belongs")
+    sizes = _a(tuple, value.arguments[0])
+    if len(sizes) > MAX_AXES:
+        raise ValueError(f"it has a tensor of {len(sizes)} axes")
+    return tuple(map(_count, sizes))
+
+
+def _count(value: Any) -> int:
+    if not 0 <= (found := int(_a(int, value))) <= _MAX_NUMBER:
+        raise ValueError(f"it has the size {found}")
+    return found
