@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from recipes import tgdpo, tiny, treg
+from recipes import large, tgdpo, tiny, treg
 from tgdpo_megatron.config import (
     ALTERNATIVES,
     COMMAND_LINE,
@@ -48,6 +48,14 @@ RECIPES: dict[str, Callable[[], Config]] = {
         treg.dpo_reg_llama3_8b,
         treg.simpo_reg_llama3_8b,
         treg.simpo_reg_gemma2_9b,
+        large.dpo_llama3_70b_4x8,
+        large.tgdpo_llama3_70b_4x8,
+        large.dpo_llama3_70b_8x8,
+        large.tgdpo_llama3_70b_8x8,
+        large.dpo_qwen25_72b_4x8,
+        large.tgdpo_qwen25_72b_4x8,
+        large.dpo_qwen25_72b_8x8,
+        large.tgdpo_qwen25_72b_8x8,
     )
 }
 
