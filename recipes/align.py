@@ -73,6 +73,10 @@ def align(arguments: Sequence[str]) -> None:
     of_guidance = [text.removeprefix("guidance.") for text in arguments if text.startswith("guidance.")]
     others = [text for text in arguments if not text.startswith("guidance.")]
     command = read_command_line("recipes.align", __doc__, others)
+    if command.nodes.count > 1:
+        raise UserError(
+            "recipes.align runs on one machine; on several, run its stages one after another (docs/cluster.md)."
+        )
     output = command.config.train.output or Path("runs") / command.recipe
     stages = stages_of(command, of_guidance, output)
     check_early(command, stages)

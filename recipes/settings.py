@@ -28,6 +28,7 @@ from tgdpo_megatron.config import (
 from tgdpo_megatron.config.yaml_files import read_yaml
 from tgdpo_megatron.errors import CommandLine, UserError
 from tgdpo_megatron.losses import LOSSES, check_declarations
+from tgdpo_megatron.platform.nodes import Nodes, nodes_of
 from tgdpo_megatron.report.terminal import Loudness
 from tgdpo_megatron.run_folder import with_newest_checkpoints
 
@@ -85,6 +86,7 @@ class Command:
     Attributes:
         config: The complete configuration.
         processes: How many ranks to start on this machine.
+        nodes: This machine's place among those of the job.
         recipe: Name of the recipe.
         conf: The experiment file; None without one.
         experiment: The settings in it, by group.
@@ -94,6 +96,7 @@ class Command:
 
     config: Config
     processes: int
+    nodes: Nodes
     recipe: str
     conf: Path | None
     experiment: dict[str, Any]
@@ -134,6 +137,11 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         metavar="N",
         help="number of ranks to start on this machine (default: %(default)s)",
     )
+    several = parser.add_argument_group("several machines, on each of which the same command is given with its number")
+    several.add_argument("--nnodes", type=int, default=1, metavar="N", help="number of machines (default: %(default)s)")
+    several.add_argument("--node-rank", type=int, metavar="I", help="number of this machine, 0 to N-1")
+    several.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="machine 0, and a port that is free there")
+    several.add_argument("--rdzv-id", metavar="ID", help="name of the job, the same on all machines")
     loudness = options.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="say nothing but warnings and the result")
     loudness.add_argument("--verbose", action="store_true", help="show every setting and every line of metrics")
@@ -144,6 +152,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
+    nodes = nodes_of(parsed.nnodes, parsed.node_rank, parsed.rdzv_endpoint, parsed.rdzv_id)
     check_declarations()
     experiment = {} if parsed.conf is None else _read_experiment(parsed.conf)
     recipe = _recipe(experiment.pop("recipe", None), parsed.recipe, parsed.conf)
@@ -155,7 +164,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         print("\n".join([parser.format_help(), *_recipes(), "", *_settings(program, config)]))
         sys.exit()
     said = Loudness.QUIET if parsed.quiet else Loudness.VERBOSE if parsed.verbose else Loudness.NORMAL
-    return Command(config, parsed.nproc_per_node, recipe, parsed.conf, experiment, parsed.changes, said)
+    return Command(config, parsed.nproc_per_node, nodes, recipe, parsed.conf, experiment, parsed.changes, said)
 
 
 def changed(config: Config, changes: Sequence[str]) -> Config:
@@ -175,7 +184,10 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
     return config
 
 
-_OPTIONS = ("--recipe", "--conf", "--nproc-per-node", "--quiet", "--verbose", "--help")
+_OPTIONS = (
+    *("--recipe", "--conf", "--quiet", "--verbose", "--help"),
+    *("--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint", "--rdzv-id"),
+)
 
 
 def _refuse_foreign_options(arguments: Sequence[str]) -> None:

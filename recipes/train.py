@@ -14,16 +14,16 @@ from tgdpo_megatron.preflight import check_files
 def main() -> None:
     with one_sentence_errors():
         command = read_command_line("recipes.train", __doc__)
-        config, processes = command.config, command.processes
+        config, processes, nodes = command.config, command.processes, command.nodes
         if "RANK" not in os.environ:
-            check_batch_layout(config, world_size=processes)
+            check_batch_layout(config, world_size=nodes.count * processes)
             check_files(config, batch=config.train.global_batch_size)
         # torch and Megatron take seconds to load. They are loaded only once the settings are known to be good, and
         # Megatron only in the ranks, once the packages that it uses have been checked.
         from tgdpo_megatron.platform.processes import job
 
         minutes = config.train.distributed_timeout_minutes
-        with job("recipes.train", processes=processes, timeout_minutes=minutes) as ranks:
+        with job("recipes.train", processes=processes, nodes=nodes, timeout_minutes=minutes) as ranks:
             config = on_device(config, ranks.device.type)
             from tgdpo_megatron.planning import out_of_memory
             from tgdpo_megatron.train import train

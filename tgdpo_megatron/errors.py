@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import faulthandler
 import io
-import json
 import os
 import signal
 import sys
@@ -22,9 +21,11 @@ from typing import Any, NoReturn
 
 from tgdpo_megatron.quiet import debugging, quiet
 
-UNEXPECTED, USER_ERROR, RANK_DIED, RANK_SILENT, STOPPED, INTERRUPTED = 1, 2, 3, 4, 5, 130
-"""Exit codes. A program ends with 128 + the number of the signal that asked for its end; STOPPED is how a rank tells
-its launcher so."""
+UNEXPECTED, USER_ERROR, REQUEUE, INTERRUPTED = 1, 2, 75, 130
+"""Exit codes of programs. REQUEUE asks a batch system to start the same command again: a signal or the clock ended the
+work before it was done. INTERRUPTED: Ctrl-C did."""
+RANK_DIED, RANK_SILENT = 3, 4
+"""Exit codes with which a rank tells its launcher about another rank."""
 SHOW_STACKS = signal.SIGUSR2
 """A process that gets this signal writes to stderr where each of its threads is, and goes on."""
 _STDERR = 2
@@ -43,11 +44,15 @@ class NonFiniteError(UserError):
 
 
 class StoppedError(Exception):
-    """A signal asked for the end of a run, which has saved its work. The message says how to go on."""
+    """A signal or the clock asked for the end of the work. The message says what is kept, and how to go on.
 
-    def __init__(self, message: str, number: int) -> None:
+    Args:
+        code: Exit code of the program, REQUEUE or INTERRUPTED.
+    """
+
+    def __init__(self, message: str, code: int = REQUEUE) -> None:
         super().__init__(message)
-        self.number = number
+        self.code = code
 
 
 class LostRankError(Exception):
@@ -142,9 +147,7 @@ def one_sentence_errors() -> Iterator[None]:
     if code != UNEXPECTED and int(os.environ.get("RANK", 0)) > 0:
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if launched else 3)
-    if launched:
-        _leave_message(message)
-    else:
+    if not leave_word(message):
         print(message if isinstance(error, StoppedError) else f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -184,7 +187,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted."
     if isinstance(error, StoppedError):
-        return STOPPED if "TGDPO_LAUNCHED" in os.environ else 128 + error.number, str(error)
+        return error.code, str(error)
     if isinstance(error, LostRankError):
         return RANK_SILENT if isinstance(error, SilentRankError) else RANK_DIED, str(error)
     if lost_a_rank(error):
@@ -207,6 +210,11 @@ def _show_traceback(error: BaseException) -> None:
     sys.stderr.write(text)  # at once, lest the lines of several ranks mix
 
 
-def _leave_message(message: str) -> None:
-    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-        json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
+def leave_word(message: str) -> bool:
+    """Leave a rank's last words to its launcher. False where no launcher of ours started this process."""
+    try:
+        with open(os.environ["TGDPO_LAUNCHED"], "w", encoding="utf-8") as file:
+            file.write(message)
+    except (KeyError, OSError):
+        return False
+    return True

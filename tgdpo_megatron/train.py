@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -187,7 +186,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         raise StoppedError(
             f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
             "train.resume=true.",
-            asked.received or signal.SIGTERM,
+            interrupts.code_of([asked.received] if asked.received else []),
         )
 
 

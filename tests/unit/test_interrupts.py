@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, noticed
+from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, asking, noticed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, FINISH])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, FINISH, signal.SIGHUP])
 def test_a_signal_is_remembered_and_handlers_are_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with noticed() as asked:
@@ -33,9 +33,20 @@ def test_a_batch_system_may_repeat_its_signal() -> None:
         assert asked.received == signal.SIGINT
 
 
-def test_sigterm_from_the_launcher_ends_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It then means that another rank failed."""
-    monkeypatch.setenv(LAUNCHED, "1")
-    before = signal.getsignal(signal.SIGTERM)
-    with noticed():
-        assert signal.getsignal(signal.SIGTERM) == before
+def test_ranks_leave_ctrl_c_to_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And listen to what a batch system sends to every process of a job."""
+    monkeypatch.setenv(LAUNCHED, "words")
+    with noticed() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.received == signal.SIGTERM
+
+
+def test_a_closed_terminal_does_not_stop_what_was_started_with_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signal.SIGHUP in asking()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in asking()
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,63 +3,98 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 
-from tgdpo_megatron.errors import RANK_DIED, RANK_SILENT, UserError
+from tgdpo_megatron.errors import RANK_DIED, RANK_SILENT, REQUEUE, UserError
 from tgdpo_megatron.platform import processes
+from tgdpo_megatron.platform.launcher import judge
+from tgdpo_megatron.platform.meeting import Failure, Report
+from tgdpo_megatron.platform.nodes import ALONE, Nodes, nodes_of
 
-ABORTED, ENDED, KILLED = -signal.SIGABRT, -signal.SIGTERM, -signal.SIGKILL
+ABORTED, KILLED, ASKED = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGUSR1
 
 
-@dataclass(frozen=True)
-class Failure:
-    """As torch's launcher reports one."""
-
-    exitcode: int
-    error_file_data: dict[str, Any] = field(default_factory=lambda: {"message": "<NONE>"})
-    """What the rank left, or torch's word for nothing."""
-
-    def signal_name(self) -> str:
-        return signal.Signals(-self.exitcode).name
+def ended(*failures: tuple[int, str | None], asked: tuple[int, ...] = ()) -> Report:
+    """A node whose ranks ended with these exit codes and last words."""
+    named = (Failure(rank, "host", code, words) for rank, (code, words) in enumerate(failures) if code)
+    return Report(tuple(named), asked, cut_short=True)
 
 
 @pytest.mark.parametrize(
     ("codes", "said"),
     [
-        ([ABORTED, 1, ENDED], "rank 1 failed with exit code 1"),  # NCCL's watchdog aborts rank 0
-        ([RANK_DIED, KILLED, ENDED], "rank 1 was ended by SIGKILL"),  # gloo's ranks end by themselves
-        ([ENDED, ABORTED], "rank 1 was ended by SIGABRT"),  # a rank that aborts on its own
-        ([ENDED, RANK_DIED, ABORTED], "rank 2 was ended by SIGABRT"),
+        ([ABORTED, 1], "rank 1 failed with exit code 1;"),  # NCCL's watchdog aborts rank 0
+        ([RANK_DIED, KILLED, RANK_DIED], "rank 1 was ended by SIGKILL;"),  # gloo's ranks end by themselves
+        ([0, ABORTED], "rank 1 was ended by SIGABRT;"),  # a rank that aborts on its own
+        ([0, RANK_DIED, ABORTED], "rank 2 was ended by SIGABRT;"),
+        ([0, RANK_DIED, -40], "rank 2 was ended by signal 40;"),
     ],
 )
 def test_the_cause_is_named_not_its_consequences(codes: list[int], said: str) -> None:
-    code, sentence = processes._explain({rank: Failure(code) for rank, code in enumerate(codes)})
-    assert code == 1
-    assert sentence.startswith(f"{said};")
-
-
-def left(exitcode: int, message: str) -> Failure:
-    """A rank that left a sentence before it ended."""
-    return Failure(exitcode, {"message": {"message": message}})
+    verdict = judge([ended(*((code, None) for code in codes))])
+    assert verdict.code == 1
+    assert verdict.sentence.startswith(said)
 
 
 @pytest.mark.parametrize(
     ("failures", "code", "said"),
     [
-        ([left(RANK_DIED, "lost"), left(2, "a.jsonl: no such data file.")], 2, "a.jsonl: no such data file."),
-        ([left(RANK_DIED, "lost"), left(1, "rank 1 failed with E")], 1, "rank 1 failed with E; its traceback is above"),
-        ([Failure(KILLED), left(RANK_DIED, "lost")], 1, "rank 0 was ended by SIGKILL; "),
-        ([Failure(KILLED), left(RANK_SILENT, "rank 0 is silent.")], 1, "rank 1 stopped, because rank 0 is silent. All"),
+        ([(RANK_DIED, "lost"), (2, "a.jsonl: no such data file.")], 2, "a.jsonl: no such data file."),
+        ([(RANK_DIED, "lost"), (1, "rank 1 failed with E")], 1, "rank 1 failed with E; its traceback is above"),
+        ([(KILLED, None), (RANK_DIED, "lost")], 1, "rank 0 was ended by SIGKILL; "),
+        ([(KILLED, None), (RANK_SILENT, "Rank 0 is silent.")], 1, "Rank 0 is silent. All"),
+        ([(REQUEUE, "saved."), (RANK_DIED, "lost")], 75, "saved."),
     ],
 )
-def test_what_the_failed_rank_left_is_said(failures: list[Failure], code: int, said: str) -> None:
-    found, sentence = processes._explain(dict(enumerate(failures)))
-    assert found == code
-    assert sentence.startswith(said)
+def test_what_the_failed_rank_left_is_said(failures: list[tuple[int, str]], code: int, said: str) -> None:
+    verdict = judge([ended(*failures)])
+    assert verdict.code == code
+    assert verdict.sentence.startswith(said)
+
+
+def test_the_cause_is_found_on_any_node_and_its_host_named() -> None:
+    second = Report((Failure(2, "node-b", KILLED),), cut_short=True)
+    verdict = judge([ended((RANK_DIED, "lost"), (ABORTED, None)), second])
+    assert verdict.code == 1
+    assert verdict.sentence.startswith("rank 2 (on node-b) was ended by SIGKILL;")
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
+def test_a_job_that_was_asked_to_end_asks_for_a_requeue_unless_a_person_asked(asked: int, code: int) -> None:
+    """Before the first step as well, where ranks end by the signal itself."""
+    for codes in [(REQUEUE, "saved."), (ASKED, None)], [(ASKED, None)], []:
+        assert judge([ended(*codes, asked=(asked,)), Report()]).code == code
+
+
+def test_a_job_whose_ranks_all_came_to_a_good_end_says_nothing() -> None:
+    verdict = judge([Report(), Report(asked=(signal.SIGTERM,))])
+    assert (verdict.code, verdict.sentence) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "endpoint", "words"),
+    [
+        (0, None, None, "--nnodes must be at least 1"),
+        (2, None, "a:1", "--node-rank is not given"),
+        (2, 2, "a:1", "--node-rank is 2; give each node its own number, 0 to 1"),
+        (2, -1, "a:1", "--node-rank is -1"),
+        (2, 0, None, "--rdzv-endpoint HOST:PORT is needed"),
+        *((2, 0, wrong, "expected HOST:PORT") for wrong in ("a", ":1", "a:", "a:0", "a:65536", "a:x", "a:²")),
+    ],
+)
+def test_a_node_without_its_place_is_refused(count: int, rank: int | None, endpoint: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        nodes_of(count, rank, endpoint, "job")
+
+
+def test_a_node_is_told_its_place() -> None:
+    assert nodes_of(1, None, None, None) is ALONE
+    assert nodes_of(4, 3, "node-0:29400", "17") == Nodes(4, 3, "node-0", 29400, "17")
+    assert nodes_of(2, 1, "[::1]:29400", None).host == "::1"
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

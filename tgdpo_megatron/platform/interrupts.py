@@ -5,13 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
+from tgdpo_megatron.errors import INTERRUPTED, REQUEUE
+
 LAUNCHED = "TGDPO_LAUNCHED"
-"""Set where this program started the ranks. Its launcher then asks them with FINISH, and with no other signal."""
+"""Set where our launcher started the ranks: the file in which a rank leaves its last words."""
 FINISH = signal.SIGUSR1
 """Asks a rank to finish its step, save and end."""
+
+
+def asking() -> list[signal.Signals]:
+    """The signals that ask a program to end: a person's Ctrl-C, a batch system's, and that of a closed terminal."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # as under nohup
+    return [signal.SIGINT, signal.SIGTERM, FINISH, *hung_up]
+
+
+def code_of(asked: Collection[int]) -> int:
+    """The exit code of a program that was asked to end by these signals, or by its own clock."""
+    return INTERRUPTED if signal.SIGINT in asked else REQUEUE
 
 
 class Interrupts:
@@ -35,13 +48,13 @@ class Interrupts:
 def noticed() -> Iterator[Interrupts]:
     """While the block runs, signals that would end this process are only remembered.
 
-    A rank of our launcher listens to FINISH alone: SIGTERM then means that another rank failed, and ends it.
+    A rank of our launcher leaves Ctrl-C to it. The others it listens to as well: some batch systems send their signals
+    to every process of a job.
     """
     interrupts = Interrupts()
-    asked_by = [FINISH] if LAUNCHED in os.environ else [FINISH, signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, interrupts.receive) for number in asked_by}
+    before = {number: signal.signal(number, interrupts.receive) for number in asking()}
     if LAUNCHED in os.environ:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield interrupts
     finally:

@@ -7,36 +7,22 @@ import itertools
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
-from tgdpo_megatron.errors import (
-    RANK_DIED,
-    RANK_SILENT,
-    SHOW_STACKS,
-    STOPPED,
-    UNEXPECTED,
-    USER_ERROR,
-    LostRankError,
-    SilentRankError,
-    UserError,
-    ran_out_of_memory,
-    refusal,
-)
+from tgdpo_megatron.errors import LostRankError, SilentRankError, UserError, ran_out_of_memory, refusal
 from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
-from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED
+from tgdpo_megatron.platform.launcher import launch
+from tgdpo_megatron.platform.nodes import ALONE, Nodes
 from tgdpo_megatron.quiet import debugging, quiet
 
 
@@ -61,7 +47,13 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Ranks]:
+def job(
+    module: str,
+    *,
+    processes: int,
+    timeout_minutes: float,
+    nodes: Nodes = ALONE,
+) -> Iterator[Ranks]:
     """Be one rank of a job, joined to the others.
 
     Under torchrun this process is a rank already. Otherwise, for one process, it becomes the rank itself. For more, it
@@ -69,126 +61,33 @@ def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Rank
 
     Args:
         module: The program, as in `python -m MODULE`.
-        timeout_minutes: A collective that takes longer ends the job.
+        processes: Ranks on this node.
+        timeout_minutes: A collective that takes longer ends the job. So long the nodes wait for each other, too.
+        nodes: The place of this node among those of the job.
     """
     quiet()
     if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
-            raise UserError("srun started several tasks, but none is told its rank; start torchrun in each instead.")
-        if processes > 1:
-            sys.exit(_start_ranks(module, sys.argv[1:], processes))
+        tasks = os.environ.get("SLURM_NTASKS", "")
+        if tasks.isascii() and tasks.isdigit() and int(tasks) > nodes.count and "SLURM_STEP_ID" in os.environ:
+            raise UserError(
+                f"srun started {tasks} tasks, but this program starts the ranks of a node itself; start it once on "
+                "each node (--ntasks-per-node=1), with --nnodes, --node-rank and --rdzv-endpoint."
+            )
+        if nodes.count * processes > 1:
+            sys.exit(
+                launch(
+                    module,
+                    sys.argv[1:],
+                    processes=processes,
+                    nodes=nodes,
+                    timeout_minutes=timeout_minutes,
+                    silence_minutes=timeout_minutes,
+                )
+            )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     ranks = _join(timeout_minutes)
     yield ranks
     dist.destroy_process_group()
-
-
-def _start_ranks(module: str, arguments: Sequence[str], processes: int) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ[LAUNCHED] = "1"  # ranks leave their sentence to this process
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    # SIGINT and SIGTERM are handed on. Earlier versions of torch, without this setting, end the ranks themselves.
-    settings.signals_to_handle = "SIGHUP,SIGQUIT"
-    signal.signal(SHOW_STACKS, _ask_ranks_for_stacks)
-    for number in (signal.SIGINT, signal.SIGTERM, FINISH):
-        signal.signal(number, _ask_ranks_to_finish)
-    try:
-        elastic_launch(settings, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:
-        code, sentence = _explain(error.failures)
-    except (SignalException, KeyboardInterrupt) as signalled:
-        number = getattr(signalled, "sigval", signal.SIGINT)
-        name = signal.Signals(number).name
-        code, sentence = 128 + number, f"stopped by {name}; all ranks were stopped, the newest checkpoint is kept."
-    else:
-        return 0
-    print(sentence if code > 128 else f"error: {sentence}", file=sys.stderr, flush=True)
-    return code
-
-
-_asked_to_finish: list[signal.Signals] = []
-"""The signals that this launcher received."""
-
-
-def _ask_ranks_to_finish(number: int, _: Any) -> None:
-    """Hand a signal on as the wish to finish the step and save. The second signal ends all ranks at once."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    _asked_to_finish.append(signal.Signals(number))
-    if len(_asked_to_finish) > 1:
-        raise SignalException(f"asked to stop by {signal.Signals(number).name} again", signal.Signals(number))
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it ended in between
-            if "RANK" in process.environ():
-                process.send_signal(FINISH)
-
-
-def _ask_ranks_for_stacks(*_: Any) -> None:
-    """Hand the signal on, to one rank after another: what they write would mix."""
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it ended in between
-            if (rank := process.environ().get("RANK")) is not None:
-                print(f"rank {rank} is process {process.pid}, which is at:", file=sys.stderr, flush=True)
-                process.send_signal(SHOW_STACKS)
-                time.sleep(0.3)
-
-
-def _explain(failures: dict[int, Any]) -> tuple[int, str]:
-    """Exit code and sentence for a failed job. The cause comes before its consequences."""
-    said = [failure for failure in failures.values() if failure.exitcode == USER_ERROR]
-    if said:
-        return USER_ERROR, _message(said[0]) or "a rank refused its input; see the lines above."
-    for failure in failures.values():
-        if failure.exitcode == STOPPED:
-            return 128 + (_asked_to_finish or [signal.SIGTERM])[0], _message(failure) or "the run was stopped."
-    for rank, failure in failures.items():
-        if _asked_to_finish and failure.exitcode == -FINISH:  # it was not yet, or no longer, training
-            return 128 + _asked_to_finish[0], (
-                f"stopped by {_asked_to_finish[0].name}, with no training step under way; what was saved or scored is "
-                "kept, and the same command goes on (a training that has a checkpoint: with train.resume=true)."
-            )
-        if failure.exitcode == RANK_SILENT:  # the silent one may end later, by SIGKILL
-            return UNEXPECTED, f"rank {rank} stopped, because {_message(failure)} All ranks were stopped."
-    consequences = (
-        -signal.SIGABRT,  # NCCL aborts a rank that lost a peer; but other things abort as well
-        RANK_DIED,  # gloo raised an error in a rank that lost a peer
-        -signal.SIGTERM,  # the launcher ended it
-    )
-
-    def how_late(item: tuple[int, Any]) -> tuple[int, bool, int]:
-        rank, code = item[0], item[1].exitcode
-        return (consequences.index(code) + 1 if code in consequences else 0, code >= 0, rank)
-
-    rank, failure = min(failures.items(), key=how_late)
-    if failure.exitcode == UNEXPECTED and (message := _message(failure)):
-        return UNEXPECTED, (
-            f"{message}; its traceback is above, in the lines that begin with [rank {rank}]. All ranks were stopped. "
-            "The run folder is kept, and the newest whole checkpoint in it."
-        )
-    how = (
-        f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with exit code {failure.exitcode}"
-    )
-    return UNEXPECTED, f"rank {rank} {how}; all ranks were stopped. The newest whole checkpoint is kept."
-
-
-def _message(failure: Any) -> str | None:
-    """What a rank left for its launcher to say, if it came to that."""
-    message = failure.error_file_data["message"]
-    return message["message"] if isinstance(message, dict) else None
 
 
 def _join(timeout_minutes: float) -> Ranks:
