@@ -73,9 +73,9 @@ def align(arguments: Sequence[str]) -> None:
     of_guidance = [text.removeprefix("guidance.") for text in arguments if text.startswith("guidance.")]
     others = [text for text in arguments if not text.startswith("guidance.")]
     command = read_command_line("recipes.align", __doc__, others)
-    if command.nodes.count > 1:
+    if command.ranks > command.processes:
         raise UserError(
-            "recipes.align runs on one machine; on several, run its stages one after another (docs/cluster.md)."
+            "recipes.align runs on one machine; on several, tools.submit queues its stages (docs/cluster.md)."
         )
     output = command.config.train.output or Path("runs") / command.recipe
     stages = stages_of(command, of_guidance, output)
@@ -100,9 +100,9 @@ def check_early(command: Command, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.module in ("recipes.train", "recipes.score"):
             given = read_command_line(stage.module, "", stage.arguments)
-            check_layout(given.config, world_size=given.processes)
+            check_layout(given.config, world_size=given.ranks)
             if stage.module == "recipes.train":
-                check_batch_layout(given.config, world_size=given.processes)
+                check_batch_layout(given.config, world_size=given.ranks)
     find_and_check_models(command.config)
     check_pairs(command.config, batch=command.config.train.global_batch_size)
 

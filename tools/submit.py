@@ -6,7 +6,7 @@ python -m tools.submit (--recipe NAME | --conf FILE) model.checkpoint=MODEL data
 The stages are those of recipes.align, with the same settings and in the same folders, after two that need no GPU:
 prepare (the pairs), convert (the models), guidance (its training), score, train, export. Those that the settings make
 unnecessary are left out. The scripts in slurm/ hold what each asks for; cluster.nodes and cluster.gpus_per_node say how
-many GPUs. Queued again with the same settings, every stage goes on where it was.
+many GPUs. Queued again, a stage that was stopped goes on where it was; --from leaves out those that are finished.
 
 --alphas 0.25,0.5,1 --betas 0.05,0.1 trains once for each pair of values, from the same scores, in an array of jobs
 (stage sweep, in place of train and export). What sbatch asks of everyone, such as an account, is given in variables:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -112,9 +113,11 @@ def _prepared(command: Command, output: Path) -> list[tuple[str, ...]]:
 def _folders(command: Command, output: Path) -> dict[Path, Path]:
     """Every source of pairs that is not prepared yet -> the folder in which it is then."""
     data = command.config.data
-    sources = [*data.sources, *([data.validation] if data.validation else [])]
-    raw = [source for source in dict.fromkeys(sources) if not is_prepared(source)]
-    return {source: output / "pairs" / f"{place}" for place, source in enumerate(raw)}
+    several = len(data.sources) > 1
+    names = {source: f"train-{place}" if several else "train" for place, source in enumerate(data.sources)}
+    if data.validation is not None:
+        names.setdefault(data.validation, "validation")
+    return {source: output / "pairs" / name for source, name in names.items() if not is_prepared(source)}
 
 
 def _with_prepared(job: Job, command: Command, folders: dict[Path, Path]) -> Job:
@@ -147,16 +150,13 @@ def submit(jobs: Sequence[Job], command: Command, output: Path) -> None:
     """Queue jobs, each after the one before it. Where one is refused, those before it are cancelled.
 
     Raises:
-        UserError: There is no Slurm here, or it refuses a job.
+        UserError: Slurm refuses a job.
     """
     check_writable(output / "logs")
     queued: list[str] = []
     for job in jobs:
         words = job.sbatch(command, output, after=queued[-1] if queued else None)
-        try:
-            done = subprocess.run(words, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise UserError("sbatch is not on this machine; submit from a login node of the cluster.") from None
+        done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             if queued:
                 subprocess.run(["scancel", *queued])
@@ -187,9 +187,12 @@ def main() -> None:
         jobs = jobs_of(command, stages, output, alphas=mine.alphas, betas=mine.betas)
         jobs = selected(jobs, mine.first, mine.last, command, output)
         if mine.dry_run:
-            for before, job in zip([None, *jobs], jobs, strict=False):
-                print(shlex.join(job.sbatch(command, output, after=before and f"<{before.stage}>")))
+            befores = [None, *(f"<{job.stage}>" for job in jobs)]
+            for job, before in zip(jobs, befores, strict=False):
+                print(shlex.join(job.sbatch(command, output, after=before)))
             return
+        if shutil.which("sbatch") is None:
+            raise UserError("sbatch is not on this machine; submit from a login node of the cluster.")
         check_early(command, stages)
         submit(jobs, command, output)
 

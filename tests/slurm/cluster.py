@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -120,7 +122,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
         folder: Where everything is kept. Its path must be short: there is a socket in it.
 
     Yields:
-        Variables that Slurm's commands need.
+        The variable that Slurm's commands need.
     """
     host = os.uname().nodename.partition(".")[0]
     nodes = [_NODE.format(name=name, host=host, port=17001 + place) for place, name in enumerate(NODES)]
@@ -147,8 +149,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
         _start(["slurmctld", "-c"], environment)
         for name in NODES:
             _start(["slurmd", "-N", name], environment)
-        wait_for(lambda: said("sinfo -h -N -o %T", environment).split() == ["idle"] * len(NODES), 30, "idle nodes")
-        yield environment
+        yield {"SLURM_CONF": environment["SLURM_CONF"]}
     finally:
         for name in [f"slurmd.{node}" for node in NODES] + ["slurmctld", "munge"]:
             _stop(folder / f"{name}.pid")
@@ -169,20 +170,54 @@ def _stop(pid_file: Path) -> None:
             time.sleep(0.1)
 
 
-def said(command: str, environment: dict[str, str]) -> str:
-    """What one of Slurm's commands prints."""
-    done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
+@dataclass(frozen=True)
+class Slurm:
+    """A running cluster.
+
+    Attributes:
+        folder: Where jobs are submitted.
+        environment: Variables of the jobs, and of Slurm's commands.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, commands: str) -> str:
+        """What some lines of bash print; they must succeed."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail"],
+            input=commands,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, commands + done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    def queue(self) -> list[str]:
+        """Ids of the jobs that wait or run."""
+        return self.run("squeue --noheader --format=%A").split()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What Slurm knows of a job, such as its JobState, ExitCode and Restarts."""
+        shown = self.run(f"scontrol --oneliner show job {job}").splitlines()[0]
+        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
+        """Wait until a condition holds."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
+            time.sleep(0.2)
+
+    def wait_for_end(self, job: str, seconds: float = 900) -> dict[str, str]:
+        """Wait until a job is done, whichever way, and say what Slurm knows of it then."""
+        unfinished = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")
+        self.wait_until(lambda: self.job(job)["JobState"] not in unfinished, seconds, f"end of job {job}")
+        return self.job(job)
 
 
-def wait_for(condition: object, seconds: float, what: str) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
-        time.sleep(0.2)
-
-
-def job_ids(text: str) -> dict[str, str]:
-    """Stage -> job id, as tools.submit prints them."""
-    return {stage: job for job, stage in re.findall(r"^(\d+)\s+(\S+)", text, flags=re.MULTILINE)}
+def submitted(printed: str) -> dict[str, str]:
+    """Stage -> id of its job, as tools.submit prints them."""
+    return {stage: job for job, stage in re.findall(r"^(\d+) +(\S+) +\S+$", printed, flags=re.MULTILINE)}
