@@ -51,7 +51,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
-ReturnToService=2
+ReturnToService=0
 SlurmdTimeout=60
 InactiveLimit=0
 KillWait=20
