@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes.align import Stage, check_early, stages_of
-from recipes.settings import Command, read_command_line
+from recipes.settings import Command, changed, read_command_line
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import is_prepared
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
@@ -56,14 +56,17 @@ class Job:
     arguments: tuple[str, ...]
     tasks: int = 0
 
+    def log(self, output: Path) -> Path:
+        """Where it writes what it says, with sbatch's sign for the id of the job."""
+        return output / "logs" / f"{self.stage}-{'%A_%a' if self.tasks else '%j'}.log"
+
     def sbatch(self, command: Command, output: Path, *, after: str | None) -> list[str]:
         """The command that queues it.
 
         Args:
             after: Id of the job that must succeed first.
         """
-        log = output / "logs" / f"{self.stage}-{'%A_%a' if self.tasks else '%j'}.log"
-        options = ["--parsable", f"--job-name={self.stage}", f"--output={log}"]
+        options = ["--parsable", f"--job-name={self.stage}", f"--output={self.log(output)}"]
         if self.stage in _ON_GPUS:
             nodes = command.config.cluster.nodes or 1
             options += [f"--nodes={nodes}", f"--gpus-per-node={command.processes}"]
@@ -83,17 +86,35 @@ def jobs_of(
     Args:
         stages: Those of recipes.align.
         alphas, betas: Values for a sweep, separated by commas; None without one.
+
+    Raises:
+        UserError: The loss does not take the values of the sweep.
     """
     jobs = [Job("prepare", arguments) for arguments in _prepared(command, output)]
     jobs.append(Job("convert", stages[0].arguments))
     jobs += [Job(_NAMES[stage.name], stage.arguments) for stage in stages]
     if alphas is None and betas is None:
         return jobs
-    values = [given or str(getattr(command.config.loss, name)) for name, given in (("alpha", alphas), ("beta", betas))]
+    values = [_swept(command, "alpha", alphas), _swept(command, "beta", betas)]
     (trained,) = (job for job in jobs if job.stage == "train")
     tasks = len(values[0].split(",")) * len(values[1].split(","))
     sweep = Job("sweep", (*values, str(output / "sweep"), *trained.arguments), tasks)
     return [job for job in jobs if job.stage not in ("train", "export")] + [sweep]
+
+
+def _swept(command: Command, name: str, given: str | None) -> str:
+    """The values of an option of the loss, separated by commas; without a sweep over it, the one that is set.
+
+    Raises:
+        UserError: The loss has no such option, or does not take one of the values.
+    """
+    loss = command.config.loss
+    if name not in loss.method.options:
+        raise UserError(f"loss.type={loss.type} has no {name}; a sweep is over α and β of losses that have both.")
+    values = given or str(getattr(loss, name))
+    for value in values.split(","):
+        changed(command.config, [f"loss.{name}={value}"])
+    return values
 
 
 def _prepared(command: Command, output: Path) -> list[tuple[str, ...]]:
@@ -162,7 +183,7 @@ def submit(jobs: Sequence[Job], command: Command, output: Path) -> None:
                 subprocess.run(["scancel", *queued])
             raise UserError(f"Slurm refused the stage {job.stage}, so nothing is queued: {done.stderr.strip()}")
         queued.append(done.stdout.strip().partition(";")[0])
-        log = words[3].removeprefix("--output=").replace("%j", queued[-1]).replace("%A", queued[-1])
+        log = str(job.log(output)).replace("%j", queued[-1]).replace("%A", queued[-1])
         print(f"{queued[-1]:<9} {job.stage:<9} {log}", flush=True)
     print(f"watch: squeue --me      cancel: scancel {' '.join(queued)}")
 

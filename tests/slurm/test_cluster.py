@@ -132,9 +132,13 @@ def processes_of(run: Path) -> list[str]:
     return found
 
 
-def test_a_cancelled_run_stays_cancelled(slurm: Slurm, chain: dict[str, str]) -> None:
-    job = train(slurm, "cancelled")
+def test_a_run_shows_its_stacks_when_it_is_asked_and_stays_cancelled_when_it_is_cancelled(
+    slurm: Slurm, chain: dict[str, str]
+) -> None:
+    job, log = train(slurm, "cancelled"), slurm.folder / "runs" / "cancelled.log"
     wait_for_steps(slurm, slurm.folder / "runs" / "cancelled", 1)
+    slurm.run(f"scancel --signal=USR2 {job}")
+    slurm.wait_until(lambda: all(f"rank {rank} is process" in log.read_text() for rank in range(4)), 60, "stacks")
     slurm.run(f"scancel {job}")
     ended = slurm.wait_for_end(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")

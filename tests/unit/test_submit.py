@@ -84,6 +84,22 @@ def test_a_sweep_is_an_array_with_a_task_for_each_pair_of_values(inputs: tuple[s
     assert jobs["sweep"][script + 1 : script + 4] == ["0.25,0.5,1", "0.1,0.2", "runs/x/sweep"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--alphas", "1,much"], "loss.alpha='much' is refused"),
+        (["--betas", "0.1,-1"], "loss.beta=-1 is refused"),
+        (["loss.type=dpo", "--betas", "0.1"], "loss.type=dpo has no alpha"),
+        (["--from", "train", "--until", "score"], "leaves no stage; those of these settings are prepare, convert"),
+    ],
+)
+def test_what_cannot_be_queued_is_refused_in_a_sentence(
+    arguments: list[str], sentence: str, inputs: tuple[str, str]
+) -> None:
+    done = submit(*inputs, *arguments, "--dry-run")
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_a_large_recipe_asks_for_its_own_nodes() -> None:
     jobs = dry_run("--conf", "conf/tgdpo-qwen25_72b_8x8-ultrafeedback.yaml")
     assert list(jobs) == ["prepare", "convert", "guidance", "score", "train", "export"]
