@@ -6,8 +6,8 @@ python -m recipes.align (--recipe NAME | --conf FILE) model.checkpoint=MODEL dat
 Each stage is one of the programs that are also run by hand, and its command is printed as it runs. Stages that the
 settings make unnecessary are left out: a guidance model is trained only where the loss needs one and model.guidance
 names none, and tokens are scored only where the loss reads scores from files.
-Stopped or failed, the same command goes on where it was. Settings of data, parallel and train go to all stages, all
-others to the training alone; guidance.optimizer.lr=1e-6 and the like go to the training of the guidance alone.
+Stopped or failed, the same command goes on where it was. Settings of data, parallel, train and cluster go to all of
+them, all others to the training alone; guidance.optimizer.lr=1e-6 and the like go to that of the guidance alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tgdpo_megatron.run_folder import REPORT, check_writable, is_finished
 
 STATE = "align.json"
 """File in the output folder: the command of every stage that was begun, and whether it has finished."""
-_SHARED = ("data", "parallel", "train")
+_SHARED = ("data", "parallel", "train", "cluster")
 """Groups of settings that all stages take."""
 
 
@@ -73,13 +73,13 @@ def align(arguments: Sequence[str]) -> None:
     of_guidance = [text.removeprefix("guidance.") for text in arguments if text.startswith("guidance.")]
     others = [text for text in arguments if not text.startswith("guidance.")]
     command = read_command_line("recipes.align", __doc__, others)
-    if command.nodes.count > 1:
+    if command.ranks > command.processes:
         raise UserError(
-            "recipes.align runs on one machine; on several, run its stages one after another (docs/cluster.md)."
+            "recipes.align runs on one machine; on several, tools.submit queues its stages (docs/cluster.md)."
         )
     output = command.config.train.output or Path("runs") / command.recipe
     stages = stages_of(command, of_guidance, output)
-    _check_early(command, stages)
+    check_early(command, stages)
     check_writable(output)
     chain = _Chain(output)
     for stage in stages:
@@ -89,7 +89,7 @@ def align(arguments: Sequence[str]) -> None:
         print(f"report      {output / 'policy' / REPORT}", flush=True)
 
 
-def _check_early(command: Command, stages: Sequence[Stage]) -> None:
+def check_early(command: Command, stages: Sequence[Stage]) -> None:
     """Refuse what a later stage would refuse, as far as settings, models and pairs show it, before the first one runs.
 
     What is on a hub is downloaded.
@@ -100,9 +100,9 @@ def _check_early(command: Command, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.module in ("recipes.train", "recipes.score"):
             given = read_command_line(stage.module, "", stage.arguments)
-            check_layout(given.config, world_size=given.processes)
+            check_layout(given.config, world_size=given.ranks)
             if stage.module == "recipes.train":
-                check_batch_layout(given.config, world_size=given.processes)
+                check_batch_layout(given.config, world_size=given.ranks)
     find_and_check_models(command.config)
     check_pairs(command.config, batch=command.config.train.global_batch_size)
 
@@ -120,7 +120,8 @@ def stages_of(command: Command, of_guidance: Sequence[str], output: Path) -> lis
     config = command.config
     start = required(config.model.checkpoint, "model.checkpoint", "the model to start from")
     required(next(iter(config.data.sources), None), "data.train", PAIRS)
-    ranks = [f"--nproc-per-node={command.processes}"] if command.processes > 1 else []
+    as_set = config.cluster.gpus_per_node or 1
+    ranks = [f"--nproc-per-node={command.processes}"] if command.processes != as_set else []
     loudness = {Loudness.QUIET: ["--quiet"], Loudness.VERBOSE: ["--verbose"]}.get(command.loudness, [])
     policy = [f"--conf={command.conf}" if command.conf else f"--recipe={command.recipe}", *ranks]
     policy += [text for text in command.changes if text.partition("=")[0] not in _OWN]
@@ -262,7 +263,16 @@ def _is_finished(stage: Stage) -> bool:
 
 
 _CHANGE_NOTHING = (
-    *("--quiet", "--verbose", "--nproc-per-node", "parallel.", "report.", "train.report", "train.log_interval"),
+    *(
+        "--quiet",
+        "--verbose",
+        "--nproc-per-node",
+        "cluster.",
+        "parallel.",
+        "report.",
+        "train.report",
+        "train.log_interval",
+    ),
     *("train.eval_interval", "train.save_", "train.micro_batch", "train.recompute", "train.distributed_timeout"),
 )
 """How words of a command begin that change no result, up to rounding."""

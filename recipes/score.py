@@ -16,7 +16,8 @@ def main() -> None:
         command = read_command_line("recipes.score", __doc__)
         config, processes, nodes = command.config, command.processes, command.nodes
         if "RANK" not in os.environ:
-            check_layout(config, world_size=nodes.count * processes)
+            command.check_machines()
+            check_layout(config, world_size=command.ranks)
             check_files(config)
         # torch and Megatron take seconds to load. They are loaded only once the settings are known to be good, and
         # Megatron only in the ranks, once the packages that it uses have been checked.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from recipes import tgdpo, tiny, treg
+from recipes import large, tgdpo, tiny, treg
 from tgdpo_megatron.config import (
     ALTERNATIVES,
     COMMAND_LINE,
@@ -49,6 +50,14 @@ RECIPES: dict[str, Callable[[], Config]] = {
         treg.dpo_reg_llama3_8b,
         treg.simpo_reg_llama3_8b,
         treg.simpo_reg_gemma2_9b,
+        large.dpo_llama3_70b_4x8,
+        large.tgdpo_llama3_70b_4x8,
+        large.dpo_llama3_70b_8x8,
+        large.tgdpo_llama3_70b_8x8,
+        large.dpo_qwen25_72b_4x8,
+        large.tgdpo_qwen25_72b_4x8,
+        large.dpo_qwen25_72b_8x8,
+        large.tgdpo_qwen25_72b_8x8,
     )
 }
 
@@ -97,6 +106,30 @@ class Command:
     changes: list[str]
     loudness: Loudness
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks on all machines of the job."""
+        return (self.config.cluster.nodes or self.nodes.count) * self.processes
+
+    def check_machines(self) -> None:
+        """Check that the job has the machines that the settings ask for.
+
+        Raises:
+            UserError: It has another number of them, or GPUs that no rank would use.
+        """
+        cluster, nodes = self.config.cluster, self.nodes.count
+        if cluster.nodes not in (None, nodes):
+            raise UserError(
+                f"cluster.nodes={cluster.nodes}, but this job is started on {nodes}; queue it with tools.submit, which "
+                f"asks for as many, or set cluster.nodes={nodes}."
+            )
+        given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        if cluster.gpus_per_node == self.processes and given.isdigit() and int(given) > self.processes:
+            raise UserError(
+                f"cluster.gpus_per_node={self.processes}, but Slurm gave this job {given} of each machine, some of "
+                f"them for nothing; submit with --gpus-per-node={self.processes}, or set cluster.gpus_per_node={given}."
+            )
+
 
 def read_command_line(program: str, description: str, arguments: Sequence[str] | None = None) -> Command:
     """Parse a program's command line. With --help, print what there is to set, and exit.
@@ -127,9 +160,8 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     options.add_argument(
         "--nproc-per-node",
         type=int,
-        default=1,
         metavar="N",
-        help="number of ranks to start on this machine (default: %(default)s)",
+        help="number of ranks to start on this machine (default: cluster.gpus_per_node, else 1)",
     )
     several = parser.add_argument_group("several machines, on each of which the same command is given with its number")
     several.add_argument("--nnodes", type=int, default=1, metavar="N", help="number of machines (default: %(default)s)")
@@ -144,7 +176,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
     )
     _refuse_foreign_options(arguments)
     parsed = parser.parse_intermixed_args(arguments)
-    if parsed.nproc_per_node < 1:
+    if parsed.nproc_per_node is not None and parsed.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {parsed.nproc_per_node}.")
     nodes = nodes_of(parsed.nnodes, parsed.node_rank, parsed.rdzv_endpoint, parsed.rdzv_id)
     check_declarations()
@@ -158,7 +190,8 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         print("\n".join([parser.format_help(), *_recipes(), "", *_settings(program, config)]))
         sys.exit()
     said = Loudness.QUIET if parsed.quiet else Loudness.VERBOSE if parsed.verbose else Loudness.NORMAL
-    return Command(config, parsed.nproc_per_node, nodes, recipe, parsed.conf, experiment, parsed.changes, said)
+    processes = parsed.nproc_per_node or config.cluster.gpus_per_node or 1
+    return Command(config, processes, nodes, recipe, parsed.conf, experiment, parsed.changes, said)
 
 
 def changed(config: Config, changes: Sequence[str]) -> Config:

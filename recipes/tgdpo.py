@@ -11,47 +11,47 @@ from tgdpo_megatron.config import Config, LossConfig
 
 def dpo_llama3_8b_pairrm() -> Config:
     """DPO, the guidance for TGDPO: Llama-3-8B-Instruct, pairs chosen by PairRM, 8 × 80 GB."""
-    return llama3_8b(_guidance(), lr=7e-7)
+    return llama3_8b(guidance_loss(), lr=7e-7)
 
 
 def tgdpo_llama3_8b_pairrm() -> Config:
     """TGDPO: Llama-3-8B-Instruct, pairs chosen by PairRM, 8 × 80 GB."""
-    return llama3_8b(_tgdpo(), lr=7e-7)
+    return llama3_8b(tgdpo_loss(), lr=7e-7)
 
 
 def dpo_llama3_8b_armorm() -> Config:
     """DPO, the guidance for TGDPO: Llama-3-8B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return llama3_8b(_guidance(), lr=3e-7)
+    return llama3_8b(guidance_loss(), lr=3e-7)
 
 
 def tgdpo_llama3_8b_armorm() -> Config:
     """TGDPO: Llama-3-8B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return llama3_8b(_tgdpo(), lr=7e-7)
+    return llama3_8b(tgdpo_loss(), lr=7e-7)
 
 
 def dpo_llama32_3b() -> Config:
     """DPO, the guidance for TGDPO: Llama-3.2-3B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return llama32_3b(_guidance(), lr=3e-7)
+    return llama32_3b(guidance_loss(), lr=3e-7)
 
 
 def tgdpo_llama32_3b() -> Config:
     """TGDPO: Llama-3.2-3B-Instruct, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return llama32_3b(_tgdpo(), lr=7e-7)
+    return llama32_3b(tgdpo_loss(), lr=7e-7)
 
 
 def dpo_gemma2_2b() -> Config:
     """DPO, the guidance for TGDPO: Gemma-2-2B-it, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return gemma2_2b(_guidance(), lr=5e-7)
+    return gemma2_2b(guidance_loss(), lr=5e-7)
 
 
 def tgdpo_gemma2_2b() -> Config:
     """TGDPO: Gemma-2-2B-it, pairs chosen by ArmoRM, 8 × 80 GB."""
-    return gemma2_2b(_tgdpo(), lr=7e-7)
+    return gemma2_2b(tgdpo_loss(), lr=7e-7)
 
 
-def _guidance() -> LossConfig:
+def guidance_loss() -> LossConfig:
     return LossConfig(type="dpo", beta=0.01)
 
 
-def _tgdpo() -> LossConfig:
+def tgdpo_loss() -> LossConfig:
     return LossConfig(type="tgdpo", beta=0.1, alpha=0.5)

@@ -8,6 +8,7 @@ short, halve micro_batch_tokens (a pair needs at most 4096), then train.recomput
 """
 
 from tgdpo_megatron.config import (
+    ClusterConfig,
     Config,
     DataConfig,
     LossConfig,
@@ -21,28 +22,29 @@ from tgdpo_megatron.config import (
 def llama3_8b(loss: LossConfig, *, lr: float) -> Config:
     """Llama-3-8B at TP2 DP4."""
     # 65.4 GiB with DPO's live reference, 57.9 with cached scores; TP1 with it live: 118.
-    return _one_epoch(loss, lr, tensor_parallel=2)
+    return one_epoch(loss, lr, tensor_parallel=2)
 
 
 def llama32_3b(loss: LossConfig, *, lr: float) -> Config:
     """Llama-3.2-3B at DP8."""
     # 55.6 GiB with DPO's live reference, 49.5 with cached scores.
-    return _one_epoch(loss, lr, tensor_parallel=1)
+    return one_epoch(loss, lr, tensor_parallel=1)
 
 
 def gemma2_2b(loss: LossConfig, *, lr: float) -> Config:
     """Gemma-2-2B at DP8."""
     # 49.6 GiB with DPO's live reference, 44.7 with cached scores.
-    return _one_epoch(loss, lr, tensor_parallel=1)
+    return one_epoch(loss, lr, tensor_parallel=1)
 
 
 def gemma2_9b(loss: LossConfig, *, lr: float) -> Config:
     """Gemma-2-9B at TP4 DP2."""
     # 44.4 GiB with cached scores; TP2: 73.5, which an 80 GB GPU hardly has.
-    return _one_epoch(loss, lr, tensor_parallel=4)
+    return one_epoch(loss, lr, tensor_parallel=4)
 
 
-def _one_epoch(loss: LossConfig, lr: float, *, tensor_parallel: int) -> Config:
+def one_epoch(loss: LossConfig, lr: float, *, tensor_parallel: int) -> Config:
+    """What all settings share, on one node."""
     return Config(
         parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel, sequence_parallel=tensor_parallel > 1),
         loss=loss,
@@ -51,4 +53,5 @@ def _one_epoch(loss: LossConfig, lr: float, *, tensor_parallel: int) -> Config:
         data=DataConfig(max_length=2048),
         optimizer=OptimizerConfig(lr=lr, lr_warmup_fraction=0.1, overlap_grad_reduce=True, overlap_param_gather=True),
         train=TrainConfig(num_epochs=1, global_batch_size=128, micro_batch_tokens=8192, save_interval=60),
+        cluster=ClusterConfig(nodes=1, gpus_per_node=8),
     )

@@ -114,7 +114,7 @@ def main() -> None:
         own.add_argument("--transformer-engine", action="store_true")
         mine, others = own.parse_known_args(sys.argv[1:])
         command = read_command_line("tools.plan", __doc__, others)
-        config, ranks = command.config, command.processes
+        config, ranks = command.config, command.ranks
         if mine.memory is not None and not 0 < mine.memory < math.inf:
             raise UserError(f"--memory must be a number of GiB above 0, not {mine.memory}.")
         description = _description(mine.model, config)

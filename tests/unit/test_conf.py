@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import tiny
+from recipes import large, tiny
 from recipes.settings import RECIPES, read_command_line
 from tgdpo_megatron.config import check_batch_layout
 
@@ -25,10 +25,11 @@ def content_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
-def test_an_experiment_alone_is_enough_and_fits_eight_gpus(path: Path) -> None:
-    command = read_command_line("recipes.train", "", ["--conf", str(path), "--nproc-per-node", "8"])
-    config, processes = command.config, command.processes
-    check_batch_layout(config, world_size=processes)
+def test_an_experiment_alone_is_enough_and_says_on_how_many_gpus_it_runs(path: Path) -> None:
+    config = read_command_line("recipes.train", "", ["--conf", str(path)]).config
+    nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
+    assert nodes is not None and gpus == 8
+    check_batch_layout(config, world_size=nodes * gpus)
     assert config.loss.type == RECIPES[recipe_of(path)]().loss.type
 
 
@@ -51,7 +52,7 @@ def test_every_line_of_an_experiment_changes_its_recipe(path: Path) -> None:
 def test_conf_names_its_own_output_and_the_guidance_run_of_its_model(path: Path) -> None:
     content = content_of(path)
     assert content["train"]["output"] == f"runs/{path.stem}"
-    if path.stem.startswith("tgdpo-"):
+    if path.stem.startswith("tgdpo-") and "guidance" in content["model"]:
         run = path.with_name(path.name.removeprefix("tg"))
         guidance = content_of(run)
         assert content["model"]["guidance"] == guidance["train"]["output"]
@@ -59,7 +60,7 @@ def test_conf_names_its_own_output_and_the_guidance_run_of_its_model(path: Path)
         assert content["data"] == guidance["data"]
 
 
-def test_every_recipe_of_a_paper_has_an_experiment() -> None:
-    assert {recipe_of(path) for path in CONF} == {
-        name for name, recipe in RECIPES.items() if recipe.__module__ != tiny.__name__
-    }
+def test_every_recipe_of_a_paper_has_an_experiment_and_every_large_one_that_is_not_a_guidance() -> None:
+    guidances = {name for name in RECIPES if RECIPES[name].__module__ == large.__name__ and name.startswith("dpo_")}
+    of_tiny = {name for name, recipe in RECIPES.items() if recipe.__module__ == tiny.__name__}
+    assert {recipe_of(path) for path in CONF} == set(RECIPES) - guidances - of_tiny

@@ -168,16 +168,23 @@ def test_enough_commands_are_found() -> None:
     assert len(modules) > 25
 
 
+OWN_OPTIONS = {
+    "tools.plan": ("--model", "--memory"),
+    "tools.submit": ("--from", "--until", "--alphas", "--betas"),
+}
+"""Program -> options with a value that it has beside those of training."""
+
+
 @pytest.mark.parametrize(("module", "arguments"), programs(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_is_read(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes, experiment files and settings by the program's own parser; options of the others by their names."""
     monkeypatch.chdir(ROOT)
-    if module == "tools.plan":  # takes what training takes, and these
-        for option in ("--model", "--memory"):
-            if option in arguments:
-                place = arguments.index(option)
-                del arguments[place : place + 2]
-    if module in ("recipes.align", "recipes.train", "recipes.score", "tools.plan"):
+    for option in OWN_OPTIONS.get(module, ()):  # beside what training takes
+        if option in arguments:
+            place = arguments.index(option)
+            del arguments[place : place + 2]
+    if module in ("recipes.align", "recipes.train", "recipes.score", *OWN_OPTIONS):
+        arguments = [argument for argument in arguments if argument not in ("$SMALL", "--dry-run")]
         read_command_line(module, "", [argument.removeprefix("guidance.") for argument in arguments])
     elif module != "pytest":
         for argument in arguments:
@@ -194,6 +201,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.make_tiny_model": (1,),
     "tools.marked_pairs": (0,),
     "tools.prepare_pairs": (2,),
+    "tools.submit": ("train.output",),
     "tools.view": ("--output",),
     "bench.gpu": ("--json",),
     "bench.speed": ("--json", "--picture"),
@@ -249,7 +257,12 @@ def test_every_setting_named_exists(page: Path) -> None:
     defaults = Config()
     theirs = {name for foreign in FOREIGN for name in foreign.names}
     for word in quoted(prose(page)):
-        if (match := re.match(rf"({groups})\.(\w+)(?![\w/.(])", word)) and match[2] not in ("py", "md", "html"):
+        if (match := re.match(rf"({groups})\.(\w+)(?![\w/.(])", word)) and match[2] not in (
+            "py",
+            "md",
+            "html",
+            "sbatch",
+        ):
             known = match[0] in RENAMED or match[2] in type(getattr(defaults, match[1])).model_fields
             assert known or word in theirs or page == FOLLOWED, word
 
@@ -310,7 +323,8 @@ def test_the_table_of_formats_has_every_format_with_its_columns() -> None:
 def test_the_table_of_settings_has_every_recipe_of_a_paper_and_its_layout() -> None:
     rows = table("training.md", "setting", "recipes")
     written_down = {name: row["layout on 8 × 80 GB"] for row in rows for name in quoted(row["recipes"])}
-    assert set(written_down) == {name for name in RECIPES if not name.endswith("_tiny")}
+    others = ("_tiny", "_4x8", "_8x8")
+    assert set(written_down) == {name for name in RECIPES if not name.endswith(others)}
     for name, layout in written_down.items():
         parallel = RECIPES[name]().parallel
         tensor, ranks = parallel.tensor_model_parallel_size, 8 // parallel.model_parallel_size

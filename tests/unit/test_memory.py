@@ -123,8 +123,9 @@ def test_a_remedy_is_a_setting_that_is_accepted_new_and_frees_what_it_says(
     if "dpo_reg" in recipe or "simpo_reg" in recipe:
         changes = tuple(change for change in changes if change != "scores.source=live")
     config = settings(*changes, recipe=recipe)
-    before = plan(config, LLAMA_8B, world_size=8).bytes
-    found = remedies(config, LLAMA_8B, world_size=8)
+    ranks = 8 * (config.cluster.nodes or 1)
+    before = plan(config, LLAMA_8B, world_size=ranks).bytes
+    found = remedies(config, LLAMA_8B, world_size=ranks)
     assert found
     for remedy in found:
         changed = changed_by(remedy.change, config)

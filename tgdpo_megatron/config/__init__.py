@@ -8,6 +8,7 @@ Megatron, so that a mistake is reported before anything slow begins.
 from tgdpo_megatron.config.checks import check_batch_layout, check_layout, complete, required
 from tgdpo_megatron.config.loading import ALTERNATIVES, COMMAND_LINE, explain_option, load
 from tgdpo_megatron.config.settings import (
+    ClusterConfig,
     Config,
     DataConfig,
     FormatName,
@@ -24,6 +25,7 @@ from tgdpo_megatron.config.steps import on_device, with_steps
 __all__ = [
     "ALTERNATIVES",
     "COMMAND_LINE",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "FormatName",

@@ -446,6 +446,16 @@ class TrainConfig(_Group):
         return (self.fp8_recipe or "tensorwise") if self.fp8 else None
 
 
+class ClusterConfig(_Group):
+    """The machines that a job asks for. tools.submit asks Slurm for as many, and the programs start as many ranks."""
+
+    nodes: int | None = Field(None, ge=1)
+    """Machines of a job. Default: the number that it is started on."""
+    gpus_per_node: int | None = Field(None, ge=1)
+    """GPUs of one machine, each with a rank of its own; on a machine without GPUs, ranks. `--nproc-per-node` overrides
+    it. Default: 1."""
+
+
 class ReportConfig(_Group):
     """What report.html shows beside the curves."""
 
@@ -466,6 +476,7 @@ class Config(_Group):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
     def reference_checkpoint(self) -> Path | None:

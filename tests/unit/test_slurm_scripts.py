@@ -1,0 +1,134 @@
+"""The scripts in slurm/: short, correct bash, options that sbatch knows, and a program at the end of each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "slurm"
+SCRIPTS = sorted(FOLDER.glob("*.sbatch"))
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+KNOWN = {
+    *("job-name", "nodes", "gpus-per-node", "ntasks", "ntasks-per-node", "cpus-per-task", "exclusive", "mem", "time"),
+    *("signal", "requeue", "open-mode", "output"),
+}
+"""Of sbatch's options, those that these scripts may use: resources, and what becomes of the job."""
+
+
+def options(script: Path) -> dict[str, str]:
+    """The options that a script gives sbatch, without comments."""
+    lines = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?(?: +#.*)?$", script.read_text(), flags=re.MULTILINE)
+    assert len(lines) == len(re.findall("^#SBATCH", script.read_text(), flags=re.MULTILINE))
+    return dict(lines)
+
+
+def test_there_is_a_script_for_every_stage() -> None:
+    names = {script.stem for script in SCRIPTS}
+    assert names == {"prepare", "convert", "score", "train", "export", "sweep"}
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, FOLDER / "environment.sh"], ids=lambda path: path.name)
+def test_a_script_is_correct_bash_and_fits_a_screen(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 40
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        found = subprocess.run(
+            ["shellcheck", "--external-sources", "--exclude=SC1091", "--shell=bash", path.name],
+            cwd=FOLDER,
+            capture_output=True,
+            text=True,
+        )
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """A function that runs a line after environment.sh, on a Slurm that writes down how its commands were called.
+
+    Its jobs are in the state `state`, and a program that srun starts ends with `code`. Returns the exit code and the
+    calls.
+    """
+    calls = tmp_path / "calls"
+    answers = {"srun": 'exit "$CODE"', "squeue": 'echo "$STATE"', "scontrol": "[[ $1 == show ]] && echo node-0 || true"}
+    for name, answer in answers.items():
+        command = tmp_path / name
+        command.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>{calls}\n{answer}\n')
+        command.chmod(0o755)
+
+    def run(line: str, *, code: int = 0, state: str = "RUNNING", **variables: str) -> tuple[int, list[str]]:
+        given = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NNODES": "2"}
+        given |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code), "STATE": state, **variables}
+        program = f"set -euo pipefail; source {FOLDER / 'environment.sh'}; {line}"
+        done = subprocess.run(["bash", "-c", program], cwd=tmp_path, env=given, capture_output=True, text=True)
+        return done.returncode, calls.read_text().splitlines()
+
+    return run
+
+
+Slurm = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "again"),
+    [(75, "RUNNING", True), (75, "COMPLETING", False), (0, "RUNNING", False), (2, "RUNNING", False)],
+)
+def test_only_a_job_that_asks_for_it_and_was_not_cancelled_is_queued_again(
+    code: int, state: str, again: bool, slurm: Slurm
+) -> None:
+    ended, calls = slurm("on_each_node recipes.train a=1", code=code, state=state)
+    assert ended == code
+    assert ("scontrol requeue 12345" in calls) == again
+
+
+def test_launchers_are_told_how_many_they_are_and_where_they_meet(slurm: Slurm) -> None:
+    _, calls = slurm("on_each_node recipes.train a=1 b=2")
+    (started,) = [call for call in calls if call.startswith("srun")]
+    port = 20000 + 12345 % 12000
+    assert started.endswith(f" recipes.train --nnodes 2 --rdzv-endpoint node-0:{port} --rdzv-id 12345.0 a=1 b=2")
+    assert '--node-rank "$SLURM_NODEID"' in started  # read on each node, not here
+    _, calls = slurm("on_each_node recipes.train", TGDPO_RENDEZVOUS="10.0.0.7", SLURM_RESTART_COUNT="3")
+    assert calls[-1].endswith(f"--rdzv-endpoint 10.0.0.7:{port} --rdzv-id 12345.3")
+
+
+def test_a_container_is_used_where_one_is_named(slurm: Slurm, tmp_path: Path) -> None:
+    _, calls = slurm("once tools.prepare_pairs pairs.jsonl")
+    assert "container" not in calls[-1]
+    _, calls = slurm("once tools.prepare_pairs pairs.jsonl", TGDPO_CONTAINER="image.sqsh", TGDPO_MOUNTS="/a:/a")
+    options = f"--container-image=image.sqsh --container-mounts=/a:/a --container-workdir={tmp_path}"
+    assert calls[-1].endswith(f"{options} python -m tools.prepare_pairs pairs.jsonl")
+
+
+@each_script
+def test_sbatch_knows_every_option(script: Path) -> None:
+    given = options(script)
+    assert set(given) <= KNOWN
+    assert {"job-name", "time", "output", "requeue", "open-mode"} <= set(given)
+    assert given["job-name"] == script.stem
+
+
+@each_script
+def test_a_script_ends_in_a_program_that_gets_every_argument(script: Path) -> None:
+    *_, ending = script.read_text().split("\n\n")
+    (program,) = re.findall(r"^(?:once|on_each_node) (\S+)", ending, flags=re.MULTILINE)
+    assert importlib.util.find_spec(program) is not None
+    assert '"$@"' in ending or '"${@:4}"' in ending  # the sweep has three of its own
+    assert "set -euo pipefail" in script.read_text()
+
+
+@each_script
+def test_one_launcher_runs_on_each_node_and_a_warned_training_is_queued_again(script: Path) -> None:
+    given, text = options(script), script.read_text()
+    if "on_each_node" in text:
+        assert given["ntasks-per-node"] == "1" and "gpus-per-node" in given
+        assert given["signal"].startswith("B:USR1@")
+    else:
+        assert given["ntasks"] == "1" and "gpus-per-node" not in given
+    if "recipes.train" in text:
+        assert "train.resume=true" in text

@@ -1,0 +1,146 @@
+"""What tools.submit asks of sbatch, and that a job's machines are those of its settings."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.settings import Command, read_command_line
+from tests.unit.test_align import inputs as _inputs
+from tgdpo_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+inputs = _inputs
+
+
+def submit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.submit", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+def dry_run(*arguments: str) -> dict[str, list[str]]:
+    """Stage -> the words of its sbatch command."""
+    done = submit(*arguments, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(words[:2] == ["sbatch", "--parsable"] for words in commands)
+    return {words[2].removeprefix("--job-name="): words for words in commands}
+
+
+@pytest.fixture
+def full(inputs: tuple[str, str], tmp_path: Path) -> dict[str, list[str]]:
+    """All stages, on two nodes of four GPUs, with a guidance model that is trained."""
+    cluster = ("cluster.nodes=2", "cluster.gpus_per_node=4")
+    return dry_run(*inputs, *cluster, f"train.output={tmp_path / 'out'}", "guidance.optimizer.lr=1e-6")
+
+
+def test_every_stage_waits_for_the_success_of_the_one_before_it(full: dict[str, list[str]]) -> None:
+    stages = ["prepare", "convert", "guidance", "score", "train", "export"]
+    assert list(full) == stages
+    assert not any(word.startswith("--dependency") for word in full["prepare"])
+    for before, stage in zip(stages, stages[1:], strict=False):
+        assert f"--dependency=afterok:<{before}>" in full[stage] and "--kill-on-invalid-dep=yes" in full[stage]
+
+
+def test_stages_with_gpus_ask_for_those_of_the_settings_and_no_other_does(full: dict[str, list[str]]) -> None:
+    for stage, words in full.items():
+        assert ({"--nodes=2", "--gpus-per-node=4"} <= set(words)) == (stage in ("guidance", "score", "train"))
+
+
+def test_stages_read_what_the_stages_before_them_write(full: dict[str, list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert str(out / "pairs" / "train") in full["prepare"] and "data.max_length=512" in full["prepare"]
+    for stage in ("guidance", "score", "train"):
+        assert full[stage][-1] == f"data.train={out / 'pairs' / 'train'}"  # the last one holds
+    assert "optimizer.lr=1e-6" in full["guidance"] and "optimizer.lr=1e-6" not in full["train"]
+    assert f"model.guidance={out / 'guidance'}" in full["score"]
+    assert f"scores.path={out / 'scores'}" in full["score"] and f"scores.path={out / 'scores'}" in full["train"]
+    assert full["export"][-2:] == [str(out / "policy"), str(out / "hf")]
+
+
+def test_scripts_exist_and_logs_are_in_the_runs_folder(full: dict[str, list[str]], tmp_path: Path) -> None:
+    for stage, words in full.items():
+        (script,) = (word for word in words if word.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        assert f"--output={tmp_path / 'out' / 'logs'}/{stage}-%j.log" in words
+
+
+def test_a_part_of_the_chain_reads_the_pairs_as_they_are_while_they_are_not_prepared(inputs: tuple[str, str]) -> None:
+    part = dry_run(*inputs, "--from", "score", "--until", "train")
+    assert list(part) == ["score", "train"]
+    assert part["train"].count(inputs[1]) == 1 and not any("/pairs/train" in word for word in part["train"])
+
+
+def test_a_sweep_is_an_array_with_a_task_for_each_pair_of_values(inputs: tuple[str, str]) -> None:
+    jobs = dry_run(*inputs, "train.output=runs/x", "model.guidance=g", "--alphas", "0.25,0.5,1", "--betas", "0.1,0.2")
+    assert list(jobs) == ["prepare", "convert", "score", "sweep"]
+    assert "--array=0-5" in jobs["sweep"]
+    script = jobs["sweep"].index("slurm/sweep.sbatch")
+    assert jobs["sweep"][script + 1 : script + 4] == ["0.25,0.5,1", "0.1,0.2", "runs/x/sweep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--alphas", "1,much"], "loss.alpha='much' is refused"),
+        (["--betas", "0.1,-1"], "loss.beta=-1 is refused"),
+        (["loss.type=dpo", "--betas", "0.1"], "loss.type=dpo has no alpha"),
+        (["--from", "train", "--until", "score"], "leaves no stage; those of these settings are prepare, convert"),
+    ],
+)
+def test_what_cannot_be_queued_is_refused_in_a_sentence(
+    arguments: list[str], sentence: str, inputs: tuple[str, str]
+) -> None:
+    done = submit(*inputs, *arguments, "--dry-run")
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_large_recipe_asks_for_its_own_nodes() -> None:
+    jobs = dry_run("--conf", "conf/tgdpo-qwen25_72b_8x8-ultrafeedback.yaml")
+    assert list(jobs) == ["prepare", "convert", "guidance", "score", "train", "export"]
+    assert {"--nodes=8", "--gpus-per-node=8"} <= set(jobs["train"])
+    assert "--recipe=dpo_qwen25_72b_8x8" in jobs["guidance"]
+
+
+def test_without_slurm_it_says_so_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = submit(*inputs, "model.guidance=" + inputs[0].partition("=")[2], f"train.output={output}", PATH="/nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "sbatch is not on this machine; submit from a login node of the cluster" in done.stderr
+    assert not output.exists()
+
+
+def command(*arguments: str) -> Command:
+    return read_command_line("recipes.train", "", arguments)
+
+
+def test_a_program_starts_as_many_ranks_as_the_settings_say_unless_its_command_says_otherwise() -> None:
+    assert command("cluster.gpus_per_node=4").processes == 4
+    assert command("cluster.gpus_per_node=4", "--nproc-per-node", "2").processes == 2
+    assert command("--recipe", "tgdpo_llama3_70b_4x8").ranks == 32
+    assert command().ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "sentence"),
+    [
+        (["cluster.nodes=4"], "", "cluster.nodes=4, but this job is started on 1;"),
+        (["cluster.gpus_per_node=2"], "8", "cluster.gpus_per_node=2, but Slurm gave this job 8 of each machine"),
+    ],
+)
+def test_a_job_on_other_machines_than_its_settings_say_is_refused(
+    arguments: list[str], gpus: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    with pytest.raises(UserError, match=sentence):
+        command(*arguments).check_machines()
+
+
+def test_a_job_without_settings_of_machines_takes_those_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    command("--nproc-per-node", "2").check_machines()
