@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -24,6 +25,7 @@ from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.platform.clock import OPTIMIZER, WAITING, Clock, Spent, parts
 from tgdpo_megatron.report.metrics import Sums, add_up, names_for
 
 LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Sums]]
@@ -39,6 +41,7 @@ class Engine:
         chunks: The policy's pipeline chunks, not wrapped. They hold the frozen models.
         policy: The same chunks wrapped in Megatron's data parallelism.
         loss: Turns the output of the last stage into a loss.
+        clock: Where this rank's time goes.
     """
 
     config: Config
@@ -47,6 +50,7 @@ class Engine:
     optimizer: Any
     scheduler: OptimizerParamScheduler
     loss: LossFunction
+    clock: Clock
 
     def forward_backward(self, batches: Sequence[Batch], votes: Mapping[str, float] | None = None) -> dict[str, float]:
         """Run this rank's micro-batches forward and backward, which adds gradients to the policy. Collective.
@@ -57,7 +61,9 @@ class Engine:
         Returns:
             The sums that the loss reports, over all micro-batches of all ranks, and the votes of all ranks.
         """
-        return self._run(batches, forward_only=False, votes=votes or {})
+        totals = self._run(batches, forward_only=False, votes={**(votes or {}), **self._time_to_add()})
+        self.clock.of_all_ranks = Spent.of(totals, dist.get_world_size())
+        return totals
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -77,13 +83,23 @@ class Engine:
             forward_only=forward_only,
         )
         last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        return add_up(
-            sums,
-            names=names_for(self.config.loss),
-            counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
-            device=self.device,
-            votes=votes,
-        )
+        with self.clock.during(WAITING):  # the reduction ends when the slowest rank comes to it
+            return add_up(
+                sums,
+                names=names_for(self.config.loss),
+                counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+                device=self.device,
+                votes=votes,
+            )
+
+    def _time_to_add(self) -> dict[str, float]:
+        return parts(self.clock.seconds(), dist.get_rank(), dist.get_world_size())
+
+    def time_spent(self) -> Spent:
+        """Where the time of all ranks went up to now. Collective, and it waits for the device."""
+        self.clock.catch_up()
+        sums = add_up([], names=[], counts_here=False, device=self.device, votes=self._time_to_add())
+        return Spent.of(sums, dist.get_world_size())
 
     def forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Run one stage on a micro-batch.
@@ -124,11 +140,12 @@ class Engine:
         """
         self.scheduler.step(increment=1)  # before the update, so that no step has learning rate 0
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if math.isfinite(norm):
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
-            self.optimizer.step_with_ready_grads()
+        with self.clock.during(OPTIMIZER):
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if math.isfinite(norm):
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
+                self.optimizer.step_with_ready_grads()
         return norm, learning_rate
 
 
@@ -169,7 +186,8 @@ def build_engine(
     if config.optimizer.overlap_grad_reduce:
         waits = [model.no_sync for model in policy]
         megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
-    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss)
+    megatron.timers = Clock(next(chunks[0].parameters()).device)
+    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss, megatron.timers)
 
 
 def run_pipeline(

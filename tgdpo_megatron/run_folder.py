@@ -4,6 +4,7 @@ FOLDER/config.yaml                resolved settings, with the models as they wer
 FOLDER/sources.json               where each model was found: its commit on a hub, its Megatron checkpoint
 FOLDER/data/                      tokenised pairs
 FOLDER/metrics.jsonl, tensorboard/
+FOLDER/wandb.json, mlflow.json    the run's id in Weights & Biases and MLflow, see report/loggers.py
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
 FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py

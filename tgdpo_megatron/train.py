@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
@@ -42,15 +43,19 @@ from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, in_sh
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.platform import interrupts
 from tgdpo_megatron.platform.checks import check_fp8
+from tgdpo_megatron.platform.clock import EVALUATING, READING, SAVING
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.quiet import debugging
-from tgdpo_megatron.report.metrics import Logger, averages
+from tgdpo_megatron.report.loggers import Logger
+from tgdpo_megatron.report.metrics import averages
+from tgdpo_megatron.report.pace import Pace, where_time_went
 from tgdpo_megatron.report.terminal import (
     Loudness,
     changed_settings,
     closing_lines,
     held_out_results,
     length_of_run,
+    progress_words,
     result_words,
 )
 
@@ -103,6 +108,12 @@ class _Run:
         """Training pairs in one epoch."""
         return self.mix.epoch_size if self.mix else len(self.training.pairs)
 
+    def pace(self, ranks: Ranks) -> Pace:
+        """What measures the speed of the run."""
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        description = self.engine.chunks[0].description
+        return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
+
 
 def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) -> None:
     """Run one training job. Called on every rank.
@@ -117,7 +128,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     if ranks.is_first:
         _introduce(run, loudness)
     last = config.train.train_iters or 0
-    logger = Logger(output, active=ranks.is_first, first=run.first)
+    logger = Logger(output, config, active=ranks.is_first, first=run.first)
     progress = tqdm(
         range(run.first, last),
         initial=run.first,
@@ -135,6 +146,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         logger.log(0, {f"eval/{name}": value for name, value in averages(before).items()})
     if run.first == 0:
         _answer(run, ranks, "before")
+    pace = run.pace(ranks)
+    engine.clock.restart()
     started = saved_at = time.monotonic()
     replaced: Path | None = None  # the checkpoint that the next one replaces
     done, stop = run.first, False
@@ -142,25 +155,28 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         for iteration in progress:
             began = time.monotonic()
             picked = _picked(run, iteration)
-            batches = _micro_batches(run.training, picked, config, ranks)
+            with engine.clock.during(READING):
+                batches = _micro_batches(run.training, picked, config, ranks)
             done = iteration + 1
             where = f"step {done} ({_name_samples(pairs, picked)})"
             overdue = ranks.is_first and 0 < config.train.save_minutes * 60 <= began - saved_at
             metrics, stop, save = _step(run, batches, done, where, stop=asked.received is not None, save=overdue)
-            metrics["perf/seconds_per_step"] = time.monotonic() - began
+            metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
             # A run that is stopped has little time left, and saves first of all.
             due = not stop and (done == last or _is_due(done, config.train.eval_interval))
             if run.validation is not None and due:
-                held_out = _evaluate(engine, run.validation, config, ranks)
+                with engine.clock.during(EVALUATING):
+                    held_out = _evaluate(engine, run.validation, config, ranks)
                 _check_finite(held_out, f"the validation loss after {where}", output)
                 metrics |= {f"eval/{name}": value for name, value in averages(held_out).items()}
                 if done < last and ranks.is_first and loudness > Loudness.QUIET:
                     progress.write(f"step {done}: held out: {result_words(metrics, 'eval/')}")
             if due or stop or _is_due(done, config.train.log_interval):
+                metrics |= pace.since_last_line(engine.clock.of_all_ranks)
                 logger.log(done, metrics)
-                progress.set_postfix_str(result_words(metrics), refresh=False)
+                progress.set_postfix_str(progress_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
             every = config.train.export_interval
@@ -168,8 +184,9 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             keep = done == last or stop or export or _is_due(done, config.train.save_interval)
             if keep or save:
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
-                _check_finite(engine.forward(batches), f"the loss after {where}", output)
-                checkpoint = _save(run, done)
+                with engine.clock.during(SAVING):
+                    _check_finite(engine.forward(batches), f"the loss after {where}", output)
+                    checkpoint = _save(run, done)
                 if ranks.is_first and replaced is not None:
                     shutil.rmtree(replaced, ignore_errors=True)
                 replaced, saved_at = None if keep else checkpoint, time.monotonic()
@@ -180,9 +197,10 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                 break
     logger.close()
     progress.close()
+    seconds, went = time.monotonic() - started, where_time_went(engine.time_spent())
     if done == last:
         _answer(run, ranks, "after")
-    on_first_rank(ranks, partial(_conclude, run, ranks, done, time.monotonic() - started))
+    on_first_rank(ranks, partial(_conclude, run, ranks, done, seconds, went))
     if done < last:
         raise StoppedError(
             f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
@@ -312,7 +330,7 @@ def _answer(run: _Run, ranks: Ranks, when: str) -> None:
         keep_answers(run.output, found, when)
 
 
-def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
+def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float, went: str) -> None:
     """Write the report, and say what came out of the run."""
     checkpoint = run_folder.newest_checkpoint(run.output)
     assert checkpoint is not None
@@ -321,6 +339,7 @@ def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
         steps=done - run.first,
         finished=done == run.config.train.train_iters,
         seconds=seconds,
+        went=went,
         held_out=held_out_results(run.output),
         held_out_pairs=len(run.validation.pairs) if run.validation else 0,
         checkpoint=checkpoint,
@@ -352,6 +371,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     config = on_device(config, ranks.device.type)
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
+    on_first_rank(ranks, partial(preflight.check_services, config))
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
