@@ -137,13 +137,15 @@ def test_every_curve_is_drawn_from_its_first_value_to_its_last(run: Path, page: 
 def test_the_time_is_divided_as_the_lines_of_the_run_say(page: _Page) -> None:
     """Six lines of two seconds each, half of it the policy's. What took no time is left out."""
     assert page.rows["Where the time went"] == {
-        "the policy": ["50.0%", "6.0 s"],
-        "frozen models": ["25.0%", "3.0 s"],
-        "waiting for other ranks": ["12.5%", "1.5 s"],
-        "saving": ["12.5%", "1.5 s"],
+        "the policy": [percent(0.5), "6.0 s"],
+        "frozen models": [percent(0.25), "3.0 s"],
+        "waiting for other ranks": [percent(0.125), "1.5 s"],
+        "saving": [percent(0.125), "1.5 s"],
         "activity": ["share", "time"],
     }
-    assert "one rank waited for others for at most 18.8% of the time" in page.sections["Where the time went"]
+    assert (
+        f"one rank waited for others for at most {percent(0.1875)} of the time" in page.sections["Where the time went"]
+    )
     assert page.rows["What was run"]["pace"] == ["0.25 s a step, 1,600 tokens a second; medians"]
 
 
