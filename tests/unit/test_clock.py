@@ -124,3 +124,9 @@ def test_sums_over_ranks_give_the_mean_and_who_waited(now: list[float]) -> None:
     spent = Spent.of(sums, 2)
     assert (spent.seconds[READING], spent.seconds[WAITING], spent.waiting) == (3.0, 1.25, (2.0, 0.5))
     assert sums == {"loss": 3.0}
+
+
+def test_a_single_rank_waits_for_nobody() -> None:
+    own = dict.fromkeys(clock_file.ACTIVITIES, 0.0) | {WAITING: 2.0, OTHER: 1.0, POLICY: 4.0}
+    spent = Spent.of(parts(own, 0, 1), 1)
+    assert (spent.seconds[WAITING], spent.seconds[OTHER], spent.seconds[POLICY], spent.waiting) == (0, 3, 4, (0,))

@@ -59,7 +59,11 @@ class Spent:
     def of(cls, sums: dict[str, float], ranks: int) -> Spent:
         """From the sums over all ranks of what `parts` gives, which are taken out."""
         seconds = {activity: sums.pop(f"seconds/{activity}") / ranks for activity in ACTIVITIES}
-        return cls(seconds, tuple(sums.pop(f"waiting/{rank}") for rank in range(ranks)))
+        waiting = tuple(sums.pop(f"waiting/{rank}") for rank in range(ranks))
+        if ranks > 1:
+            return cls(seconds, waiting)
+        # A single rank waits for nobody: the time is that of Megatron's schedule itself.
+        return cls(seconds | {WAITING: 0.0, OTHER: seconds[OTHER] + seconds[WAITING]}, (0.0,))
 
 
 def parts(seconds: dict[str, float], rank: int, ranks: int) -> dict[str, float]:

@@ -96,9 +96,7 @@ def where_time_went(spent: Spent) -> str:
 
 def _words(activity: str, spent: Spent, whole: float) -> str:
     words = ACTIVITIES[activity]
-    if activity != WAITING or len(spent.waiting) == 1:
-        return words
-    return f"{words} (at most {max(spent.waiting) / whole:.0%} on one)"
+    return f"{words} (at most {max(spent.waiting) / whole:.0%} on one)" if activity == WAITING else words
 
 
 def _sorted(shares: Mapping[str, float]) -> list[tuple[str, float]]:
