@@ -25,6 +25,7 @@ from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.platform.clock import OPTIMIZER, WAITING, Clock, Spent, parts
 from tgdpo_megatron.report.metrics import Sums, add_up, names_for
 
 
@@ -47,6 +48,7 @@ class Engine:
         chunks: The policy's pipeline chunks, not wrapped. They hold the frozen models.
         policy: The same chunks wrapped in Megatron's data parallelism.
         loss: Turns the output of the last stage into a loss.
+        clock: Where this rank's time goes.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Engine:
     optimizer: Any
     scheduler: OptimizerParamScheduler
     loss: LossFunction
+    clock: Clock
 
     def forward_backward(self, batches: Sequence[Batch], votes: Mapping[str, float] | None = None) -> dict[str, float]:
         """Run this rank's micro-batches forward and backward, which adds gradients to the policy. Collective.
@@ -65,7 +68,9 @@ class Engine:
         Returns:
             The sums that the loss reports, over all micro-batches of all ranks, and the votes of all ranks.
         """
-        return self._run(batches, forward_only=False, votes=votes or {})
+        totals = self._run(batches, forward_only=False, votes={**(votes or {}), **self._time_to_add()})
+        self.clock.of_all_ranks = Spent.of(totals, dist.get_world_size())
+        return totals
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -85,13 +90,23 @@ class Engine:
             forward_only=forward_only,
         )
         last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        return add_up(
-            sums,
-            names=names_for(self.config.loss),
-            counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
-            device=self.device,
-            votes=votes,
-        )
+        with self.clock.during(WAITING):  # the reduction ends when the slowest rank comes to it
+            return add_up(
+                sums,
+                names=names_for(self.config.loss),
+                counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+                device=self.device,
+                votes=votes,
+            )
+
+    def _time_to_add(self) -> dict[str, float]:
+        return parts(self.clock.seconds(), dist.get_rank(), dist.get_world_size())
+
+    def time_spent(self) -> Spent:
+        """Where the time of all ranks went up to now. Collective, and it waits for the device."""
+        self.clock.catch_up()
+        sums = add_up([], names=[], counts_here=False, device=self.device, votes=self._time_to_add())
+        return Spent.of(sums, dist.get_world_size())
 
     def forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Run one stage on a micro-batch.
@@ -164,10 +179,11 @@ class Engine:
         Returns:
             The norm of the gradient over all ranks, before clipping.
         """
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
-            self.optimizer.step_with_ready_grads()
+        with self.clock.during(OPTIMIZER):
+            norm = self.gradient_norm()
+            if math.isfinite(norm):
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
+                self.optimizer.step_with_ready_grads()
         return norm
 
 
@@ -208,7 +224,8 @@ def build_engine(
     if config.optimizer.overlap_grad_reduce:
         waits = [model.no_sync for model in policy]
         megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
-    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss)
+    megatron.timers = Clock(next(chunks[0].parameters()).device)
+    return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss, megatron.timers)
 
 
 def run_pipeline(

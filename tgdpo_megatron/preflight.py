@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def check_files(config: Config, *, batch: int | None = None) -> None:
     goes_on_in = config.scores.path if batch is None else config.train.output if config.train.resume else None
     found = find_and_check_models(config, run_folder.kept_commits(goes_on_in))
     if batch is not None:
+        check_services(config)
         carried_checkpoints(with_folders(config, {role: source.folder for role, source in found.items()}))
         required(config.train.output, "train.output", "a folder for this run")
         config = run_folder.with_kept_data(config, goes_on_in)
@@ -75,6 +77,22 @@ def check_files(config: Config, *, batch: int | None = None) -> None:
         read_scores_manifest(
             required(config.scores.path, "scores.path", "the folder python -m recipes.score wrote") / "train"
         )
+
+
+def check_services(config: Config) -> None:
+    """Refuse to start without the package of a service that gets the metrics.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    for name, package in {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}.items():
+        value = getattr(config.report, name)
+        found = importlib.util.find_spec(package)
+        if value is not None and (found is None or found.origin is None):  # a folder of that name is no package
+            raise UserError(
+                f"report.{name}={value} needs the package {package}, which is not installed; type "
+                f"pip install '.[{package}]' in the repository, or leave report.{name} out."
+            )
 
 
 def _check_train_is_given(config: Config) -> None:

@@ -6,6 +6,7 @@ FOLDER/data/                      tokenised pairs
 FOLDER/metrics.jsonl, tensorboard/
 FOLDER/samples.jsonl, skipped.jsonl, spikes.jsonl  see report/journal.py
 FOLDER/lock                       see run_lock.py
+FOLDER/wandb.json, mlflow.json    the run's id in Weights & Biases and MLflow, see report/loggers.py
 FOLDER/report.html                see report/run_report.py; answers.json is a part of it, where answers were asked for
 FOLDER/logs/rank-0.log            all that a rank said, with TGDPO_DEBUG=1
 FOLDER/checkpoints/iter-0000030/  see checkpoint/manifest.py

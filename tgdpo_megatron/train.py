@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
@@ -43,16 +44,20 @@ from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.planning.disk import check_disk
 from tgdpo_megatron.platform import interrupts, life
 from tgdpo_megatron.platform.checks import check_fp8
+from tgdpo_megatron.platform.clock import EVALUATING, READING, SAVING
 from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.platform.random_states import set_for_step
 from tgdpo_megatron.quiet import debugging
-from tgdpo_megatron.report.metrics import Logger, averages
+from tgdpo_megatron.report.loggers import Logger
+from tgdpo_megatron.report.metrics import averages
+from tgdpo_megatron.report.pace import Pace, where_time_went
 from tgdpo_megatron.report.terminal import (
     Loudness,
     changed_settings,
     closing_lines,
     held_out_results,
     length_of_run,
+    progress_words,
     result_words,
 )
 from tgdpo_megatron.run_lock import RunLock
@@ -109,6 +114,12 @@ class _Run:
         """Training pairs in one epoch."""
         return self.mix.epoch_size if self.mix else len(self.training.pairs)
 
+    def pace(self, ranks: Ranks) -> Pace:
+        """What measures the speed of the run."""
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        description = self.engine.chunks[0].description
+        return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
+
 
 def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) -> None:
     """Run one training job. Called on every rank.
@@ -124,7 +135,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         _introduce(run, loudness)
     last = config.train.train_iters or 0
     deadline = interrupts.Deadline(config.train.exit_after_minutes)
-    logger = Logger(output, active=ranks.is_first, first=run.first)
+    logger = Logger(output, config, active=ranks.is_first, first=run.first)
     progress = tqdm(
         range(run.first, last),
         initial=run.first,
@@ -142,20 +153,23 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         logger.log(0, {f"eval/{name}": value for name, value in averages(before).items()})
     if run.first == 0:
         _answer(run, ranks, "before")
+    pace = run.pace(ranks)
+    engine.clock.restart()
     started, saves = time.monotonic(), run.saves
     done, stop = run.first, False
     with interrupts.noticed() as asked:
         for iteration in progress:
             began = time.monotonic()
             picked = _picked(run, iteration)
-            batches = _micro_batches(run.training, picked, config, ranks)
+            with engine.clock.during(READING):
+                batches = _micro_batches(run.training, picked, config, ranks)
             done = iteration + 1
             where = f"step {done} ({_name_samples(pairs, picked)})"
             overdue = ranks.is_first and saves.overdue
             asks = asked.received is not None or (ranks.is_first and deadline.is_near())
             life.at(f"step {done}, forward and backward", watched=done > run.first + 1)  # the first may compile
             metrics, stop, save = _step(run, picked, batches, done, where, stop=asks, save=overdue)
-            metrics["perf/seconds_per_step"] = time.monotonic() - began
+            metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
             # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
@@ -163,29 +177,33 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             due = not stop and (done == last or is_due(done, config.train.eval_interval))
             if run.validation is not None and due:
                 life.at(f"evaluating after step {done}", watched=True)
-                held_out = _evaluate(engine, run.validation, config, ranks)
+                with engine.clock.during(EVALUATING):
+                    held_out = _evaluate(engine, run.validation, config, ranks)
                 _check_finite(held_out, f"the validation loss after {where}", run)
                 metrics |= {f"eval/{name}": value for name, value in averages(held_out).items()}
                 if done < last and ranks.is_first and loudness > Loudness.QUIET:
                     progress.write(f"step {done}: held out: {result_words(metrics, 'eval/')}")
             told = "loss" in metrics or (due and run.validation is not None)  # little is known of a skipped step
             if told and (due or stop or is_due(done, config.train.log_interval)):
+                metrics |= pace.since_last_line(engine.clock.of_all_ranks)
                 logger.log(done, metrics)
                 if "loss" in metrics:
-                    progress.set_postfix_str(result_words(metrics), refresh=False)
+                    progress.set_postfix_str(progress_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
             every = config.train.export_interval
             export = not stop and every > 0 and (done == last or is_due(done, every))
-            saves.settle()
+            with engine.clock.during(SAVING):
+                saves.settle()
             if save or saves.due(done, stop=stop):
                 life.at(f"saving the checkpoint of step {done}")
                 # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
                 if "loss" not in metrics:  # a step that was skipped may have pairs that no weights suit
                     batches = _micro_batches(run.training, _picked(run, done), config, ranks)
-                _check_finite(engine.forward(batches), f"the loss after {where}", run)
-                held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-                checkpoint = saves.save(done, held_out, wait=stop or done == last or export)
+                with engine.clock.during(SAVING):
+                    _check_finite(engine.forward(batches), f"the loss after {where}", run)
+                    held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+                    checkpoint = saves.save(done, held_out, wait=stop or done == last or export)
                 if export:
                     on_first_rank(ranks, partial(_export, checkpoint, output))
             if stop:
@@ -194,9 +212,10 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     life.at("ending the run")
     logger.close()
     progress.close()
+    seconds, went = time.monotonic() - started, where_time_went(engine.time_spent())
     if done == last:
         _answer(run, ranks, "after")
-    on_first_rank(ranks, partial(_conclude, run, ranks, done, time.monotonic() - started))
+    on_first_rank(ranks, partial(_conclude, run, ranks, done, seconds, went))
     run.lock.release()
     if done < last:
         raise StoppedError(
@@ -327,7 +346,7 @@ def _answer(run: _Run, ranks: Ranks, when: str) -> None:
         keep_answers(run.output, found, when)
 
 
-def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
+def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float, went: str) -> None:
     """Write the report, and say what came out of the run."""
     checkpoint = run_folder.newest_checkpoint(run.output)
     assert checkpoint is not None
@@ -336,6 +355,7 @@ def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float) -> None:
         steps=done - run.first,
         finished=done == run.config.train.train_iters,
         seconds=seconds,
+        went=went,
         held_out=held_out_results(run.output),
         held_out_pairs=len(run.validation.pairs) if run.validation else 0,
         checkpoint=checkpoint,
@@ -369,6 +389,7 @@ def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
     check_batch_layout(config, world_size=ranks.world_size)
     check_fp8(config.train)
     life.at("checking the inputs")
+    on_first_rank(ranks, partial(preflight.check_services, config))
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):

@@ -18,6 +18,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.flops import TRAINING, forward_operations
 from tgdpo_megatron.pair_losses import PreferenceLoss
 from tgdpo_megatron.planning import memory
 
@@ -168,20 +169,7 @@ def tokens_of(data: PreparedPairs, pairs: Sequence[int]) -> int:
 
 
 def model_flops(data: PreparedPairs, pairs: Sequence[int], model: ModelDescription) -> int:
-    """Operations of forward and backward that these pairs need; nothing that is computed again counts.
-
-    A multiply-add counts 2, a product goes forward once and back twice: 6 for each weight and token of the layers,
-    and for each weight of the head and labelled token. Causal attention: two products forward, four back, over half of
-    each sequence's square.
-    """
-    width = model.num_attention_heads * model.kv_channels
-    attention = 2 * model.hidden_size * (width + model.num_query_groups * model.kv_channels)
-    weights = model.num_layers * (attention + 3 * model.hidden_size * model.ffn_hidden_size)
-    lengths = [len(data.sequence(pair, side)) - 1 for pair in pairs for side in (CHOSEN, REJECTED)]
+    """Operations of forward and backward that these pairs need; nothing that is computed again counts."""
+    lengths = data.sequence_lengths((CHOSEN, REJECTED))[pairs]
     labels = sum(data.response_length(pair, side) for pair in pairs for side in (CHOSEN, REJECTED))
-    squares = sum(length**2 for length in lengths)
-    return (
-        6 * weights * sum(lengths)
-        + 6 * model.hidden_size * model.vocab_size * labels
-        + 6 * model.num_layers * width * squares
-    )
+    return TRAINING * forward_operations(model, lengths, labels)

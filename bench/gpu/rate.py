@@ -8,6 +8,7 @@ that has just begun runs above the clock it can keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from statistics import median
 
@@ -15,8 +16,9 @@ import torch
 
 from bench.gpu import device
 from bench.rows import Row
+from tgdpo_megatron.platform.peaks import peak_of
 
-PEAK = 989e12
+PEAK = peak_of("NVIDIA H200") or math.nan
 """Operations per second that an H200's data sheet gives for dense bf16."""
 BANDWIDTH = 4.8e12
 """Bytes per second that it gives for its memory."""

@@ -19,6 +19,9 @@ from tests.conftest import PAIRS
 from tests.support.jobs import flip_a_bit
 from tests.support.program import run_ranks
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
+from tgdpo_megatron.data.prepare import load_prepared
+from tgdpo_megatron.losses import CHOSEN, REJECTED
+from tgdpo_megatron.platform.clock import ACTIVITIES
 from tgdpo_megatron.train import EVALUATED_AT_ONCE
 
 LR, MIN_LR, DECAY, SEED = 1e-3, 2e-4, 10.0, 7
@@ -163,6 +166,22 @@ def test_an_evaluation_counts_all_its_pairs_however_many(runs: Runs) -> None:
     """The six pairs of a step, repeated: their mean is the step's, because no weight moves."""
     last = runs.metrics("still")[-1]
     assert last["eval/logps/chosen"] == pytest.approx(last["logps/chosen"], rel=1e-5)
+
+
+def test_every_line_tells_the_speed_of_its_step_and_divides_its_time(runs: Runs) -> None:
+    """Each step takes all pairs, and each frozen model is live."""
+    (prepared,) = (runs.folder / "still/data").glob("train-*")
+    tokens = load_prepared(prepared).lengths((CHOSEN, REJECTED)).sum()
+    for line in runs.metrics("still")[1:]:
+        assert line["perf/tokens_per_second"] * line["perf/seconds_per_step"] == pytest.approx(tokens)
+        assert line["perf/frozen_tflops_per_rank"] == pytest.approx(line["perf/tflops_per_rank"] / 3)
+        assert sum(line[f"perf/share_{activity}"] for activity in ACTIVITIES) == pytest.approx(1)
+        assert min(line["perf/share_policy"], line["perf/share_frozen"]) > 0 and "perf/mfu" not in line
+
+
+def test_a_checkpoint_is_time_for_saving_in_the_next_line(runs: Runs) -> None:
+    first, *others = runs.metrics("stepped")
+    assert first["perf/share_saving"] == 0 and all(line["perf/share_saving"] > 0 for line in others)
 
 
 # ---------------------------------------------------------------- what is kept

@@ -18,6 +18,7 @@ from tgdpo_megatron.config import Config, LossConfig, complete, load
 from tgdpo_megatron.config.steps import on_device
 from tgdpo_megatron.data.prepare import PreparedPairs, prepare_pairs
 from tgdpo_megatron.data.tokenizer import load_tokenizer
+from tgdpo_megatron.platform.clock import ACTIVITIES
 from tgdpo_megatron.scores.store import Key, write_scores_manifest, write_shard
 
 
@@ -73,7 +74,10 @@ def made_up_line(loss: LossConfig, step: int, evaluated: bool) -> dict[str, floa
     if step:
         line |= _numbers(loss, updates=step - 1)
         line |= {"grad_norm": 1 / step, "learning_rate": 1e-6 * step, "num_tokens": 200.0}
-        line |= {"perf/seconds_per_step": 0.25}
+        line |= {"perf/seconds_per_step": 0.25, "perf/tokens_per_second": 1600.0, "perf/tflops_per_rank": 0.0125}
+        shares = {"policy": 0.5, "frozen": 0.25, "waiting": 0.125, "saving": 0.125}
+        line |= {f"perf/share_{activity}": shares.get(activity, 0.0) for activity in ACTIVITIES}
+        line |= {"perf/seconds": 2.0, "perf/share_waiting_max": 0.1875}
     if evaluated:
         line |= {f"eval/{name}": 0.9 * value for name, value in _numbers(loss, updates=step).items()}
     return line

@@ -234,6 +234,16 @@ class _Stream:
     def __exit__(self, *_: Any) -> None: ...
 
 
+class _Event(_Stream):
+    """Done at once, and a millisecond after the one before."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 1.0
+
+
 def _function(answer: Any) -> Callable[..., Any]:
     return lambda *_, **__: answer
 
@@ -246,10 +256,11 @@ def pretend() -> Iterator[Pretence]:
     told: dict[str, Any] = dict.fromkeys(("set_device", "init", "_lazy_init", "empty_cache", "set_stream"))
     told |= {"is_available": True, "is_initialized": True, "current_device": 0, "device_count": 8}
     told |= {"memory_allocated": 0, "max_memory_allocated": 0, "reset_peak_memory_stats": None}
+    told |= {"get_device_name": "NVIDIA H100 80GB HBM3"}
     for name, answer in told.items():
         setattr(cuda, name, _function(answer))  # one each: torch.compile tells its functions apart by identity
     cuda.synchronize = lambda *_: pretence.wait("torch.cuda.synchronize")
-    cuda.Stream, cuda.Event = _Stream, type("Event", (_Stream,), {})
+    cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream, cuda.default_stream, cuda.stream = (_function(_Stream()) for _ in range(3))
     torch.accelerator.current_stream = _function(_Stream())  # asked by torch's own CUDA build
     cuda.nvtx.range_push, cuda.nvtx.range_pop = _function(None), _function(None)

@@ -3,46 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from bench.gpu.profile import ON_DEVICE, idle_share, waits_of
-from bench.pairs import ultrafeedback_like
-from bench.speed.flops import counted_flops
-
-
-def test_model_operations_are_three_times_a_forward_as_torch_counts_it() -> None:
-    """One pair whose prompts are a token each, so that every token but the last of each sequence is labelled."""
-    from dataclasses import replace
-
-    import numpy as np
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from bench.gpu.model import model_flops
-    from tgdpo_megatron.model.description import ModelDescription
-
-    model = ModelDescription(3, 64, 160, 4, 2, 16, 512, 256, 1e-5, False, 10000.0, None)
-    data = replace(
-        ultrafeedback_like(1),
-        tokens=np.arange(51, dtype=np.int32),
-        starts=np.array([0, 20, 51]),
-        prompt_lengths=np.array([1]),
-    )
-    hf = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attn_implementation="sdpa",
-        )
-    )
-    with torch.no_grad():
-        forward = sum(counted_flops(lambda n=n: hf(input_ids=torch.arange(n)[None], use_cache=False)) for n in (19, 30))
-    # torch's attention for CPUs computes the whole square of so few tokens; half of it is needed, in two products.
-    needless = sum(model.num_layers * 2 * 2 * 4 * 16 * n**2 / 2 for n in (19, 30))
-    assert model_flops(data, [0], model) == 3 * (forward - needless)
 
 
 def kernel(start: float, end: float) -> dict[str, object]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor
 from tgdpo_megatron.config import LossConfig
 from tgdpo_megatron.losses import LOSSES, Pairs
 from tgdpo_megatron.pair_losses import inputs_of, pair_losses
-from tgdpo_megatron.report.metrics import Logger, averages, micro_batch_sums, names_for, warnings
+from tgdpo_megatron.report.metrics import averages, micro_batch_sums, names_for, warnings
 
 DPO = LossConfig(type="dpo", beta=0.1)
 TGDPO = LossConfig(type="tgdpo", beta=0.1, alpha=0.5)
@@ -207,69 +205,6 @@ def test_a_loss_that_is_not_finite_is_counted() -> None:
     )
 
 
-def log(output: Path, iterations: range, *, first: int = 0) -> list[Any]:
-    """Log some steps as one process would, and read what metrics.jsonl then holds."""
-    logger = Logger(output, active=True, first=first)
-    for iteration in iterations:
-        logger.log(iteration, {"loss": 0.5, "rewards/margins": -0.25})
-    logger.close()
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_the_log_is_one_json_object_a_line(tmp_path: Path) -> None:
-    expected = [{"iteration": number, "loss": 0.5, "rewards/margins": -0.25} for number in (1, 2)]
-    assert log(tmp_path, range(1, 3)) == expected
-
-
-def test_a_continued_run_logs_each_step_once(tmp_path: Path) -> None:
-    """A run killed in the middle of writing step 5, continued from the checkpoint of step 2."""
-    log(tmp_path, range(1, 5))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 5, "lo')
-    lines = log(tmp_path, range(3, 5), first=2)
-    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
-
-
-def scalars(output: Path) -> dict[str, list[int]]:
-    """Tag -> the steps that TensorBoard shows."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-    read = accumulator(str(output / "tensorboard"))
-    read.Reload()
-    return {tag: [event.step for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-
-
-def test_tensorboard_groups_training_and_held_out_numbers_as_for_other_trainers(tmp_path: Path) -> None:
-    logger = Logger(tmp_path, active=True)
-    logger.log(1, {"loss": 0.5, "rewards/margins": 0.1, "eval/loss": 0.6})
-    logger.close()
-    assert scalars(tmp_path) == {"train/loss": [1], "train/rewards/margins": [1], "eval/loss": [1]}
-
-
-def test_tensorboard_shows_each_step_of_a_continued_run_once(tmp_path: Path) -> None:
-    log(tmp_path, range(1, 6))
-    log(tmp_path, range(3, 6), first=2)
-    assert scalars(tmp_path)["train/loss"] == [1, 2, 3, 4, 5]
-
-
-def test_lines_that_are_no_metrics_are_dropped_when_a_run_goes_on_and_the_others_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The last line is what a kill left of one, and is not worth a word."""
-    lines = log(tmp_path, range(1, 4))
-    path = tmp_path / "metrics.jsonl"
-    first, *others = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"\xff\x00 garbage\n[3]\n{}\n" + b"".join(others) + b'{"iterat')
-    assert log(tmp_path, range(0), first=3) == lines
-    assert capsys.readouterr().err == f"warning: {path}: line 2, and 2 more: no metrics; dropped.\n"
-
-
-def test_other_ranks_write_no_log(tmp_path: Path) -> None:
-    logger = Logger(tmp_path, active=False)
-    logger.log(1, {"loss": 0.5})
-    logger.close()
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_loss_of_one_side_reports_its_own_metrics_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
@@ -283,11 +218,3 @@ def test_a_loss_of_one_side_reports_its_own_metrics_too(monkeypatch: pytest.Monk
     pairs, policy = Pairs(torch.zeros(2).long(), torch.zeros(2).long(), 1), torch.tensor([-1.0, -2.0])
     sums = micro_batch_sums(LossConfig(type="sft"), pairs, policy, {}, policy[:1], policy[:1])
     assert float(sums["sft/tokens"]) == 3.0
-
-
-def test_a_run_that_is_killed_right_after_it_is_continued_keeps_its_metrics(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = "".join(f'{{"iteration": {step}, "loss": 0.5}}\n' for step in range(1, 5))
-    path.write_text(lines)
-    Logger(tmp_path, active=True, first=4)  # nothing is logged, flushed or closed
-    assert path.read_text() == lines

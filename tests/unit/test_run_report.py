@@ -131,7 +131,22 @@ def test_every_curve_is_drawn_from_its_first_value_to_its_last(run: Path, page: 
     assert f"training {number(steps[0]['loss'])} → {number(steps[-1]['loss'])}; held out" in curves
     assert f"{number(1.0)} → {number(steps[-1]['grad_norm'])}." in curves
     assert "1e-06 → 6e-06." in curves
-    assert " 800.0." in curves  # 200 tokens in a quarter of a second
+    assert " 1,600." in curves
+
+
+def test_the_time_is_divided_as_the_lines_of_the_run_say(page: _Page) -> None:
+    """Six lines of two seconds each, half of it the policy's. What took no time is left out."""
+    assert page.rows["Where the time went"] == {
+        "the policy": [percent(0.5), "6.0 s"],
+        "frozen models": [percent(0.25), "3.0 s"],
+        "waiting for other ranks": [percent(0.125), "1.5 s"],
+        "saving": [percent(0.125), "1.5 s"],
+        "activity": ["share", "time"],
+    }
+    assert (
+        f"one rank waited for others for at most {percent(0.1875)} of the time" in page.sections["Where the time went"]
+    )
+    assert page.rows["What was run"]["pace"] == ["0.25 s a step, 1,600 tokens a second; medians"]
 
 
 def test_a_run_that_never_left_its_reference_has_marks_and_no_accuracy() -> None:

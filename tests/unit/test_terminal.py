@@ -60,6 +60,7 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_what_to_do_next() -> None
     lines = closing_lines(
         steps=40,
         finished=True,
+        went="100% the policy",
         seconds=75,
         held_out=[before, after],
         held_out_pairs=100,
@@ -69,6 +70,7 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_what_to_do_next() -> None
     )
     assert lines == [
         "done: 40 steps in 1.2 min",
+        "time        100% the policy",
         "held out    loss 0.6931, all pairs tie (step 0)  →  "
         "loss 0.6, accuracy 74.5%, margin 0.12 (step 40), 100 pairs",
         "checkpoint  runs/tgdpo/checkpoints/iter-0000040",
@@ -80,6 +82,7 @@ def test_without_held_out_pairs_a_run_ends_without_such_a_line() -> None:
     lines = closing_lines(
         steps=1,
         finished=False,
+        went="100% the policy",
         seconds=3,
         held_out=[],
         held_out_pairs=0,
@@ -88,4 +91,4 @@ def test_without_held_out_pairs_a_run_ends_without_such_a_line() -> None:
         report=Path("a/report.html"),
     )
     assert lines[0] == "stopped: 1 step in 3 s"
-    assert lines[1:] == ["checkpoint  a/checkpoints/b", "report      a/report.html", "exported    a/hf/b"]
+    assert lines[2:] == ["checkpoint  a/checkpoints/b", "report      a/report.html", "exported    a/hf/b"]

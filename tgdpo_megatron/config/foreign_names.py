@@ -66,6 +66,8 @@ _UNQUANTISED = "weights are not quantised"
 _SPLIT = "the parallel settings split the model, optimizer.use_distributed_optimizer the optimizer's state"
 _BEST_KEPT = "one is kept beside the newest: the best by a metric, which train.keep_best names"
 _METRICS = "metrics go to metrics.jsonl in train.output, and to tensorboard/ there where TensorBoard is installed"
+_SERVICES = "the name of a project, or report.mlflow_experiment; tensorboard is written where it is installed"
+_NAMED = "the name of a project switches it on"
 _SIZES = "the model's sizes come with its checkpoint"
 _TOKENIZER = "the tokenizer travels with the checkpoint"
 _WHOLE_RUN = "the schedule always covers the whole run"
@@ -374,9 +376,17 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("dpo.val_period", (NEMO,), "train.eval_interval", ""),
     ("logging_steps", TRAINER, "train.log_interval", ""),
     ("log_interval", MCORE, "train.log_interval", ""),
-    ("report_to logging_dir", TRAINER, None, _METRICS),
-    ("tensorboard_dir wandb_project", MCORE, None, _METRICS),
-    ("logger.log_dir logger.wandb_enabled logger.tensorboard_enabled", (NEMO,), None, _METRICS),
+    ("report_to", TRAINER, "report.wandb_project", _SERVICES),
+    ("logging_dir", TRAINER, None, _METRICS),
+    ("tensorboard_dir", MCORE, None, _METRICS),
+    ("wandb_project", MCORE, "report.wandb_project", ""),
+    ("wandb_exp_name", MCORE, "train.output", "the folder's name is the run's"),
+    ("logger.log_dir logger.tensorboard_enabled", (NEMO,), None, _METRICS),
+    ("logger.wandb_enabled", (NEMO,), "report.wandb_project", _NAMED),
+    ("logger.wandb.project", (NEMO,), "report.wandb_project", ""),
+    ("logger.wandb.name", (NEMO,), "train.output", "the folder's name is the run's"),
+    ("logger.mlflow_enabled", (NEMO,), "report.mlflow_experiment", "the name of an experiment switches it on"),
+    ("logger.mlflow.experiment_name", (NEMO,), "report.mlflow_experiment", ""),
     ("plot_loss", (LLAMA_FACTORY,), "train.report", "true by default; the curves are in report.html"),
     ("generate_during_eval", (TRL,), "report.samples", "a number of held-out prompts"),
     ("logger.num_val_samples_to_print", (NEMO,), "report.samples", "answered before and after training"),

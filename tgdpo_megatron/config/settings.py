@@ -457,12 +457,17 @@ class ClusterConfig(_Group):
 
 
 class ReportConfig(_Group):
-    """What report.html shows beside the curves."""
+    """What report.html shows beside the curves, and where metrics go beside metrics.jsonl and TensorBoard."""
 
     samples: int = Field(0, ge=0)
     """Number of held-out prompts that the model answers before and after training."""
     max_new_tokens: int = Field(128, ge=1)
     """Longest such answer, in tokens. The answers are greedy."""
+    wandb_project: str | None = Field(None, min_length=1)
+    """Project in Weights & Biases that gets the metrics as well. Its key comes from the environment or ~/.netrc, and
+    WANDB_MODE=offline works without network."""
+    mlflow_experiment: str | None = Field(None, min_length=1)
+    """MLflow experiment that gets the metrics as well, at the address in MLFLOW_TRACKING_URI."""
 
 
 class Config(_Group):

@@ -127,9 +127,13 @@ class PreparedPairs:
         return self.tokens[self.starts[first] : self.starts[first + 1]]
 
     def lengths(self, sides: Sequence[int]) -> np.ndarray:
-        """Number of tokens of each pair that the model reads: all but the last of each sequence. [N] int64."""
-        both = np.diff(self.starts).reshape(-1, 2) - 1
-        return both[:, list(sides)].sum(axis=1)
+        """Number of tokens of each pair that the model reads. [N] int64."""
+        return self.sequence_lengths(sides).sum(axis=1)
+
+    def sequence_lengths(self, sides: Sequence[int]) -> np.ndarray:
+        """Number of tokens of each sequence that the model reads: all but the last. [N, sides] int64."""
+        both: np.ndarray = np.diff(self.starts).reshape(-1, 2) - 1
+        return both[:, list(sides)]
 
     def response_length(self, pair: int, side: int) -> int:
         """Number of tokens of a response, the closing end-of-turn token included."""

@@ -7,6 +7,7 @@ hidden states hold T / tensor-parallel size tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tgdpo_megatron.model.attention import Segments
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.greedy import likeliest_tokens
 from tgdpo_megatron.model.head import labelled_logprobs
+from tgdpo_megatron.platform.clock import FROZEN
 
 
 class PreferenceGPT(GPTModel):  # type: ignore[misc]
@@ -64,7 +66,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         """
         models = (self, *self.frozen)
         states = [self.decode(batch, self._received(0))]
-        with torch.no_grad():
+        with torch.no_grad(), self._frozen_time():
             states += [model.decode(batch, self._received(place)) for place, model in enumerate(self.frozen, start=1)]
         if not self.post_process:
             return torch.cat(states, dim=1) if self.frozen else states[0]
@@ -77,6 +79,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             group=self.pg_collection.tp,
             softcap=self.description.logit_softcap,
             divergence=self.divergence,
+            frozen_time=self._frozen_time(),
         )
 
     @torch.no_grad()
@@ -120,6 +123,11 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         else:
             weight = self.output_layer()  # returns its weight, see build.py
         return weight
+
+    def _frozen_time(self) -> AbstractContextManager[None]:
+        """Counts the time of a block as that of frozen models, where the engine has a clock."""
+        clock = self.config.timers
+        return clock.during(FROZEN) if self.frozen and clock is not None else nullcontext()
 
     def _received(self, place: int) -> Tensor | None:
         return None if self.received is None else self.received[:, place : place + 1]

@@ -25,6 +25,7 @@ Legend: R labelled tokens, H hidden size, V vocabulary columns of this rank, k m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def labelled_logprobs(
     group: Any,
     softcap: float | None = None,
     divergence: bool = False,
+    frozen_time: AbstractContextManager[None] = nullcontext(),  # noqa: B008, it holds nothing
 ) -> Tensor:
     """Log-prob of each label under each model, nats.
 
@@ -64,6 +66,7 @@ def labelled_logprobs(
         softcap: cap in cap · tanh(logit / cap), which all the models apply to their logits; None for no cap.
         divergence: Whether to add a row with the divergence of the first model from the second over the whole
             vocabulary, nats.
+        frozen_time: Entered while the logits of the frozen models are computed.
 
     Returns:
         [k, R] fp32, or [k + 1, R] with the divergence as the last row. Only row 0 and the divergence carry gradient.
@@ -75,7 +78,7 @@ def labelled_logprobs(
     shard = VocabShard.of(weight, vocab_size, group)
     hidden = labelled_states(states, predictors, sequence_parallel, group)
     policy, constants, log_normalisers = LabelledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, frozen, labels, shard, softcap, torch.is_grad_enabled()
+        hidden, weight, frozen, labels, shard, softcap, torch.is_grad_enabled(), frozen_time
     )
     results = [policy[None], constants]
     if divergence:
@@ -105,9 +108,11 @@ class LabelledLogProbs(torch.autograd.Function):
         shard: VocabShard,
         softcap: float | None,
         backward_follows: bool,
+        frozen_time: AbstractContextManager[None] = nullcontext(),  # noqa: B008, it holds nothing
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The policy is scanned last: what it keeps for backward takes no memory while the frozen models are scanned.
-        others = [_scan(states, matrix, labels, shard, softcap)[0] for states, matrix in frozen]
+        with frozen_time:
+            others = [_scan(states, matrix, labels, shard, softcap)[0] for states, matrix in frozen]
         scan, exponentials = _scan(hidden, weight, labels, shard, softcap, keep=backward_follows)
         largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, R]
         maximum = largest.clone()
@@ -152,7 +157,7 @@ class LabelledLogProbs(torch.autograd.Function):
             add_product(grad_hidden, apart, weight[tile])
             sink.add(tile, apart, scaled)
             del probabilities, apart, slope  # before the next tile is made
-        return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), None, None, None, None, None
+        return grad_hidden.mul_(descent).to(hidden.dtype), sink.result(), *[None] * 6
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,22 @@ class Journal:
 
 
 def lines_until(step: int, path: Path) -> list[str]:
-    """The lines up to a step. A line that a killed run left incomplete is dropped."""
+    """The lines up to a step. A line that a killed run left incomplete is dropped.
+
+    Other lines that this program did not write are dropped as well, with a sentence on stderr.
+    """
     if not step or not path.is_file():
         return []
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    kept, foreign = [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["iteration"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            continue
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines) or line.endswith(b"\n"):
+                foreign.append(number)
+    if foreign:
+        more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        print(f"warning: {path}: line {foreign[0]}{more}: not of this program; dropped.", file=sys.stderr)
     return kept

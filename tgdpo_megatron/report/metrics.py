@@ -7,14 +7,8 @@ are declared with the loss.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -125,7 +119,8 @@ def add_up(
     """
     vector = torch.zeros(len(names) + len(votes), device=device, dtype=torch.float64)
     for place, vote in enumerate(votes.values(), start=len(names)):
-        vector[place].fill_(vote)
+        if vote:
+            vector[place].fill_(vote)
     if counts_here and parts:
         sums = torch.stack([torch.stack([part[name] for name in names]) for part in parts]).double().sum(dim=0)
         vector[: len(names)] += sums
@@ -191,78 +186,3 @@ def warnings(loss: LossConfig, metrics: Mapping[str, float]) -> dict[str, str]:
         if metric.warn_above is not None and (share := metrics.get(name, 0)) > metric.warn_above:
             found[name] = f"{share:.0%} {metric.warning}"
     return found
-
-
-class Logger:
-    """Writes metrics.jsonl, and TensorBoard files where TensorBoard is installed. Only one rank writes.
-
-    Args:
-        active: Whether this is the rank that writes.
-        first: Optimizer steps done before this process. Lines that an interrupted run wrote after them are dropped.
-    """
-
-    def __init__(self, output: Path, *, active: bool, first: int = 0) -> None:
-        self.active = active
-        self.warned: set[str] = set()
-        self.tensorboard: Any = None
-        if not active:
-            return
-        path = output / "metrics.jsonl"
-        kept = _lines_until(first, path) if first and path.is_file() else []
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(kept))
-        os.replace(part, path)  # a run that is killed now keeps its lines
-        self.lines = path.open("a")
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an interrupted run wrote after the step from which it goes on is hidden.
-            self.tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
-
-    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of an optimizer step, counted from 1."""
-        if not self.active:
-            return
-        self.lines.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
-        self.lines.flush()
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(_tag(name), value, iteration)
-
-    def new_warnings(self, loss: LossConfig, metrics: Mapping[str, float]) -> list[str]:
-        """The warnings that were not given before. Empty on ranks that do not write."""
-        found = {name: sentence for name, sentence in warnings(loss, metrics).items() if name not in self.warned}
-        self.warned |= found.keys()
-        return list(found.values()) if self.active else []
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self.active:
-            self.lines.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-
-
-def _tag(name: str) -> str:
-    """The name of a metric in TensorBoard, which groups by what stands before the first slash: `train` and `eval`."""
-    return name if name.startswith("eval/") else f"train/{name}"
-
-
-def _lines_until(iteration: int, path: Path) -> list[str]:
-    """The lines of metrics up to an iteration. A line that a killed run left incomplete is dropped.
-
-    Other lines that are none of metrics are dropped as well, with a sentence on stderr.
-    """
-    kept, foreign = [], []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line.decode())
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
-                foreign.append(number)
-    if foreign:
-        more = f", and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        print(f"warning: {path}: line {foreign[0]}{more}: no metrics; dropped.", file=sys.stderr)
-    return kept

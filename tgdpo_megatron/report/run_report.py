@@ -26,8 +26,10 @@ from tgdpo_megatron.data.tokenizer import special_texts
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import parameters
+from tgdpo_megatron.platform.clock import ACTIVITIES, WAITING
 from tgdpo_megatron.report.curves import ACCURACY, Step, metric_chart
 from tgdpo_megatron.report.metrics import warnings
+from tgdpo_megatron.report.pace import SECONDS, SHARE, total_shares
 from tgdpo_megatron.report.page import (
     Answer,
     Commands,
@@ -57,6 +59,8 @@ from tgdpo_megatron.report.words import number, percent, plural
 from tgdpo_megatron.run_folder import ANSWERS, REPORT, as_given, export_of, kept_sources, newest_checkpoint
 
 SHOWN_PAIRS = 4
+SHOWN_ACTIVITIES = 4
+"""The largest are drawn over the run; the table has all."""
 SHOWN_TOKENS = 300
 """Longer responses are shown up to here."""
 
@@ -155,6 +159,7 @@ def _page(run: _Run) -> Page:
         sections=[
             Section("What was run", [Facts(_facts(run))]),
             Section("Curves", [Curves(_charts(run)), Curves(_small_charts(run), small=True)]),
+            Section("Where the time went", _time(run.steps)),
             Section(*_results(run)),
             Section("Health of the token rewards", _health(run.config.loss, run.steps)),
             Section("What the token rewards say", _token_pairs(run)),
@@ -218,8 +223,6 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     names.setdefault("reference", str(config.model.reference or names["checkpoint"]))
     models = [(name, names[name]) for name in ("reference", "guidance") if name in names and name in loss.frozen_models]
     scored = [("frozen models", f"scored before, in {config.scores.path}")] if config.scores.cached else []
-    seconds = [step["perf/seconds_per_step"] for step in run.steps if "perf/seconds_per_step" in step]
-    pace = [("pace", f"{median(seconds):.3g} s a step (median)")] if seconds else []
     return [
         ("method", f"{loss.type}: {loss.method.meaning}"),
         ("model", f"{names['checkpoint']}: {_describe(run.model)}"),
@@ -235,10 +238,22 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         ("learning rate", f"{config.optimizer.lr:g} at its peak"),
         ("layout", _layout(run)),
         ("precision", config.train.precision + (f", FP8 {config.train.fp8}" if config.train.fp8 else "")),
-        *pace,
+        *_pace(run.steps),
         ("checkpoint", str(run.checkpoint) if run.checkpoint else "none was saved"),
         *_proofs(run.checkpoint),
     ]
+
+
+def _pace(steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """The usual speed of a step, as far as it was measured."""
+    words = {
+        "perf/seconds_per_step": "{:.3g} s a step",
+        "perf/tokens_per_second": "{:,.0f} tokens a second",
+        "perf/mfu": "{:.1%} of the GPUs' peak (MFU)",
+    }
+    known = {name: [step[name] for step in steps if name in step] for name in words}
+    medians = [words[name].format(median(values)) for name, values in known.items() if values]
+    return [("pace", f"{', '.join(medians)}; medians")] if medians else []
 
 
 def _proofs(checkpoint: Path | None) -> list[tuple[str, str]]:
@@ -304,15 +319,35 @@ def _charts(run: _Run) -> list[Chart]:
 
 def _small_charts(run: _Run) -> list[Chart]:
     """Curves of what drives the training, which are looked at less often."""
-    pace = [
-        {"iteration": step["iteration"], "pace": step["num_tokens"] / step["perf/seconds_per_step"]}
-        for step in run.steps
-        if step.get("perf/seconds_per_step")
-    ]
-    return [
+    charts = [
         metric_chart("Gradient norm", "before clipping", {"": (run.steps, "grad_norm")}),
         metric_chart("Learning rate", "", {"": (run.steps, "learning_rate")}, "{:.3g}".format),
-        metric_chart("Pace", "response tokens a second", {"": (pace, "pace")}),
+        metric_chart("Pace", "tokens a second, prompts included", {"": (run.steps, "perf/tokens_per_second")}),
+    ]
+    return [chart for chart in charts if chart.lines]  # runs of earlier versions have no pace
+
+
+def _time(steps: Sequence[Step]) -> list[Any]:
+    """How the run's time divides into activities: as a table, and over the run. Empty where this was not measured."""
+    shares = {activity: share for activity, share in total_shares(steps).items() if share > 0}
+    if not shares:
+        return []
+    known = [step for step in steps if SECONDS in step]
+    whole = sum(step[SECONDS] for step in known)
+    rows = [
+        [ACTIVITIES[activity], percent(share), f"{share * whole:,.1f} s"]
+        for activity, share in sorted(shares.items(), key=lambda item: -item[1])
+    ]
+    longest = max(step[f"{SHARE}{WAITING}_max"] for step in known)
+    note = (
+        "Means over the ranks, up to the last line of metrics.jsonl. Between two lines one rank waited for others for "
+        f"at most {percent(longest)} of the time."
+    )
+    largest = sorted(shares, key=lambda activity: -shares[activity])[:SHOWN_ACTIVITIES]
+    curves = {ACTIVITIES[activity]: (known, f"{SHARE}{activity}") for activity in largest}
+    return [
+        Table(["activity", "share", "time"], rows, note),
+        Curves([metric_chart("Share of the time", "since the line before", curves, percent)]),
     ]
 
 

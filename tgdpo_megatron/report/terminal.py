@@ -99,11 +99,17 @@ def result_words(metrics: Mapping[str, float], prefix: str = "") -> str:
     return ", ".join(words)
 
 
+def progress_words(metrics: Mapping[str, float]) -> str:
+    """What stands beside the progress bar: the result of the last step that was logged, and the speed."""
+    return f"{result_words(metrics)}, {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+
+
 def closing_lines(
     *,
     steps: int,
     finished: bool,
     seconds: float,
+    went: str,
     held_out: Sequence[Mapping[str, float]],
     held_out_pairs: int,
     checkpoint: Path,
@@ -117,6 +123,7 @@ def closing_lines(
         steps: Steps that were done now.
         finished: Whether they were all.
         seconds: How long they took, with evaluations and checkpoints.
+        went: What the time was spent on.
         held_out: The lines of metrics with held-out results, in order.
         held_out_pairs: Number of pairs behind them.
         best: The checkpoint that train.keep_best keeps; None without.
@@ -130,7 +137,7 @@ def closing_lines(
         if seconds >= 60
         else f"{seconds:.0f} s"
     )
-    lines = [f"{'done' if finished else 'stopped'}: {plural(steps, 'step')} in {spent}"]
+    lines = [f"{'done' if finished else 'stopped'}: {plural(steps, 'step')} in {spent}", f"time        {went}"]
     if held_out:
         first, last = held_out[0], held_out[-1]
         before = f"{result_words(first, 'eval/')} (step {first['iteration']:.0f})  →  " if len(held_out) > 1 else ""
