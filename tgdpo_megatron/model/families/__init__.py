@@ -8,13 +8,12 @@ without torch.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families.family import Family
@@ -67,12 +66,7 @@ def read_description(folder: Path) -> ModelDescription:
         raise UserError(f"{folder}: no such model folder.")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
+    config = read_json(path, what="model's configuration")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object, found {type(config).__name__}.")
     if config.get("quantization_config"):
