@@ -6,6 +6,7 @@ Every refusal is one sentence. Files are UTF-8, whatever the locale says.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ VALUES = 100_000
 """Most values in a YAML file when every alias is written out. A few lines of aliases can stand for 10^9 values."""
 DIGITS = 100
 """Longest integer. Tokenizers write 10^30 for 'no limit'; Python refuses to read some thousands of digits."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, shortened to what fits into a sentence."""
+    return _repr.repr(value)
 
 
 def read_text(path: Path, *, what: str, limit: int = LIMIT) -> str:

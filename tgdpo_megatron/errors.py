@@ -120,6 +120,8 @@ def one_sentence_errors() -> Iterator[None]:
     SHOW_STACKS, and where the process crashes.
     """
     quiet()
+    if "RANK" not in os.environ:
+        os.environ.pop("TGDPO_LAUNCHED", None)  # inherited from a rank that started this program
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):
@@ -168,7 +170,7 @@ class _Unread(io.FileIO):
         return io.TextIOWrapper(
             io.BufferedWriter(cls(stream.fileno(), "w", closefd=False)),
             encoding=stream.encoding,
-            errors=stream.errors,
+            errors="backslashreplace",  # an ASCII locale cannot show every name of a file
             line_buffering=stream.line_buffering or stream.write_through,
         )
 

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, create_model, field_validator
 
-from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
+from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE, MOST
 from tgdpo_megatron.losses import LOSSES, Loss, Option
 from tgdpo_megatron.losses.rewards import GIVEN_BY, REWARD_SOURCES, SCORE_NAMES, reward_options
 
@@ -54,6 +54,13 @@ FormatName = Literal[
 
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"a whole number should be at most {MOST}")
+        return value
 
 
 class ModelConfig(_Group):
@@ -395,7 +402,7 @@ class TrainConfig(_Group):
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it in memory. `none`: nothing. `selective`: core attention.
     `full`: whole layers."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Seed of the order of the pairs."""
     log_interval: int = Field(1, ge=1)
     """Iterations between lines of metrics."""
@@ -412,7 +419,7 @@ class TrainConfig(_Group):
     """Whether to write report.html into the folder of the run."""
     resume: bool = False
     """Whether to continue the run in `output` from its newest checkpoint."""
-    distributed_timeout_minutes: int = Field(10, ge=1)
+    distributed_timeout_minutes: int = Field(10, ge=1, le=10_080)
     """Minutes after which a collective that has not finished ends the job."""
 
     @property

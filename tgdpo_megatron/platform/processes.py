@@ -35,7 +35,7 @@ from tgdpo_megatron.errors import (
     ran_out_of_memory,
     refusal,
 )
-from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
+from tgdpo_megatron.platform import checks, cpu, environment, torch_adam, torch_clip
 from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED
 from tgdpo_megatron.quiet import debugging, quiet
 
@@ -73,8 +73,7 @@ def job(module: str, *, processes: int, timeout_minutes: float) -> Iterator[Rank
     """
     quiet()
     if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
-            raise UserError("srun started several tasks, but none is told its rank; start torchrun in each instead.")
+        environment.refuse_tasks_without_ranks()
         if processes > 1:
             sys.exit(_start_ranks(module, sys.argv[1:], processes))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -193,16 +192,17 @@ def _message(failure: Any) -> str | None:
 
 def _join(timeout_minutes: float) -> Ranks:
     """Check the packages beneath us, make Megatron run here, join the process group."""
+    place = environment.place_in_job()
+    environment.check_open_files()
     checks.check_packages()
     cpu.install()
     torch_adam.install()
     torch_clip.install()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world, local = place.rank, place.world_size, place.local_rank
     torch.autograd.set_detect_anomaly(os.environ.get("TGDPO_DETECT_ANOMALY", "") not in ("", "0"))
     if debugging():
         form = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=logging.INFO, format=form)
-    local = int(os.environ.get("LOCAL_RANK", 0))
     device = _device(local)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -210,8 +210,7 @@ def _join(timeout_minutes: float) -> Ranks:
         # torch prefers cuDNN's attention on an H200; it builds a plan for every new length, and ours all differ.
         torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = timedelta(minutes=timeout_minutes)
-    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
-    store.set_timeout(timeout)
+    store = environment.meet(place, timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("default_pg", store),
