@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from recipes import large, tgdpo, tiny, treg
+from tgdpo_megatron.bounded import parse_yaml, read_yaml
 from tgdpo_megatron.config import (
     ALTERNATIVES,
     COMMAND_LINE,
@@ -26,7 +27,6 @@ from tgdpo_megatron.config import (
     explain_option,
     load,
 )
-from tgdpo_megatron.config.yaml_files import read_yaml
 from tgdpo_megatron.errors import CommandLine, UserError
 from tgdpo_megatron.losses import LOSSES, check_declarations
 from tgdpo_megatron.platform.nodes import Nodes, nodes_of
@@ -315,7 +315,7 @@ def _nested(change: str, config: Config) -> dict[str, Any]:
     if not equals:
         raise UserError(f"{COMMAND_LINE}: '{change}' is not of the form key=value.")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text, where=f"{COMMAND_LINE}: {key}")
     except yaml.YAMLError:
         value = text
     nested: dict[str, Any] = {}

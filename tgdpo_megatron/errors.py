@@ -124,6 +124,8 @@ def one_sentence_errors() -> Iterator[None]:
     SHOW_STACKS, and where the process crashes.
     """
     quiet()
+    if "RANK" not in os.environ:
+        os.environ.pop("TGDPO_LAUNCHED", None)  # inherited from a rank that started this program
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):
@@ -148,7 +150,7 @@ def one_sentence_errors() -> Iterator[None]:
         raise error
     if code == UNEXPECTED or debugging():
         _show_traceback(error)
-    if code != UNEXPECTED and int(os.environ.get("RANK", 0)) > 0:
+    if code != UNEXPECTED and os.environ.get("RANK", "").lstrip("0").isdigit():
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if launched else 3)
     if not leave_word(message):
@@ -183,12 +185,12 @@ class _Unread(io.FileIO):
     def instead_of(cls, stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
         """A stream that writes to the same place in the same way; to nowhere where the program was started without."""
         if stream is None:
-            return open(os.devnull, "w")
+            return open(os.devnull, "w", encoding="utf-8")
         stream.flush()
         return io.TextIOWrapper(
             io.BufferedWriter(cls(stream.fileno(), "w", closefd=False)),
             encoding=stream.encoding,
-            errors=stream.errors,
+            errors="backslashreplace",  # an ASCII locale cannot show every name of a file
             line_buffering=stream.line_buffering or stream.write_through,
         )
 

@@ -57,7 +57,7 @@ class Certificate:
 
 def write_certificate(folder: Path, certificate: Certificate) -> None:
     """Write a certificate, with its seal, into a checkpoint folder."""
-    (folder / NAME).write_text(json.dumps(asdict(certificate.sealed()), indent=2))
+    (folder / NAME).write_text(json.dumps(asdict(certificate.sealed()), indent=2), encoding="utf-8")
 
 
 def hand_on(start: Path, folder: Path, manifest: CheckpointManifest) -> None:

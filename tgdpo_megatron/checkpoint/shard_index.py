@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.errors import UserError
 
 NAME = "model.safetensors.index.json"
@@ -18,13 +18,13 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: The index is damaged, names a tensor twice, or leads out of its folder.
     """
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
-        if not mapping or not all(isinstance(file, str) and Path(file).name == file for file in mapping.values()):
-            raise ValueError
+        index = read_json(path, what="index of weight shards", pairs=once)
     except TwiceError as error:
         raise UserError(f"{path}: the index names {error} twice; download it again.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: the index of the weight shards is damaged; download it again.") from None
+    mapping = index.get("weight_map") if isinstance(index, dict) else None
+    named = isinstance(mapping, dict) and all(isinstance(f, str) and Path(f).name == f for f in mapping.values())
+    if not mapping or not named:
+        raise UserError(f"{path}: the index of the weight shards is damaged; download it again.")
     return dict(mapping)
 
 

@@ -231,6 +231,13 @@ def check_batch_layout(config: Config, *, world_size: int) -> int:
             "train.fixed_micro_batches=false, or report.samples=0."
         )
     if train.micro_batch_tokens is not None:
+        most = 2 * config.data.max_length * train.global_batch_size
+        if train.fixed_micro_batches and train.micro_batch_tokens > most + config.token_multiple:
+            raise UserError(
+                f"train.micro_batch_tokens={train.micro_batch_tokens} is more than the {most} tokens that a step can "
+                f"have (2 × data.max_length={config.data.max_length} × {train.global_batch_size} pairs), and "
+                "train.fixed_micro_batches=true pads every micro-batch to it; lower it."
+            )
         return data_parallel_size
     if train.fixed_micro_batches:
         raise UserError(

@@ -1,5 +1,9 @@
 """Sizes that are fixed in the code and shared by the planner and the programs. This file does not import torch."""
 
+MOST = 2**31 - 1
+"""Largest whole number of any setting, and largest size of a model: beyond it torch's and NumPy's 32-bit numbers, and
+in products their 64-bit numbers, would overflow."""
+
 FP8_MULTIPLE, FP8_BLOCK = 16, 128
 """FP8 matrix products need sizes that are multiples of the first number. Where scaling is blockwise and ranks split the
 sequence, Transformer Engine gathers only whole blocks, of the second number."""

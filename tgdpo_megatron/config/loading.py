@@ -9,6 +9,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from tgdpo_megatron.bounded import shown
 from tgdpo_megatron.config.foreign_names import Foreign, foreign_name
 from tgdpo_megatron.config.settings import Config
 from tgdpo_megatron.errors import UserError
@@ -42,7 +43,7 @@ def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}={first['input']!r} is refused: {_reason(first)}.") from None
+        raise UserError(f"{where}: {key}={shown(first['input'])} is refused: {_reason(first)}.") from None
 
 
 ALTERNATIVES = (
@@ -80,7 +81,7 @@ def _overlay(
             raise UserError(f"{where}: unknown key '{key}'{_nearest(str(name), prefix, group)}.")
         if is_group:
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}: '{key}' is a group of settings, not {value!r}; write {key}.NAME=VALUE.")
+                raise UserError(f"{where}: '{key}' is a group of settings, not {shown(value)}; write {key}.NAME=VALUE.")
             _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
         elif isinstance(value, bool) and inner not in (bool, bool | None):
             raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, create_model, field_validator
 
-from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE
+from tgdpo_megatron.config.constants import FP8_BLOCK, FP8_MULTIPLE, MOST
 from tgdpo_megatron.losses import LOSSES, Loss, Option
 from tgdpo_megatron.losses.rewards import GIVEN_BY, REWARD_SOURCES, SCORE_NAMES, reward_options
 
@@ -54,6 +54,13 @@ FormatName = Literal[
 
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"a whole number should be at most {MOST}")
+        return value
 
 
 class ModelConfig(_Group):
@@ -395,7 +402,7 @@ class TrainConfig(_Group):
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it in memory. `none`: nothing. `selective`: core attention.
     `full`: whole layers."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Seed of the order of the pairs."""
     log_interval: int = Field(1, ge=1)
     """Iterations between lines of metrics."""
@@ -433,10 +440,10 @@ class TrainConfig(_Group):
     loss_spike_deviations: float = Field(8.0, ge=0, allow_inf_nan=False)
     """How many standard deviations above the median of the last 50 steps a loss must be for its pairs to be written to
     spikes.jsonl. 0 looks for none."""
-    distributed_timeout_minutes: int = Field(10, ge=1)
+    distributed_timeout_minutes: int = Field(10, ge=1, le=10_080)
     """Minutes after which a collective that has not finished ends the job. The machines of a job wait as long for each
     other at its start."""
-    rank_timeout_minutes: float = Field(5.0, gt=0, allow_inf_nan=False)
+    rank_timeout_minutes: float = Field(5.0, gt=0, le=10_080, allow_inf_nan=False)
     """Minutes after which a rank that stands still ends the job. Shorter than distributed_timeout_minutes, so that
     the rank is named before the others give up waiting for it."""
 

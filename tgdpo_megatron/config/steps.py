@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tgdpo_megatron.config.constants import MOST
 from tgdpo_megatron.config.settings import Config
 from tgdpo_megatron.errors import UserError
 
@@ -16,12 +17,15 @@ def with_steps(config: Config, num_pairs: int, *, warmup: int | None = None) -> 
         warmup: The warm-up of the run that is continued, which a share of the steps does not change.
 
     Raises:
-        UserError: The warm-up leaves no step.
+        UserError: The warm-up leaves no step, or the epochs are more steps than can be counted.
     """
     train, optimizer = config.train, config.optimizer
     iterations = train.train_iters
     if iterations is None:
-        iterations = max(1, math.floor((train.num_epochs or 1) * num_pairs / train.global_batch_size + 1e-9))
+        epochs = train.num_epochs or 1
+        if epochs * num_pairs / train.global_batch_size > MOST:
+            raise UserError(f"train.num_epochs={epochs} of {num_pairs} pairs is more than {MOST} steps; lower it.")
+        iterations = max(1, math.floor(epochs * num_pairs / train.global_batch_size + 1e-9))
     steps = optimizer.lr_warmup_iters
     if steps is None:
         share = (optimizer.lr_warmup_fraction or 0.0) * iterations

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tgdpo_megatron.config import ParallelConfig
 from tgdpo_megatron.errors import LostRankError, UserError, ran_out_of_memory, refusal
-from tgdpo_megatron.platform import checks, cpu, life, torch_adam, torch_clip
+from tgdpo_megatron.platform import checks, cpu, environment, life, torch_adam, torch_clip
 from tgdpo_megatron.platform.launcher import launch
 from tgdpo_megatron.platform.nodes import ALONE, Nodes
 from tgdpo_megatron.quiet import debugging, quiet
@@ -71,12 +71,7 @@ def job(
     """
     quiet()
     if "RANK" not in os.environ:
-        tasks = os.environ.get("SLURM_NTASKS", "")
-        if tasks.isascii() and tasks.isdigit() and int(tasks) > nodes.count and "SLURM_STEP_ID" in os.environ:
-            raise UserError(
-                f"srun started {tasks} tasks, but this program starts the ranks of a node itself; start it once on "
-                "each node (--ntasks-per-node=1), with --nnodes, --node-rank and --rdzv-endpoint."
-            )
+        environment.refuse_tasks_without_ranks(nodes.count)
         if nodes.count * processes > 1:
             sys.exit(
                 launch(
@@ -97,16 +92,17 @@ def job(
 
 def _join(timeout_minutes: float) -> Ranks:
     """Check the packages beneath us, make Megatron run here, join the process group."""
+    place = environment.place_in_job()
+    environment.check_open_files()
     checks.check_packages()
     cpu.install()
     torch_adam.install()
     torch_clip.install()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world, local = place.rank, place.world_size, place.local_rank
     torch.autograd.set_detect_anomaly(os.environ.get("TGDPO_DETECT_ANOMALY", "") not in ("", "0"))
     if debugging():
         form = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=logging.INFO, format=form)
-    local = int(os.environ.get("LOCAL_RANK", 0))
     device = _device(local)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -114,8 +110,7 @@ def _join(timeout_minutes: float) -> Ranks:
         # torch prefers cuDNN's attention on an H200; it builds a plan for every new length, and ours all differ.
         torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = timedelta(minutes=timeout_minutes)
-    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
-    store.set_timeout(timeout)
+    store = environment.meet(place, timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("default_pg", store),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tgdpo_megatron.config.yaml_files import read_yaml
+from tgdpo_megatron.bounded import read_yaml
 from tgdpo_megatron.data.formats import TextPair
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary
 from tgdpo_megatron.data.tokenizer import encode_prompt

@@ -8,15 +8,15 @@ without torch.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.families.decoder import check_size
 from tgdpo_megatron.model.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "family_of", "layer_parameters", "parameters", "read_description"]
@@ -32,6 +32,8 @@ def _declared() -> dict[str, Family]:
     return families
 
 
+LAYERS = 10_000
+"""Most layers of a model. A list of them is made before anything else shows that they cannot be."""
 FAMILIES = _declared()
 """HuggingFace's `model_type` -> the family."""
 
@@ -67,12 +69,7 @@ def read_description(folder: Path) -> ModelDescription:
         raise UserError(f"{folder}: no such model folder.")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there; it is not a HuggingFace model folder.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text.") from None
+    config = read_json(path, what="model's configuration")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object, found {type(config).__name__}.")
     if config.get("quantization_config"):
@@ -87,9 +84,10 @@ def read_description(folder: Path) -> ModelDescription:
         what = next((words for part, words in kinds.items() if part in str(architecture)), "")
         raise UserError(f"{path}: architecture '{architecture}'{what} is not supported; supported: {supported}.")
     try:
+        check_size(config, "num_hidden_layers", path, most=LAYERS)
         return replace(family.read(config, path), family=family.name)
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing.") from None
-    except (TypeError, ValueError, AttributeError, OverflowError):
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
         words = f"a field has a value of the wrong kind; this is not a {family.title} configuration"
         raise UserError(f"{path}: {words}.") from None

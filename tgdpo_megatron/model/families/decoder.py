@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.bounded import shown
+from tgdpo_megatron.config.constants import MOST
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.tensor_maps import TensorMap, by_group, same, stacked
@@ -19,12 +22,16 @@ def sizes(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a ModelDescription that every family reads in the same way.
 
     Raises:
-        UserError: A size that is not above 0.
+        UserError: A size that is no size.
     """
-    heads = config["num_attention_heads"]
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         check_size(config, name, path)
-    check_size(config, "max_position_embeddings", path)
+    for name in ("num_key_value_heads", "head_dim"):
+        if config.get(name) is not None:
+            check_size(config, name, path)
+    if type(tied := config.get("tie_word_embeddings", False)) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings={shown(tied)} must be true or false.")
+    heads = config["num_attention_heads"]
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -34,18 +41,30 @@ def sizes(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
-        "layernorm_epsilon": config["rms_norm_eps"],
+        "layernorm_epsilon": positive(config, "rms_norm_eps", path),
     }
 
 
-def check_size(config: dict[str, Any], name: str, path: Path) -> None:
-    """Refuse a size that is not above 0.
+def check_size(config: dict[str, Any], name: str, path: Path, *, most: int = MOST) -> None:
+    """Refuse a size that is no whole number from 1 to `most`.
 
     Raises:
         UserError: It is not.
     """
-    if not config[name] > 0:
-        raise UserError(f"{path}: {name}={config[name]} is not a size; it must be above 0.")
+    if type(value := config[name]) is not int or not 0 < value <= most:
+        raise UserError(f"{path}: {name}={shown(value)} is not a size; it must be a whole number from 1 to {most}.")
+
+
+def positive(config: dict[str, Any], name: str, path: Path) -> float:
+    """A number above 0.
+
+    Raises:
+        UserError: It is none.
+    """
+    value = config[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {name}={shown(value)} must be a number above 0.")
+    return value
 
 
 def check_options(config: dict[str, Any], supported: dict[str, Any], path: Path) -> None:
@@ -59,7 +78,7 @@ def check_options(config: dict[str, Any], supported: dict[str, Any], path: Path)
     """
     for name, value in supported.items():
         if config.get(name, value) != value:
-            raise UserError(f"{path}: {name}={config[name]!r} is not supported; only {value!r} is.")
+            raise UserError(f"{path}: {name}={shown(config[name])} is not supported; only {value!r} is.")
 
 
 def rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -106,8 +125,7 @@ def windows(config: dict[str, Any], window: int | None, *, windowed: list[bool],
         windowed = [kind == WINDOWED for kind in kinds]
     if window is None or not any(windowed):
         return {}
-    if not window > 0:
-        raise UserError(f"{path}: sliding_window={window} is not a size; it must be above 0.")
+    check_size({"sliding_window": window}, "sliding_window", path)
     return {"sliding_window": window, "windowed_layers": tuple(windowed)}
 
 

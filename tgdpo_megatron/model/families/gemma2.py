@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.model.families.decoder import check_options, check_size, rope, sizes, windows
+from tgdpo_megatron.model.families.decoder import check_options, positive, rope, sizes, windows
 from tgdpo_megatron.model.families.family import Family
 
 # What HuggingFace takes where the configuration leaves it out, as Google's own do.
@@ -40,13 +40,13 @@ def particulars(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a ModelDescription that Gemma-2 and Gemma-3 read in the same way.
 
     Raises:
-        UserError: An option that is not supported, or a size that is not above 0.
+        UserError: An option that is not supported, or a number that is not above 0.
     """
     # Google's own configurations hold a null for what is off.
     check_options({k: v for k, v in config.items() if v is not None}, _ONE_WAY, path)
     for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         if config[name] is not None:
-            check_size(config, name, path)
+            positive(config, name, path)
     return {
         "tie_word_embeddings": config["tie_word_embeddings"],
         "query_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
