@@ -140,7 +140,8 @@ def wrong_field(record: object) -> str | None:
     """The name of a dataclass's field whose value is not of the type declared for it, or is an integer below zero."""
     for name, kinds in _kinds(type(record)).items():  # type: ignore[arg-type]  # mypy knows no hash of a class
         value = getattr(record, name)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        is_flag = isinstance(value, bool)
+        if not isinstance(value, kinds) or (is_flag and bool not in kinds) or (isinstance(value, int) and value < 0):
             return name
     return None
 
