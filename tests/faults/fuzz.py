@@ -73,7 +73,7 @@ def fuzz(mutations: int, seed: int = 0) -> list[Row]:
         done = subprocess.run(
             [*command, f"--child={folder}"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
@@ -103,7 +103,6 @@ def _run(mutations: int, seed: int, folder: Path) -> list[Row]:
     from tests.support.watched import Watch
     from tgdpo_megatron.platform.processes import job
 
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
     copy, marker = folder / "copy", folder / "called"
     with job("tests.faults.fuzz", processes=1, timeout_minutes=5) as ranks:
         converted, trained = _checkpoints(folder / "made", ranks)

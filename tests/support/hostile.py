@@ -213,28 +213,8 @@ def other_index(folder: Path, rng: random.Random, _: Path) -> None:
     (folder / "weights" / ".metadata").write_bytes(pickle.dumps(index, rng.randint(2, 5)))
 
 
-NUMBERS = [
-    -1,
-    0,
-    1,
-    2,
-    7,
-    10**6,
-    10**15,
-    2**31,
-    2**62,
-    2**63,
-    2**64,
-    -(2**63),
-    2**200,
-    1.5,
-    "1",
-    None,
-    True,
-    [],
-    (),
-    b"1",
-]
+NUMBERS: list[Any] = [-1, 0, 1, 2, 7, 10**6, 10**15, 2**31, 2**62, 2**63, 2**64, -(2**63), 2**200]
+NUMBERS += [1.5, "1", None, True, [], (), b"1"]
 PATHS = ["/etc/passwd", "../manifest.json", "../../x.distcp", "a/b.distcp", "", ".", "..", "common.pt", ".metadata"]
 PATHS += ["__9_0.distcp", "/dev/zero", "x\0.distcp", "\x1b[2J.distcp", "__0_0.distcp/", "./__0_0.distcp", "é.distcp"]
 
