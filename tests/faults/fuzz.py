@@ -73,16 +73,15 @@ def fuzz(mutations: int, seed: int = 0) -> list[Row]:
         done = subprocess.run(
             [*command, f"--child={folder}"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
         )
-        rows = Path(folder) / "rows.json"
+        rows, last = Path(folder) / "rows.json", Path(folder) / "last"
         if done.returncode != 0 or not rows.is_file():
-            raise RuntimeError(
-                f"the process ended with {done.returncode}:\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
-            )
+            what = last.read_text() if last.is_file() else "no damage yet"
+            raise RuntimeError(f"the process ended with {done.returncode} at {what}:\n{done.stderr[-3000:]}")
         return [Row(**row) for row in json.loads(rows.read_text())]
 
 
@@ -103,30 +102,18 @@ def _run(mutations: int, seed: int, folder: Path) -> list[Row]:
     from tests.support.watched import Watch
     from tgdpo_megatron.platform.processes import job
 
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
     copy, marker = folder / "copy", folder / "called"
     with job("tests.faults.fuzz", processes=1, timeout_minutes=5) as ranks:
         converted, trained = _checkpoints(folder / "made", ranks)
         readings = {"export": (converted, _exporting(folder / "scratch")), "training": (trained, _loading(trained))}
-        expected = {}
-        for name, (checkpoint, read) in readings.items():
-            shutil.copytree(checkpoint, copy)
-            for _ in range(2):  # what is imported late is imported now
-                expected[name] = read(copy)
-            with contextlib.suppress(Exception):
-                (copy / "weights" / ".metadata").unlink()
-                read(copy)
-            shutil.rmtree(copy)
-        codecs.lookup("cp437")  # of names in zip files
-        gc.freeze()  # Megatron collects garbage at each loading, which takes long with all that is imported
-        watch = Watch(copy, folder / "scratch", NAMES)
-        limit = _bytes_now() + EXTRA_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        expected = {name: _undamaged(checkpoint, copy, read) for name, (checkpoint, read) in readings.items()}
         rows = [Row(kind, name) for kind in KINDS for name in readings]
+        watch = Watch(copy, folder / "scratch", NAMES)
+        _bound_memory()
         for number in range(mutations):
             row = rows[number % len(rows)]
             checkpoint, read = readings[row.reading]
-            (folder / "last").write_text(f"{row.damage} {row.reading} {number}")
+            (folder / "last").write_text(f"mutation {number}, {row.damage}, {row.reading}")
             shutil.copytree(checkpoint, copy)
             KINDS[row.damage](copy, random.Random(f"{seed} {number}"), marker)
             _one(row, number, watch, lambda read=read: read(copy), expected[row.reading])
@@ -136,6 +123,26 @@ def _run(mutations: int, seed: int, folder: Path) -> list[Row]:
             shutil.rmtree(copy)
             (folder / "elsewhere.distcp").unlink(missing_ok=True)
     return rows
+
+
+def _undamaged(checkpoint: Path, copy: Path, read: Callable[[Path], str]) -> str:
+    """What an undamaged copy is read as. What is imported late, and for a refusal, is imported here."""
+    shutil.copytree(checkpoint, copy)
+    read(copy)
+    found = read(copy)
+    (copy / "weights" / ".metadata").unlink()
+    with contextlib.suppress(Exception):
+        read(copy)
+    codecs.lookup("cp437")  # of names in zip files
+    shutil.rmtree(copy)
+    return found
+
+
+def _bound_memory() -> None:
+    """Let this process take little more than it has."""
+    gc.freeze()  # Megatron collects garbage at each loading, which takes long with all that is imported
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + EXTRA_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _one(row: Row, number: int, watch: Any, read: Callable[[], str], expected: str) -> None:
@@ -250,10 +257,6 @@ def _loading(checkpoint: Path) -> Callable[[Path], str]:
         return digest.hexdigest()
 
     return read
-
-
-def _bytes_now() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def main() -> None:

@@ -45,14 +45,14 @@ def saved(content: Any) -> bytes:
 # ---------------------------------------------------------------- the two attacks that once worked
 
 
-def weight_as_object(folder: Path, marker: Path, key: str = "embedding.word_embeddings.weight") -> None:
-    """The index calls a weight an object; its bytes are those of a pickle that calls something."""
-    index = index_of(folder)
-    name = append(folder, saved(Runs(os.mkdir, str(marker))), index, MetadataIndex(key))
-    index.state_dict_metadata[key] = BytesStorageMetadata()
-    index.storage_data = {
-        place: info for place, info in index.storage_data.items() if place.fqn != key or place == name
-    }
+def weight_as_object(folder: Path, marker: Path) -> None:
+    """The index calls a weight an object of the weight's size; its bytes are those of a pickle that calls something."""
+    key, index = "embedding.word_embeddings.weight", index_of(folder)
+    instead: Any = BytesStorageMetadata()
+    instead.size = index.state_dict_metadata[key].size  # which Megatron compares
+    index.state_dict_metadata[key] = instead
+    index.storage_data = {place: info for place, info in index.storage_data.items() if place.fqn != key}
+    append(folder, saved(Runs(os.mkdir, str(marker))), index, MetadataIndex(key))
     write_index(folder, index)
 
 
@@ -213,28 +213,8 @@ def other_index(folder: Path, rng: random.Random, _: Path) -> None:
     (folder / "weights" / ".metadata").write_bytes(pickle.dumps(index, rng.randint(2, 5)))
 
 
-NUMBERS = [
-    -1,
-    0,
-    1,
-    2,
-    7,
-    10**6,
-    10**15,
-    2**31,
-    2**62,
-    2**63,
-    2**64,
-    -(2**63),
-    2**200,
-    1.5,
-    "1",
-    None,
-    True,
-    [],
-    (),
-    b"1",
-]
+NUMBERS: list[Any] = [-1, 0, 1, 2, 7, 10**6, 10**15, 2**31, 2**62, 2**63, 2**64, -(2**63), 2**200]
+NUMBERS += [1.5, "1", None, True, [], (), b"1"]
 PATHS = ["/etc/passwd", "../manifest.json", "../../x.distcp", "a/b.distcp", "", ".", "..", "common.pt", ".metadata"]
 PATHS += ["__9_0.distcp", "/dev/zero", "x\0.distcp", "\x1b[2J.distcp", "__0_0.distcp/", "./__0_0.distcp", "é.distcp"]
 
@@ -449,13 +429,12 @@ def block_of(folder: Path, index: Metadata, place: MetadataIndex) -> bytes:
     return (folder / "weights" / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
 
 
-def append(folder: Path, content: bytes, index: Metadata, place: MetadataIndex) -> MetadataIndex:
+def append(folder: Path, content: bytes, index: Metadata, place: MetadataIndex) -> None:
     """Write a block to the end of a file, and let the index place it there."""
     path = sorted((folder / "weights").glob("*.distcp"))[0]
     index.storage_data[place] = _StorageInfo(path.name, path.stat().st_size, len(content))
     with path.open("ab") as file:
         file.write(content)
-    return place
 
 
 KINDS: dict[str, Damage] = {

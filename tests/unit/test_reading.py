@@ -357,6 +357,26 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(copy: Path, tmp_path: Path
         read_index(copy / WEIGHTS)
 
 
+def test_a_link_that_leads_to_itself_is_refused(copy: Path) -> None:
+    (file,) = (copy / WEIGHTS).glob("*.distcp")
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(UserError, match="cannot be read .no such file"):
+        read_index(copy / WEIGHTS)
+
+
+def test_weights_of_a_dtype_that_no_model_is_stored_in_are_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    from tgdpo_megatron.checkpoint.convert import _check_stored
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.model.families import family_of
+
+    description = describe(checkpoint)
+    index = read_index(checkpoint / WEIGHTS)
+    index[NORM] = StoredTensor("float64", index[NORM].shape, index[NORM].blocks)
+    with pytest.raises(UserError, match=f"{NORM} holds float64 numbers, which no weight is stored as"):
+        _check_stored(family_of(description).tensors(description), index, checkpoint)
+
+
 def test_a_block_that_holds_another_tensor_or_a_call_is_refused(copy: Path, tmp_path: Path) -> None:
     victim = tmp_path / "made"
     (file,) = (copy / WEIGHTS).glob("*.distcp")

@@ -134,7 +134,7 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, proc
             for name, shape in zip(tensor.names, tensor.shapes, strict=True)
         ]
     )
-    files = [source / "manifest.json", *sorted((source / WEIGHTS).iterdir())]
+    files = [source / "manifest.json", *sorted(path for path in (source / WEIGHTS).iterdir() if path.is_file())]
     with work_on(target, _identity(parts, dtypes, source / HF, files)) as work:
         job = ToHuggingFace(parts, index, shards, source, work.folder)
         with writable(f"{work.folder}: the model"):
@@ -196,8 +196,8 @@ def _check_stored(tensors: list[TensorMap], index: Index, source: Path) -> None:
         found = index[tensor.key].shape
         if len(found) != len(tensor.shape) or found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
             raise UserError(f"{source}: {tensor.key} has shape {found}, but config.json describes {tensor.shape}.")
-        if not getattr(torch, index[tensor.key].dtype).is_floating_point:
-            raise UserError(f"{source}: {tensor.key} holds {index[tensor.key].dtype}, which no weight is stored as.")
+        if (dtype := index[tensor.key].dtype) not in ("bfloat16", "float16", "float32"):
+            raise UserError(f"{source}: {tensor.key} holds {dtype} numbers, which no weight is stored as.")
 
 
 def _first_of(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ it: an index that declares what no file holds is refused. torch is not loaded.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class _Entries:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
             path = self.folder / name
-            if path.resolve().parent != self.folder.resolve():
+            if os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.folder):
                 raise ValueError(f"{name} is a link to a file outside the checkpoint")
             if not path.is_file():
                 raise self._unreadable(name, "no such file")

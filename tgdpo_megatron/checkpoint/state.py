@@ -243,7 +243,7 @@ def _fitting(folder: Path) -> Iterator[None]:
     """Say in a sentence that Megatron finds a state unfit, which it says by whatever its lines happen to raise."""
     try:
         yield
-    except (LookupError, AssertionError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, AssertionError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         why = f"{type(error).__name__}: {in_short(error)}"
         raise UserError(f"{folder}: the training state does not fit this run ({why}).") from error
 
