@@ -43,7 +43,7 @@ from tgdpo_megatron.report.page import (
     TokenPairs,
     build_page,
 )
-from tgdpo_megatron.report.plots import Chart, Token
+from tgdpo_megatron.report.plots import Chart, Line, Token
 from tgdpo_megatron.report.run_files import pairs_of, read_metrics, settings_of
 from tgdpo_megatron.report.terminal import all_tie, changed_settings
 from tgdpo_megatron.report.tokens import (
@@ -322,7 +322,7 @@ def _small_charts(run: _Run) -> list[Chart]:
     charts = [
         metric_chart("Gradient norm", "before clipping", {"": (run.steps, "grad_norm")}),
         metric_chart("Learning rate", "", {"": (run.steps, "learning_rate")}, "{:.3g}".format),
-        metric_chart("Pace", "tokens a second, prompts included", {"": (run.steps, "perf/tokens_per_second")}),
+        metric_chart("Pace", "tokens a second", {"": (run.steps, "perf/tokens_per_second")}),
     ]
     return [chart for chart in charts if chart.lines]  # runs of earlier versions have no pace
 
@@ -338,17 +338,17 @@ def _time(steps: Sequence[Step]) -> list[Any]:
         [ACTIVITIES[activity], percent(share), f"{share * whole:,.1f} s"]
         for activity, share in sorted(shares.items(), key=lambda item: -item[1])
     ]
-    longest = max(step[f"{SHARE}{WAITING}_max"] for step in known)
-    note = (
-        "Means over the ranks, up to the last line of metrics.jsonl. Between two lines one rank waited for others for "
-        f"at most {percent(longest)} of the time."
-    )
+    note = "Means over the ranks, up to the last line of metrics.jsonl."
+    if longest := max(step[f"{SHARE}{WAITING}_max"] for step in known):
+        note += f" Between two lines one rank waited for others for at most {percent(longest)} of the time."
     largest = sorted(shares, key=lambda activity: -shares[activity])[:SHOWN_ACTIVITIES]
-    curves = {ACTIVITIES[activity]: (known, f"{SHARE}{activity}") for activity in largest}
-    return [
-        Table(["activity", "share", "time"], rows, note),
-        Curves([metric_chart("Share of the time", "since the line before", curves, percent)]),
+    steps_of = [step["iteration"] for step in known]
+    lines = [
+        Line(ACTIVITIES[activity], steps_of, [step[f"{SHARE}{activity}"] for step in known], False, colour)
+        for colour, activity in enumerate(largest)
     ]
+    chart = Chart("The largest shares", "optimizer step", "of the time since the line before", lines, shares=True)
+    return [Table(["activity", "share", "time"], rows, note), Curves([chart], small=True)]
 
 
 _RESULTS = {
