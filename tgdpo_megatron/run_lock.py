@@ -41,7 +41,7 @@ class RunLock:
         """
         if self._file is not None:
             return
-        self._file = self.path.open("a+")
+        self._file = self.path.open("a+", encoding="utf-8")
         try:
             self._wait()
             self._file.truncate(0)
@@ -61,7 +61,7 @@ class RunLock:
         if self._file is not None:
             return
         with contextlib.suppress(OSError):  # a folder that was refused is gone
-            self._file = self.path.open("a+")
+            self._file = self.path.open("a+", encoding="utf-8")
             self._lock(fcntl.LOCK_SH)
 
     def release(self) -> None:

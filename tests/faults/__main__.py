@@ -11,11 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tests.faults
+from tests.faults.fuzz import foreign_checkpoints
 from tests.faults.inputs.table import bad_inputs
 from tests.faults.rows import Row, table
+from tests.faults.runs import disturbed_runs
 from tgdpo_megatron.quiet import quiet
 
-PARTS: dict[str, Callable[[Path, str], list[Row]]] = {"inputs": bad_inputs}
+PARTS: dict[str, Callable[[Path, str], list[Row]]] = {
+    "inputs": bad_inputs,
+    "checkpoints": foreign_checkpoints,
+    "runs": disturbed_runs,
+}
 """Name of a part -> what makes its rows of a folder for files and a text that their names must contain."""
 
 

@@ -5,35 +5,15 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.faults.kills import SAVE_INTERVAL, STEPS, World, differences
+from tests.faults.rows import Row
 from tests.support.forked import RANKS, Job
 
 NEWEST, BEFORE = (f"iter-{STEPS - SAVE_INTERVAL * back:07d}" for back in (1, 2))
-
-
-@dataclass
-class Result:
-    """What came of one damage."""
-
-    damage: str
-    file: str
-    """Where, in the checkpoint."""
-    said: str
-    """What the program said of it."""
-    differences: list[str]
-    """What is then not as in the uninterrupted run."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.file}: {self.damage}"
-
-    @property
-    def passed(self) -> bool:
-        return not self.differences
 
 
 def _flip(path: Path, chance: random.Random) -> None:
@@ -62,50 +42,36 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
-def run(world: World, whole: Path, seed: int = 0) -> Iterator[Result]:
+def damage(world: World, whole: Path, only: int | None = None, seed: int = 0) -> Iterator[Row]:
     """Every damage to every file of the newest checkpoint.
 
     Args:
         whole: The folder of the uninterrupted run with cached scores.
+        only: How many of them, drawn by chance; None for all.
     """
     chance = random.Random(seed)
     newest = whole / "checkpoints" / NEWEST
-    for file in sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file()):
-        for damage, apply in DAMAGES.items():
-            yield _one(world, whole, damage, file, apply, chance)
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    cases = [(file, name) for file in files for name in DAMAGES]
+    for file, name in cases if only is None else chance.sample(cases, only):
+        yield _one(world, whole, file, name, chance)
 
 
-def _one(
-    world: World,
-    whole: Path,
-    damage: str,
-    file: Path,
-    apply: Callable[[Path, random.Random], None],
-    chance: random.Random,
-) -> Result:
-    output = world.folder / "damaged"
+def _one(world: World, whole: Path, file: Path, name: str, chance: random.Random) -> Row:
+    output, log, began = world.folder / "damaged", world.folder / "damaged.log", time.monotonic()
     shutil.rmtree(output, ignore_errors=True)
+    log.unlink(missing_ok=True)
     shutil.copytree(whole, output)
     for checkpoint in (output / "checkpoints").glob("iter-*"):
         if checkpoint.name not in (NEWEST, BEFORE):
             shutil.rmtree(checkpoint)
-    apply(output / "checkpoints" / NEWEST / file, chance)
-    log = world.folder / "damaged.log"
-    log.unlink(missing_ok=True)
+    DAMAGES[name](output / "checkpoints" / NEWEST / file, chance)
     job = Job("recipes.train", world.command("cached", output), log)
     codes = job.end(patience=120)
-    found = [f"ended with {codes}"] if codes != [0] * RANKS else list(differences(whole, output))
+    wrong = list(differences(whole, output)) if codes == [0] * RANKS else [f"ended with {codes}"]
     spoken = [line for line in job.said().splitlines() if NEWEST in line]
     if len(spoken) != 1:
-        found.append(f"{len(spoken)} lines about {NEWEST}, not one")
-    return Result(damage, str(file), re.sub(r"\S*/checkpoints/", "", " ".join(spoken)), found)
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line for each damage."""
-    width = max(len(result.name) for result in results)
-    lines = []
-    for result in results:
-        verdict = "caught" if result.passed else f"FAIL ({'; '.join(result.differences)})"
-        lines.append(f"{result.name:{width}}  {verdict}: {result.said}")
-    return "\n".join(lines)
+        wrong.append(f"{len(spoken)} lines about the damage")
+    said = re.sub(r"\S*/checkpoints/", "", " ".join(spoken))
+    subject = "damage to the newest of two checkpoints"
+    return Row(subject, f"{file}: {name}", not wrong, said, time.monotonic() - began, "; ".join(wrong))

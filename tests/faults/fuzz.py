@@ -28,7 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.faults.rows import Row
+
 ROOT = Path(__file__).resolve().parents[2]
+MUTATIONS = 5000
 SECONDS = 3.0
 """Of the processor, for one reading."""
 EXTRA_BYTES = 512 * 1024**2
@@ -38,7 +41,7 @@ NAMES = frozenset({("tgdpo_megatron.errors", "UserError"), ("tgdpo_megatron.chec
 
 
 @dataclass
-class Row:
+class Tally:
     """What one way of reading made of one kind of damage.
 
     Attributes:
@@ -62,7 +65,7 @@ class Row:
         return not self.wrong
 
 
-def fuzz(mutations: int, seed: int = 0) -> list[Row]:
+def fuzz(mutations: int, seed: int = 0) -> list[Tally]:
     """Damage, read and watch in a process of its own.
 
     Raises:
@@ -82,10 +85,26 @@ def fuzz(mutations: int, seed: int = 0) -> list[Row]:
         if done.returncode != 0 or not rows.is_file():
             what = last.read_text() if last.is_file() else "no damage yet"
             raise RuntimeError(f"the process ended with {done.returncode} at {what}:\n{done.stderr[-3000:]}")
-        return [Row(**row) for row in json.loads(rows.read_text())]
+        return [Tally(**row) for row in json.loads(rows.read_text())]
 
 
-def table(rows: list[Row]) -> str:
+def foreign_checkpoints(_: Path, only: str) -> list[Row]:
+    """The rows of `make faults`: one for each kind of damage and each reading."""
+    return [
+        Row(
+            "checkpoints of strangers",
+            f"{tally.damage}, {tally.reading}",
+            tally.passed,
+            f"refused {tally.refused}, as before {tally.same}, other state {tally.other}",
+            tally.slowest,
+            "; ".join(tally.wrong[:5]),
+        )
+        for tally in fuzz(MUTATIONS)
+        if only in tally.damage or only in tally.reading
+    ]
+
+
+def table(rows: list[Tally]) -> str:
     """The rows in words."""
     lines = [
         "| damage | reading | refused | same | other state | slowest, s | wrong |",
@@ -97,7 +116,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, *(f"{row.damage}, {row.reading}: {wrong}" for row in rows for wrong in row.wrong[:5])])
 
 
-def _run(mutations: int, seed: int, folder: Path) -> list[Row]:
+def _run(mutations: int, seed: int, folder: Path) -> list[Tally]:
     from tests.support.hostile import KINDS
     from tests.support.watched import Watch
     from tgdpo_megatron.platform.processes import job
@@ -107,7 +126,7 @@ def _run(mutations: int, seed: int, folder: Path) -> list[Row]:
         converted, trained = _checkpoints(folder / "made", ranks)
         readings = {"export": (converted, _exporting(folder / "scratch")), "training": (trained, _loading(trained))}
         expected = {name: _undamaged(checkpoint, copy, read) for name, (checkpoint, read) in readings.items()}
-        rows = [Row(kind, name) for kind in KINDS for name in readings]
+        rows = [Tally(kind, name) for kind in KINDS for name in readings]
         watch = Watch(copy, folder / "scratch", NAMES)
         _bound_memory()
         for number in range(mutations):
@@ -145,7 +164,7 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _one(row: Row, number: int, watch: Any, read: Callable[[], str], expected: str) -> None:
+def _one(row: Tally, number: int, watch: Any, read: Callable[[], str], expected: str) -> None:
     """Read once, and note what came of it."""
     from tgdpo_megatron.errors import UserError
 
@@ -262,7 +281,7 @@ def _loading(checkpoint: Path) -> Callable[[Path], str]:
 def main() -> None:
     faulthandler.enable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=5000, help="how often a checkpoint is damaged and read")
+    parser.add_argument("--mutations", type=int, default=MUTATIONS, help="how often a checkpoint is damaged and read")
     parser.add_argument("--seed", type=int, default=0, help="another seed damages otherwise")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

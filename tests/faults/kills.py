@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import PAIRS
+from tests.faults.rows import Row
 from tests.support.forked import RANKS, Job, in_a_process
 
 STEPS = 16
@@ -30,6 +31,8 @@ GLOBAL_BATCH = 4
 """Pairs of a step. The epochs of 6 pairs end in the midst of a step."""
 SAVE_INTERVAL = 4
 KILLS_PER_RUN = 5
+SHARE_OF_LAUNCHERS = 0.1
+"""How many kills are of the product's own launcher, whose ranks take long to start."""
 LAYOUT = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
 MOMENTS = ("while it starts", "in a step", "in a save", "between a save and the next step")
 MODES = ("cached", "live")
@@ -46,26 +49,6 @@ class Kill:
     """Lines of metrics that were written by then."""
     outlived: int = 0
     """Processes that were left when their launcher was killed."""
-
-
-@dataclass
-class Result:
-    """A run that was killed several times."""
-
-    mode: str
-    seed: int
-    kills: list[Kill] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
-    """What is not as in the uninterrupted run."""
-    seconds: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode}, run {self.seed}"
-
-    @property
-    def passed(self) -> bool:
-        return not self.differences
 
 
 @dataclass
@@ -136,30 +119,35 @@ def run_whole(world: World, mode: str) -> Path:
     return output
 
 
-def run_killed(world: World, mode: str, seed: int, whole: Path, kills: int = KILLS_PER_RUN) -> Result:
-    """Kill a run several times, let it end, and compare it with the uninterrupted run."""
+def run_killed(world: World, mode: str, seed: int, whole: Path, kills: int = KILLS_PER_RUN) -> tuple[Row, int]:
+    """Kill a run several times, let it end, and compare it with the uninterrupted run.
+
+    Returns:
+        The row, and the number of kills.
+    """
     output = world.folder / f"killed-{mode}-{seed}"
     chance = random.Random(f"{mode} {seed}")
-    result, began = Result(mode, seed), time.monotonic()
+    done, wrong, began = list[Kill](), list[str](), time.monotonic()
     for number in range(kills):
         moment = chance.choice(MOMENTS)
-        by_launcher = chance.random() < 0.1
-        start = _launched if by_launcher else _forked
+        start = _launched if chance.random() < SHARE_OF_LAUNCHERS else _forked
         killed = start(world, mode, output, moment, chance, number)
         if killed is None:  # the run ended before the moment came
             break
-        result.kills.append(killed)
+        done.append(killed)
         if killed.outlived:
-            result.differences.append(f"{killed.outlived} processes outlived their launcher")
-    log = world.folder / f"killed-{mode}-{seed}-last.log"
+            wrong.append(f"{killed.outlived} processes outlived their launcher")
+    log = world.folder / f"{output.name}-last.log"
     job = Job("recipes.train", world.command(mode, output), log)
     codes = job.end(patience=300)
     if codes != [0] * RANKS and "this run is finished" not in job.said():
-        result.differences.append(f"the last start ended with {codes}: {job.said()[-500:]}")
+        wrong.append(f"the last start ended with {codes}: {job.said()[-500:]}")
     else:
-        result.differences += list(differences(whole, output))
-    result.seconds = time.monotonic() - began
-    return result
+        wrong += differences(whole, output)
+    name = f"run {seed}: " + ", ".join(f"{kill.victim} {kill.moment} (after {kill.step} steps)" for kill in done)
+    said = "other than the uninterrupted run" if wrong else "as the uninterrupted run, bit for bit"
+    subject = f"kills at TP2×PP2, {mode} scores"
+    return Row(subject, name, not wrong, said, time.monotonic() - began, "; ".join(wrong)), len(done)
 
 
 def _forked(world: World, mode: str, output: Path, moment: str, chance: random.Random, number: int) -> Kill | None:
@@ -292,31 +280,16 @@ def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-# ---------------------------------------------------------------- the table
+def kills(world: World, whole: dict[str, Path], number: int) -> Iterator[Row]:
+    """Runs of both modes in turn, until there were so many kills.
 
-
-def run(world: World, kills: int, modes: Sequence[str] = MODES) -> Iterator[Result]:
-    """Runs of both modes in turn until there were so many kills."""
-    whole = {mode: run_whole(world, mode) for mode in modes}
+    Args:
+        whole: Mode -> the folder of the uninterrupted run.
+    """
     done, seed = 0, 0
-    while done < kills:
-        mode = modes[seed % len(modes)]
-        result = run_killed(world, mode, seed, whole[mode], min(KILLS_PER_RUN, kills - done))
-        done += len(result.kills)
+    while done < number:
+        mode = MODES[seed % len(MODES)]
+        row, killed = run_killed(world, mode, seed // len(MODES), whole[mode], min(KILLS_PER_RUN, number - done))
+        done += killed
         seed += 1
-        yield result
-
-
-def table(results: Sequence[Result]) -> str:
-    """How many kills of each kind there were, and the runs that differ."""
-    kills = [kill for result in results for kill in result.kills]
-    width = max(map(len, MOMENTS))
-    victims = sorted({kill.victim for kill in kills})
-    lines = ["  ".join([f"{'killed':{width}}", *(f"{victim:>12}" for victim in victims)])]
-    for moment in MOMENTS:
-        counted = Counter(kill.victim for kill in kills if kill.moment == moment)
-        lines.append("  ".join([f"{moment:{width}}", *(f"{counted[victim]:12}" for victim in victims)]))
-    failed = [result for result in results if not result.passed]
-    equal = len(results) - len(failed)
-    lines.append(f"{len(kills)} kills; {equal} of {len(results)} runs are bit-equal to the uninterrupted one")
-    return "\n".join([*lines, *(f"FAIL {result.name}: {'; '.join(result.differences)}" for result in failed)])
+        yield row

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.kills import LAYOUT, SAVE_INTERVAL, STEPS, World
+from tests.faults.rows import Row
 from tests.support.forked import Job
 
 LIMIT = 1e-5
@@ -22,27 +23,7 @@ LAYOUTS = {
 FIRST = "TP2×PP2"
 
 
-@dataclass
-class Result:
-    """A run whose second half was computed at another layout."""
-
-    before: str
-    after: str
-    difference: float
-    """Of the losses of all steps to the run at TP2×PP2, the largest, nats."""
-    same_pairs: bool
-    """Whether every step took the same pairs."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.before} → {self.after}"
-
-    @property
-    def passed(self) -> bool:
-        return self.same_pairs and self.difference <= LIMIT
-
-
-def run(world: World, whole: Path) -> Iterator[Result]:
+def relayout(world: World, whole: Path) -> Iterator[Row]:
     """From TP2×PP2 to every other layout, and back.
 
     Args:
@@ -63,9 +44,9 @@ def _train(world: World, layout: str, output: Path) -> None:
     assert job.end(patience=300) == [0] * size, job.said()
 
 
-def _continued(world: World, before: str, started: Path, after: str, whole: Path) -> Result:
+def _continued(world: World, before: str, started: Path, after: str, whole: Path) -> Row:
     """A run as if killed in the middle, continued at another layout."""
-    output = world.folder / f"{before}-then-{after}"
+    output, began = world.folder / f"{before}-then-{after}", time.monotonic()
     shutil.copytree(started, output)
     for checkpoint in (output / "checkpoints").glob("iter-*"):
         if int(checkpoint.name.removeprefix("iter-")) > STEPS // 2 // SAVE_INTERVAL * SAVE_INTERVAL:
@@ -73,7 +54,9 @@ def _continued(world: World, before: str, started: Path, after: str, whole: Path
     _train(world, after, output)
     losses, samples = ([_losses(run) for run in (whole, output)], [_samples(run) for run in (whole, output)])
     difference = max(abs(one - other) for one, other in zip(*losses, strict=True))
-    return Result(before, after, difference, samples[0] == samples[1])
+    said = f"largest difference of a loss {difference:.1e}, {'the same' if samples[0] == samples[1] else 'OTHER'} pairs"
+    passed = samples[0] == samples[1] and difference <= LIMIT
+    return Row("continued at another layout", f"{before} → {after}", passed, said, time.monotonic() - began)
 
 
 def _losses(output: Path) -> list[float]:
@@ -83,14 +66,3 @@ def _losses(output: Path) -> list[float]:
 
 def _samples(output: Path) -> str:
     return (output / "samples.jsonl").read_text(encoding="utf-8")
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line for each change of layout."""
-    width = max(len(result.name) for result in results)
-    lines = [
-        f"{result.name:{width}}  {result.difference:.1e}  {'same pairs' if result.same_pairs else 'OTHER PAIRS'}  "
-        f"{'pass' if result.passed else 'FAIL'}"
-        for result in results
-    ]
-    return "\n".join([f"{'continued at another layout':{width}}  largest difference of a loss", *lines])

@@ -24,12 +24,12 @@ class Journal:
         self.path = path
         if path.is_file():
             part = path.with_suffix(".tmp")
-            part.write_text("".join(lines_until(first, path)))
+            part.write_text("".join(lines_until(first, path)), encoding="utf-8")
             os.replace(part, path)  # a run that is killed now keeps its lines
 
     def write(self, step: int, content: Mapping[str, Any]) -> None:
         """Add a line about an optimizer step, counted from 1."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": step, **content}, allow_nan=False) + "\n")
 
 

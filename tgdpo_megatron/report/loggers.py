@@ -94,9 +94,9 @@ class _Lines:
         kept = lines_until(first, path)
         self.before: list[dict[str, float]] = [json.loads(line) for line in kept]
         part = path.with_suffix(".tmp")
-        part.write_text("".join(kept))
+        part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, path)  # a run that is killed now keeps its lines
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         self.file.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
@@ -171,7 +171,7 @@ class _InBackground:
             self._warn(f"{self.title} gets no metrics from here on ({in_short(error)})")
 
     def _send(self) -> None:
-        run, sent = json.loads(self.kept.read_text()) if self.kept.is_file() else (None, -1)
+        run, sent = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else (None, -1)
         service = self.open_it(run)
         while (step := self.steps.get()) is not None:
             iteration, metrics = step
