@@ -24,7 +24,6 @@ _SECONDS_TO_ANSWER = 30
 _SECONDS_BETWEEN_WORDS = 1.0
 _SECONDS_FOR_REPORTS = 15
 """Once a node has failed, the others have so long to end their ranks and to say how they ended."""
-_SECONDS_FOR_VERDICT = 30
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Meeting:
         self.nodes = nodes
         self.over = False  # whether another node has failed, or is lost
         self._silence = 60 * silence_minutes
+        self._answered = time.monotonic()  # when the store did so last
         self._lost: dict[int, str] = {}  # node -> the sentence about it
         self._hosts: dict[int, str] = {}
         deadline = time.monotonic() + 60 * timeout_minutes
@@ -148,6 +148,7 @@ class Meeting:
                     heard[other] = (now, 0.0 if now != count else still + _SECONDS_BETWEEN_WORDS)
                     if heard[other][1] > self._silence:
                         self._lose(other, f"has given no sign of life for {heard[other][1]:.0f} s")
+                self._answered = time.monotonic()
             except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError
                 self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
                 return
@@ -172,7 +173,8 @@ class Meeting:
 
     def _agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         store, nodes = self._store, self.nodes
-        if 0 in self._lost and nodes.rank > 0:
+        # A question to a launcher that is stopped is never answered, and cannot be taken back.
+        if nodes.rank > 0 and (0 in self._lost or time.monotonic() - self._answered > _SECONDS_TO_ANSWER):
             raise RuntimeError
         store.set(f"report {nodes.rank}", json.dumps(asdict(report)))
         if report.cut_short:
