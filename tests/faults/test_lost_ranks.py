@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_a_rank_that_is_stopped_is_named_with_its_host_and_where_it_was(
 ) -> None:
     with started(*long_run, folder=tmp_path) as job:
         wait_for(trains(tmp_path), seconds=120, job=job.launcher)
+        time.sleep(3)  # twice the time between two signs
         job.rank(rank).suspend()
         assert job.launcher.wait(timeout=SOON) == 1
     (error,) = errors(job)

@@ -91,6 +91,8 @@ class Meeting:
         self.over = False  # whether another node has failed, or is lost
         self._silence = 60 * silence_minutes
         self._answered = time.monotonic()  # when the store did so last
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
         self._lost: dict[int, str] = {}  # node -> the sentence about it
         self._hosts: dict[int, str] = {}
         deadline = time.monotonic() + 60 * timeout_minutes
@@ -104,7 +106,7 @@ class Meeting:
                 raise UserError(
                     f"node 0 ended while nodes were coming to {nodes.endpoint}; its lines say why."
                 ) from error
-            threading.Thread(target=self._keep_in_touch, daemon=True).start()
+            self._thread.start()
 
     def _come(self, processes: int, deadline: float, minutes: float, wait: Callable[[float], None]) -> None:
         """Take this launcher's seat, and wait until every seat is taken."""
@@ -136,8 +138,7 @@ class Meeting:
         """Show that this launcher is there, and notice when another has failed or is gone. Runs beside the watch."""
         others = [other for other in range(self.nodes.count) if other != self.nodes.rank]
         heard = dict.fromkeys(others, (0, 0.0))  # node -> its last count, and seconds that it has stood still since
-        while True:
-            time.sleep(_SECONDS_BETWEEN_WORDS)
+        while not self._left.wait(_SECONDS_BETWEEN_WORDS):
             try:
                 self._store.add(f"beat {self.nodes.rank}", 1)
                 self.over = self.over or self._store.check(["failed"])
@@ -156,6 +157,12 @@ class Meeting:
     def _lose(self, node: int, how: str) -> None:
         self._lost.setdefault(node, f"the launcher of node {node} ({self._hosts[node]}) {how}")
         self.over = True
+
+    def leave(self) -> None:
+        """Keep in touch no longer. A thread that is in the store while the program ends would abort it."""
+        self._left.set()
+        if self._thread.ident is not None:
+            self._thread.join(_SECONDS_BETWEEN_WORDS)
 
     def agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         """Tell all nodes how the ranks of this one ended, and learn how the job ended.
