@@ -26,7 +26,9 @@ from typing import Any
 
 from recipes.settings import RECIPES, Command, read_command_line
 from tgdpo_megatron.config import check_batch_layout, check_layout
-from tgdpo_megatron.errors import USER_ERROR, UserError, one_sentence_errors
+from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, code_of, one_sentence_errors
+from tgdpo_megatron.platform.interrupts import asking
+from tgdpo_megatron.platform.parents import PARENT
 from tgdpo_megatron.preflight import PAIRS, check_pairs, find_and_check_models, required
 from tgdpo_megatron.report.terminal import Loudness
 from tgdpo_megatron.run_folder import REPORT, check_writable, is_finished
@@ -294,11 +296,11 @@ def _call(stage: Stage, command: list[str]) -> None:
         if running:
             running[0].send_signal(number)
 
-    asked_by = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, hand_on) for number in asked_by}
+    before = {number: signal.signal(number, hand_on) for number in asking()}
     try:
         # In a group of its own, so that Ctrl-C in a terminal reaches it once, from here.
-        running.append(subprocess.Popen([sys.executable, *command[1:]], process_group=0))
+        environment = os.environ | {PARENT: str(os.getpid())}
+        running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment, process_group=0))
         code = running[0].wait()
     finally:
         for number, handler in before.items():
@@ -312,7 +314,7 @@ def _call(stage: Stage, command: list[str]) -> None:
     else:
         ended = "did not finish; the same command goes on from there"
     print(f"stage {stage.name} {ended}.", file=sys.stderr, flush=True)
-    sys.exit(code if code > 0 else 128 - code if code else 128 + received[0])
+    sys.exit(code if code > 0 else UNEXPECTED if code else code_of(received))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ class Incidents:
         """The pairs whose loss is not finite; else the pair whose gradient is not, if it is one alone."""
         if what == "loss":
             losses = self.engine.losses_of_pairs(batches)
-            if causes := [int(pair) for pair in picked if not math.isfinite(losses[int(pair)])]:
+            # A step that holds the end of an epoch may hold a pair twice.
+            if causes := [pair for pair in dict.fromkeys(map(int, picked)) if not math.isfinite(losses[pair])]:
                 return causes
         found = culprit(picked, self._is_bad)
         self.engine.zero_grad()

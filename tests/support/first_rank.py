@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 from tgdpo_megatron.config import Config, load
-from tgdpo_megatron.platform.processes import Ranks, on_first_rank
+from tgdpo_megatron.platform.processes import Ranks
 
 
 def load_slowly(ranks: Ranks, *, checkpoint: str, pairs: str, folder: str, seconds_per_pair: float) -> int:
@@ -30,11 +27,3 @@ def load_slowly(ranks: Ranks, *, checkpoint: str, pairs: str, folder: str, secon
         load(Config(), settings, where="test"), describe(Path(checkpoint)), ranks, Path(folder)
     )
     return len(data)
-
-
-def hang_on_the_first_rank(ranks: Ranks, *, seconds: int) -> None:
-    """Work in which the first rank stands still for a time, as on a machine that hangs."""
-    if ranks.is_first:
-        waker = ["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"]
-        subprocess.Popen(waker, start_new_session=True)  # not ended together with this rank
-    on_first_rank(ranks, lambda: os.kill(os.getpid(), signal.SIGSTOP))

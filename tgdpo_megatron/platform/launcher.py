@@ -134,6 +134,7 @@ def launch(
             for rank in launcher.ranks:
                 rank.process.kill()  # a stopped process as well
     verdict = meeting.agree(report, judge)
+    meeting.leave()
     if verdict.sentence and nodes.rank == 0:
         by_force = any((rank.process.wait() or 0) < 0 for rank in launcher.ranks)
         _say(verdict, on_a_new_line=by_force)

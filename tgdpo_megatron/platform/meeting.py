@@ -24,7 +24,6 @@ _SECONDS_TO_ANSWER = 30
 _SECONDS_BETWEEN_WORDS = 1.0
 _SECONDS_FOR_REPORTS = 15
 """Once a node has failed, the others have so long to end their ranks and to say how they ended."""
-_SECONDS_FOR_VERDICT = 30
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,9 @@ class Meeting:
         self.nodes = nodes
         self.over = False  # whether another node has failed, or is lost
         self._silence = 60 * silence_minutes
+        self._answered = time.monotonic()  # when the store did so last
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
         self._lost: dict[int, str] = {}  # node -> the sentence about it
         self._hosts: dict[int, str] = {}
         deadline = time.monotonic() + 60 * timeout_minutes
@@ -104,7 +106,7 @@ class Meeting:
                 raise UserError(
                     f"node 0 ended while nodes were coming to {nodes.endpoint}; its lines say why."
                 ) from error
-            threading.Thread(target=self._keep_in_touch, daemon=True).start()
+            self._thread.start()
 
     def _come(self, processes: int, deadline: float, minutes: float, wait: Callable[[float], None]) -> None:
         """Take this launcher's seat, and wait until every seat is taken."""
@@ -136,8 +138,7 @@ class Meeting:
         """Show that this launcher is there, and notice when another has failed or is gone. Runs beside the watch."""
         others = [other for other in range(self.nodes.count) if other != self.nodes.rank]
         heard = dict.fromkeys(others, (0, 0.0))  # node -> its last count, and seconds that it has stood still since
-        while True:
-            time.sleep(_SECONDS_BETWEEN_WORDS)
+        while not self._left.wait(_SECONDS_BETWEEN_WORDS):
             try:
                 self._store.add(f"beat {self.nodes.rank}", 1)
                 self.over = self.over or self._store.check(["failed"])
@@ -148,6 +149,7 @@ class Meeting:
                     heard[other] = (now, 0.0 if now != count else still + _SECONDS_BETWEEN_WORDS)
                     if heard[other][1] > self._silence:
                         self._lose(other, f"has given no sign of life for {heard[other][1]:.0f} s")
+                self._answered = time.monotonic()
             except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError
                 self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
                 return
@@ -155,6 +157,12 @@ class Meeting:
     def _lose(self, node: int, how: str) -> None:
         self._lost.setdefault(node, f"the launcher of node {node} ({self._hosts[node]}) {how}")
         self.over = True
+
+    def leave(self) -> None:
+        """Keep in touch no longer. A thread that is in the store while the program ends would abort it."""
+        self._left.set()
+        if self._thread.ident is not None:
+            self._thread.join(_SECONDS_BETWEEN_WORDS)
 
     def agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         """Tell all nodes how the ranks of this one ended, and learn how the job ended.
@@ -172,7 +180,8 @@ class Meeting:
 
     def _agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         store, nodes = self._store, self.nodes
-        if 0 in self._lost and nodes.rank > 0:
+        # A question to a launcher that is stopped is never answered, and cannot be taken back.
+        if nodes.rank > 0 and (0 in self._lost or time.monotonic() - self._answered > _SECONDS_TO_ANSWER):
             raise RuntimeError
         store.set(f"report {nodes.rank}", json.dumps(asdict(report)))
         if report.cut_short:

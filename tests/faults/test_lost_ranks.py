@@ -1,0 +1,128 @@
+"""Ranks and launchers that are killed or stand still: the job ends soon, in one sentence, and nothing is left."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.test_bad_inputs import settings, wait_for
+from tests.faults.test_mistakes import SLOW_TOKENISING, TWO_RANKS, Job, started
+from tests.support.planted import planted
+from tgdpo_megatron.run_lock import RunLock
+
+SOON = 90
+"""Seconds; a busy machine needs longer than an idle one, where it is 5, or 12 where a rank is waited for."""
+STUCK_IN_A_LATER_STEP = """
+if os.environ["RANK"] == "1":
+    import time
+    from torch.nn import functional
+
+    real, calls = functional.logsigmoid, []
+
+    def reads_what_never_comes(margin):
+        calls.append(margin)
+        if len(calls) == 7:  # two micro-batches to a step
+            time.sleep(600)
+        return real(margin)
+
+    functional.logsigmoid = reads_what_never_comes
+"""
+
+
+@pytest.fixture
+def long_run(checkpoint: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
+    """The command line of a training on two ranks that takes long."""
+    endless = ["train.train_iters=100000", "train.rank_timeout_minutes=0.15", "train.report=false"]
+    return [*settings(checkpoint, pairs_file, tmp_path / "run"), *TWO_RANKS, *endless]
+
+
+def trains(folder: Path) -> Callable[[], bool]:
+    """Whether a run has done some steps."""
+    samples = folder / "run" / "samples.jsonl"
+    return lambda: samples.is_file() and samples.read_text().count("\n") >= 4
+
+
+def errors(job: Job) -> list[str]:
+    return [line for line in job.err.read_text().splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job_in_one_sentence(rank: int, long_run: list[str], tmp_path: Path) -> None:
+    with started(*long_run, folder=tmp_path) as job:
+        wait_for(trains(tmp_path), seconds=120, job=job.launcher)
+        job.rank(rank).kill()
+        assert job.launcher.wait(timeout=SOON) == 1
+    (error,) = errors(job)
+    assert error.startswith(f"error: rank {rank} was ended by SIGKILL; all ranks were stopped.")
+    assert "Traceback" not in job.err.read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_is_named_with_its_host_and_where_it_was(
+    rank: int, long_run: list[str], tmp_path: Path
+) -> None:
+    with started(*long_run, folder=tmp_path) as job:
+        wait_for(trains(tmp_path), seconds=120, job=job.launcher)
+        time.sleep(3)  # twice the time between two signs
+        job.rank(rank).suspend()
+        assert job.launcher.wait(timeout=SOON) == 1
+    (error,) = errors(job)
+    where = rf"error: rank {rank} \(on \S+\) has given no sign of life for \d+ s; last seen at: step \d+, "
+    assert re.match(where, error), error
+
+
+def test_a_rank_that_lives_but_does_not_move_is_named_and_not_those_that_wait_for_it(
+    checkpoint: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Two data-parallel ranks, the second of which waits outside any collective."""
+    plant = planted(tmp_path, STUCK_IN_A_LATER_STEP, launched=True)
+    changes = [
+        "--nproc-per-node=2",
+        "train.train_iters=8",
+        "train.rank_timeout_minutes=0.15",
+        "train.micro_batch_size=1",
+    ]
+    arguments = [*settings(checkpoint, pairs_file, tmp_path / "run"), *changes]
+    with started(*arguments, folder=tmp_path, **plant) as job:
+        code = job.launcher.wait(timeout=90)
+    (error,) = errors(job)
+    assert code == 1
+    found = re.match(
+        r"error: no rank has moved for \d+ s; the others wait for rank 1 \(on \S+\), which is at: (.*)", error
+    )
+    assert (
+        found and re.match(r"step [34], forward and backward \(", found[1]) and "reads_what_never_comes" in found[1]
+    ), error
+
+
+def test_ranks_end_with_a_launcher_that_is_killed_and_leave_the_folder_free(
+    long_run: list[str], tmp_path: Path
+) -> None:
+    with started(*long_run, folder=tmp_path) as job:
+        wait_for(trains(tmp_path), seconds=120, job=job.launcher)
+        ranks = [job.rank(number) for number in (0, 1)]
+        job.launcher.kill()
+        gone, alive = psutil.wait_procs(ranks, timeout=5)
+        assert not alive
+        job.launcher.wait()
+        RunLock(tmp_path / "run").take()
+    assert not errors(job)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_of_one_rank_that_is_asked_to_end_says_so_and_asks_for_another_start(
+    number: signal.Signals, checkpoint: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    plant = planted(tmp_path, SLOW_TOKENISING, launched=False)
+    with started(*settings(checkpoint, pairs_file, tmp_path / "run"), folder=tmp_path, **plant) as job:
+        wait_for(lambda: "tokenising" in job.out.read_text(), seconds=120, job=job.launcher)
+        job.launcher.send_signal(number)
+        assert job.launcher.wait(timeout=SOON) == 75
+    assert f"stopped by {number.name} before the work was done; give the same command again" in job.err.read_text()
+    assert "Traceback" not in job.err.read_text() and not errors(job)
