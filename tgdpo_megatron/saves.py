@@ -105,6 +105,7 @@ class Saves:
                 ),
                 background=train.async_save and not wait,
             )
+        wait = wait or not train.async_save
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - began
         if wait:
