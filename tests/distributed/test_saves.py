@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
         }
 
     best = {"keep_best": "eval/loss", "keep_last": 1, "save_interval": 1, "eval_interval": 1, "train_iters": 6}
-    undistributed = {"optimizer": {"use_distributed_optimizer": False}, "async_save": False}
+    undistributed = {"optimizer": {"use_distributed_optimizer": False}}
     go_on = {"resume": True, "train_iters": 6}
     jobs = {
         "blocking": job("blocking", async_save=False),

@@ -82,6 +82,7 @@ def settings(checkpoint: Path, growing_pairs: Path) -> tuple[str, ...]:
         "data.shuffle=false",
         "train.train_iters=3",
         "train.save_interval=1",
+        "train.async_save=false",  # so that a checkpoint is whole before the next step begins
         "train.global_batch_size=512",
         "train.micro_batch_size=512",
         "optimizer.lr_warmup_iters=0",

@@ -11,6 +11,7 @@ that is killed.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import threading
@@ -59,7 +60,8 @@ class Save:
         background: bool,
     ) -> None:
         self.folder, self.manifest = folder, manifest
-        self._common, self._add_files = common, add_files
+        self._add_files = add_files
+        self._common = copy.deepcopy(common)  # it is written last, and the optimizer counts its steps in place
         self._work = folder.with_name(folder.name + UNFINISHED)
         self._written: list[StoredBox] = []
         self._sums: dict[str, str] = {}

@@ -1,10 +1,9 @@
-"""Makes megatron-core's optimizers save and load the state of torch's AdamW correctly.
+"""Makes megatron-core's DistributedOptimizer save and load the state of torch's AdamW correctly.
 
 Without Transformer Engine or apex, megatron-core 0.16.1 uses torch.optim.AdamW. Its state differs from theirs in two
 ways that the checkpoint code does not expect: it is empty before the first step, and every parameter has a `step`
-tensor of its own. Without this patch, all parameters share *one* `step` after loading, with the distributed optimizer
-and without. That `step` then advances once for each parameter in every update, and training continues with wrong
-numbers.
+tensor of its own. Without this patch, all parameters share *one* `step` after loading. That `step` then advances once
+for each parameter in every update, and training continues with wrong numbers.
 
 A run may also continue with another implementation of Adam than it began with. Each implementation has options that the
 others lack, and Megatron keeps only the saved ones.
@@ -18,9 +17,8 @@ import torch
 
 
 def install() -> None:
-    """Patch Megatron's optimizers, once per process."""
+    """Patch DistributedOptimizer, once per process."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     if getattr(DistributedOptimizer, "_holds_torch_adam_state", False):
         return
@@ -36,7 +34,9 @@ def install() -> None:
     def load_state_dict(self: Any, state: Any) -> None:
         complete_options(state["optimizer"]["param_groups"], self.optimizer.defaults, torchs=_is_torch_adam(self))
         original_load(self, state)
-        give_each_its_step(self.optimizer)
+        if _is_torch_adam(self):
+            for entry in self.optimizer.state.values():
+                entry["step"] = entry["step"].detach().clone()
 
     @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -51,27 +51,6 @@ def install() -> None:
     patched.state_dict, patched.load_state_dict = state_dict, load_state_dict
     patched._set_main_param_and_optimizer_states = set_states
     patched._holds_torch_adam_state = True
-    for whole in (FP32Optimizer, Float16OptimizerWithFloat16Params):
-        _patch_undistributed(whole)
-
-
-def _patch_undistributed(kind: Any) -> None:
-    """Let an optimizer that is not distributed give every parameter its own `step` when it has loaded."""
-    load = kind.load_state_dict
-
-    def load_state_dict(self: Any, state: Any) -> None:
-        load(self, state)
-        give_each_its_step(self.optimizer)
-
-    kind.load_state_dict = load_state_dict
-
-
-def give_each_its_step(optimizer: Any) -> None:
-    """Copy the `step` that parameters share, where they are torch's Adam's."""
-    if isinstance(optimizer, torch.optim.Adam):
-        for entry in optimizer.state.values():
-            if "step" in entry:
-                entry["step"] = entry["step"].detach().clone()
 
 
 def complete_options(groups: list[dict[str, Any]], defaults: dict[str, Any], *, torchs: bool) -> None:
