@@ -93,6 +93,8 @@ class Meeting:
         self._silence = 60 * silence_minutes
         self._lost: dict[int, str] = {}  # node -> the sentence about it
         self._hosts: dict[int, str] = {}
+        self._ended = threading.Event()
+        self._touch = threading.Thread(target=self._keep_in_touch, daemon=True)
         deadline = time.monotonic() + 60 * timeout_minutes
         server = _listen(nodes) if nodes.rank == 0 else _reach(nodes, deadline, timeout_minutes, wait)
         self.port = server.port
@@ -104,7 +106,7 @@ class Meeting:
                 raise UserError(
                     f"node 0 ended while nodes were coming to {nodes.endpoint}; its lines say why."
                 ) from error
-            threading.Thread(target=self._keep_in_touch, daemon=True).start()
+            self._touch.start()
 
     def _come(self, processes: int, deadline: float, minutes: float, wait: Callable[[float], None]) -> None:
         """Take this launcher's seat, and wait until every seat is taken."""
@@ -136,8 +138,7 @@ class Meeting:
         """Show that this launcher is there, and notice when another has failed or is gone. Runs beside the watch."""
         others = [other for other in range(self.nodes.count) if other != self.nodes.rank]
         heard = dict.fromkeys(others, (0, 0.0))  # node -> its last count, and seconds that it has stood still since
-        while True:
-            time.sleep(_SECONDS_BETWEEN_WORDS)
+        while not self._ended.wait(_SECONDS_BETWEEN_WORDS):
             try:
                 self._store.add(f"beat {self.nodes.rank}", 1)
                 self.over = self.over or self._store.check(["failed"])
@@ -169,6 +170,10 @@ class Meeting:
         except (RuntimeError, ValueError):
             self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
             return Verdict(UNEXPECTED, f"{self._lost[0]}; all ranks of this node were stopped.")
+        finally:
+            # A thread that is inside torch when the interpreter ends aborts the process, and with it the exit code.
+            self._ended.set()
+            self._touch.join(_SECONDS_TO_ANSWER)
 
     def _agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         store, nodes = self._store, self.nodes
