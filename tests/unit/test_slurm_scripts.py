@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm import cluster
+
 FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -132,3 +134,9 @@ def test_one_launcher_runs_on_each_node_and_a_warned_training_is_queued_again(sc
         assert given["ntasks"] == "1" and "gpus-per-node" not in given
     if "recipes.train" in text:
         assert "train.resume=true" in text
+
+
+def test_make_slurm_says_what_it_lacks_before_it_installs_or_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
+    assert cluster.missing() == "a local Slurm needs root"
