@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test check parity roundtrip bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test check parity roundtrip faults bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
@@ -28,7 +28,7 @@ runtime:  ## only what running needs, without tests and checks; TORCH=cpu as for
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test check parity roundtrip bench credit fp8 real: export CUDA_VISIBLE_DEVICES :=
+demo test check parity roundtrip faults bench credit fp8 real: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
@@ -50,6 +50,9 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 
 roundtrip: $(STAMP)  ## HuggingFace to Megatron and back, every family: bits, log-probs at four layouts, certificates
 	$(RUN) -m tests.roundtrip --json results/roundtrip.json
+
+faults: $(STAMP)  ## bad inputs, each with what the program said
+	OMP_NUM_THREADS=1 $(RUN) -m tests.faults --json results/faults.json
 
 bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; fifteen minutes
 	$(RUN) -m bench.speed --json results/bench.json --picture docs/images/bench.svg

@@ -141,7 +141,7 @@ def one_sentence_errors() -> Iterator[None]:
         raise error
     if code == UNEXPECTED or debugging():
         _show_traceback(error)
-    if code != UNEXPECTED and int(os.environ.get("RANK", 0)) > 0:
+    if code != UNEXPECTED and os.environ.get("RANK", "").lstrip("0").isdigit():
         # The first rank speaks for all and tidies up; then its launcher ends this one.
         time.sleep(1 if launched else 3)
     if launched:

@@ -130,13 +130,13 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     if not path.is_file():
         raise UserError(f"{path}: this weight shard is missing; download it again.")
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
+        with path.open("rb") as file, safe_open(path, framework="numpy"):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=once)
     except TwiceError as error:
         raise UserError(f"{path}: this weight shard holds {error} twice; download it again.") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: this weight shard is damaged or truncated ({error}); download it again.") from None
     header.pop("__metadata__", None)

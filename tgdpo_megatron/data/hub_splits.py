@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron import hub
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.cache import cache_folder, write_json
 from tgdpo_megatron.errors import UserError, in_short
 
@@ -166,8 +167,8 @@ def _record(wanted: HubSplit, commit: str) -> Path:
 
 def _remembered(wanted: HubSplit, commit: str) -> list[str]:
     try:
-        names = json.loads(_record(wanted, commit).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = read_json(_record(wanted, commit), what="record of a split")["files"]
+    except (UserError, KeyError, TypeError):
         return []
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
 from tgdpo_megatron.data.read import commit_of, place, source_files
@@ -216,8 +217,8 @@ def load_prepared(folder: Path) -> PreparedPairs:
     Raises:
         UserError: It is not such a folder, or cannot be read.
     """
+    content = read_json(folder / "summary.json", what="summary of prepared pairs")
     try:
-        content = json.loads((folder / "summary.json").read_text())
         if content.get("version") != VERSION:
             raise UserError(
                 f"{folder}: the pairs were prepared by another version of this program; prepare them again."

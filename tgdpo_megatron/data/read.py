@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.data import hub_splits
 from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
 
@@ -104,9 +105,10 @@ def _split_of(path: Path) -> hub_splits.Found:
 
 def _description(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
     """The names that a JSON file of a saved dataset lists; there is at least one."""
+    content = read_json(file, what="description of a saved dataset")
     try:
-        found = names(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        found = names(content)
+    except (KeyError, TypeError):
         found = []
     if not found:
         raise UserError(f"{file}: this description of a saved dataset is damaged.")
@@ -206,8 +208,10 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {first_line + error.lineno - 1}: not valid JSON ({error.msg}).") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-        raise UserError(f"{path} line {first_line}: the JSON cannot be read ({error}).") from None
+    except RecursionError:
+        raise UserError(f"{path} line {first_line}: lists or objects are nested too deeply.") from None
+    except ValueError:
+        raise UserError(f"{path} line {first_line}: holds an integer of thousands of digits.") from None
 
 
 def _read_table(path: Path, kind: str) -> NumberedRows:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -107,10 +110,10 @@ def meet(place: Place, timeout: timedelta) -> Any:
     listens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not listens:
         _reach(host, port, place, deadline, minutes)
-    left = timedelta(seconds=max(_SECONDS_BETWEEN_ATTEMPTS, deadline - time.monotonic()))
+    left = max(_SECONDS_BETWEEN_ATTEMPTS, deadline - time.monotonic())
     try:
-        store = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=left))[0]
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        store = _within(left, lambda: _store(place, timedelta(seconds=left)))
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
         if listens and _TAKEN in str(error):
             raise UserError(
                 f"MASTER_PORT={port}: another program listens there on this machine; choose another port."
@@ -130,6 +133,30 @@ def meet(place: Place, timeout: timedelta) -> Any:
         ) from error
     store.set_timeout(timeout)
     return store
+
+
+def _store(place: Place, timeout: timedelta) -> Any:
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))[0]
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What some work returns. torch waits for ever for what listens and says nothing.
+
+    Raises:
+        TimeoutError: The work takes longer. It is left behind.
+    """
+    done = Future[Any]()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    return done.result(timeout=seconds + _SECONDS_BETWEEN_ATTEMPTS)
 
 
 def _reach(host: str, port: int, place: Place, deadline: float, minutes: str) -> None:

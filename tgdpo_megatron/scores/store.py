@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load, save
 
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import FORMAT, ScoresManifest, TokenScores, response_starts
 from tgdpo_megatron.errors import UserError
@@ -160,8 +161,8 @@ def read_scores_manifest(folder: Path) -> ScoresManifest:
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: no token scores there; write them with python -m recipes.score.")
+    content = read_json(path, what="manifest of token scores")
     try:
-        content = json.loads(path.read_text())
         if content.get("format", FORMAT) != FORMAT:
             raise UserError(
                 f"{folder}: the token scores have format {content['format']}, but this version reads format {FORMAT}; "

@@ -331,7 +331,7 @@ def _listed(column: str, text: str) -> list[str]:
     """The texts of a list that is written as JSON."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not found:
         raise Malformed(f"'{column}' must be a list of texts written as JSON")

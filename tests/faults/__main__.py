@@ -1,0 +1,48 @@
+"""python -m tests.faults: prints what each fault brought, exits with 1 if one was not met as it should be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import tests.faults
+from tests.faults.inputs.table import bad_inputs
+from tests.faults.rows import Row, table
+from tgdpo_megatron.quiet import quiet
+
+PARTS: dict[str, Callable[[Path, str], list[Row]]] = {"inputs": bad_inputs}
+"""Name of a part -> what makes its rows of a folder for files and a text that their names must contain."""
+
+
+def main() -> None:
+    quiet()
+    parser = argparse.ArgumentParser(
+        description=tests.faults.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for part in PARTS:
+        parser.add_argument(f"--{part}", action="store_true", help=f"run {part}; without such an option all parts run")
+    parser.add_argument("--only", default="", help="run rows whose name or subject contains this")
+    parser.add_argument("--json", type=Path, help="also write the rows here, beside those of other parts")
+    parsed = parser.parse_args()
+    wanted = [part for part in PARTS if getattr(parsed, part)] or list(PARTS)
+    found: dict[str, list[Row]] = {}
+    for part in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            found[part] = PARTS[part](Path(folder), parsed.only)
+        print(f"{part}\n{table(found[part])}\n", flush=True)
+    if parsed.json:
+        known = json.loads(parsed.json.read_text(encoding="utf-8")) if parsed.json.is_file() else {}
+        known |= {part: [asdict(row) for row in rows] for part, rows in found.items()}
+        parsed.json.parent.mkdir(parents=True, exist_ok=True)
+        parsed.json.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+    rows = [row for part in found.values() for row in part]
+    sys.exit(0 if rows and all(row.passed for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Bad inputs: how each is made, the command that meets it, and the one sentence that is said.
+
+A file for each subject holds a list ENTRIES; `entry.py` says what an entry is, `run.py` runs it and judges.
+"""
+
+from tests.faults.inputs import checkpoints, configuration, data, environment, hf_folders, layouts, scores
+
+SUBJECTS = {
+    "configuration": configuration.ENTRIES,
+    "layouts": layouts.ENTRIES,
+    "data": data.ENTRIES,
+    "HuggingFace folders": hf_folders.ENTRIES,
+    "checkpoints": checkpoints.ENTRIES,
+    "scores": scores.ENTRIES,
+    "environment": environment.ENTRIES,
+}

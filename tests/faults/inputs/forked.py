@@ -1,0 +1,124 @@
+"""Programs in forks of a process that has loaded torch and Megatron once: each takes milliseconds to start.
+
+Everything else is as a shell starts them: a process, its command line, its environment, its exit code. The module
+itself is the process that forks; it reads commands as lines of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.inputs.entry import BadInput
+from tests.faults.inputs.run import MARK, ROOT, SECONDS_TO_START, Programs, limit
+
+
+class ForkedPrograms(Programs):
+    """Programs that start at once, but for entries that need a fresh Python."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.inputs.forked"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, entry: BadInput, folder: Path, environment: dict[str, str]) -> tuple[int | None, str, str]:
+        if entry.fresh:
+            return super().run(entry, folder, environment)
+        assert self._server.stdin and self._server.stdout
+        out, err = (Path(environment["TMPDIR"]).parent / name for name in ("out", "err"))
+        request = {
+            "command": entry.command,
+            "folder": str(folder),
+            "environment": environment,
+            "limits": dict(entry.limits),
+            "obeys": entry.obeys,
+            "out": str(out),
+            "err": str(err),
+            "seconds": entry.seconds + SECONDS_TO_START,
+        }
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        code = json.loads(self._server.stdout.readline())
+        return code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        """End the process that forks."""
+        assert self._server.stdin
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+
+
+def serve() -> None:
+    """Fork for each line of standard input, and answer with the exit code."""
+    _load()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _be(request)
+        print(json.dumps(_code_of(child, request["seconds"])), flush=True)
+
+
+def _load() -> None:
+    """Import what the programs import, and nothing of which they check first whether it may be imported."""
+    from tgdpo_megatron.quiet import quiet
+
+    quiet()
+
+    import tgdpo_megatron.checkpoint.convert
+    import tgdpo_megatron.score
+    import tgdpo_megatron.train  # noqa: F401
+
+
+def _be(request: dict[str, Any]) -> None:
+    """Become the program. Does not return."""
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(name, flags, 0o666), number)
+    limit(request["limits"], obeys=request["obeys"])
+    module, *arguments = request["command"]
+    sys.argv = [module, *arguments]
+    code: Any = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _code_of(child: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return None
+
+
+if __name__ == "__main__":
+    assert MARK not in os.environ
+    serve()
