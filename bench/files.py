@@ -28,7 +28,7 @@ def run_file(name: str, *, seconds: float | None = None, **environment: str) -> 
         output, log = Path(folder) / "rows.json", Path(folder) / "stderr"
         command = [sys.executable, "-m", name, "--rows", str(output)]
         common = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with log.open("w") as said:
+        with log.open("w", encoding="utf-8") as said:
             try:
                 subprocess.run(
                     command,
@@ -41,10 +41,10 @@ def run_file(name: str, *, seconds: float | None = None, **environment: str) -> 
             except subprocess.TimeoutExpired:
                 reason = f"stopped after {seconds:.0f} s"
             except subprocess.CalledProcessError:
-                reason = "broke: " + (log.read_text().strip().splitlines() or ["no message"])[-1]
+                reason = "broke: " + (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
             else:
                 return read_rows(output)
-        print(log.read_text()[-4000:], file=sys.stderr)
+        print(log.read_text(encoding="utf-8")[-4000:], file=sys.stderr)
         kept = read_rows(output) if output.is_file() else []
         return [*kept, Row(name, None, broke=True, note=reason)]
 
@@ -59,7 +59,7 @@ def write_results(rows: list[Row], path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is never seen half-written: whoever writes it may be stopped at any time."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -70,7 +70,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """What write_rows wrote."""
-    return [Row(**row) for row in json.loads(path.read_text())]
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def program(description: str | None, measure: Callable[[], Iterable[Row]]) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
     parsed = parser.parse_args()
     texts = [text for pair in read_pairs(parsed.pairs).pairs for text in pair.texts]
     counted = count_tokens(parsed.pairs, train_tokenizer(texts, vocab_size=VOCABULARY))
-    with parsed.output.open("w", newline="") as file:
+    with parsed.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("prompt", "chosen", "rejected"))
         writer.writerows(counted.tolist())

@@ -56,4 +56,4 @@ def _gpu() -> dict[str, Any]:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []

@@ -37,7 +37,7 @@ def with_real_lengths(longest: int, *, lengths: np.ndarray | None = None, seed: 
 
 def read_lengths() -> np.ndarray:
     """Tokens of prompt, chosen and rejected response of each real pair. [N, 3] int64."""
-    with LENGTHS.open(newline="") as file:
+    with LENGTHS.open(newline="", encoding="utf-8") as file:
         return np.array([[int(row[part]) for part in ("prompt", "chosen", "rejected")] for row in csv.DictReader(file)])
 
 

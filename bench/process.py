@@ -37,7 +37,7 @@ def resident_bytes() -> int:
 
 def reset_peak() -> None:
     """Forget the peak so far."""
-    Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
 
 
 def peak_bytes() -> int:
@@ -46,5 +46,5 @@ def peak_bytes() -> int:
 
 
 def _status(name: str) -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(fields[name].split()[0]) * 1024

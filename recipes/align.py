@@ -211,7 +211,7 @@ class _Chain:
         self.ran = False
         if self.path.is_file():
             try:
-                self.known = json.loads(self.path.read_text())
+                self.known = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError:
                 raise UserError(f"{self.path}: damaged; choose another train.output.") from None
 
@@ -248,7 +248,7 @@ class _Chain:
     def _keep(self, stage: Stage, command: list[str], *, finished: bool) -> None:
         self.known[stage.name] = {"command": command, "finished": finished}
         part = self.path.with_suffix(".tmp")
-        part.write_text(json.dumps(self.known, indent=2))
+        part.write_text(json.dumps(self.known, indent=2), encoding="utf-8")
         os.replace(part, self.path)
 
 

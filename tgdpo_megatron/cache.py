@@ -59,7 +59,7 @@ def locked(path: Path, waiting: str) -> Iterator[int]:
     with contextlib.ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(path.open("a"))
+            file = held.enter_context(path.open("a", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -98,14 +98,14 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")  # process ids repeat in containers
-    part.write_text(json.dumps(content, indent=2))
+    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
     os.replace(part, path)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     """The hashes that are remembered: path -> size in bytes, time of change in ns, inode, SHA-256."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {name: entry for name, entry in content.items() if isinstance(entry, list) and len(entry) == 4}

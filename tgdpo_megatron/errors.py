@@ -165,7 +165,7 @@ class _Unread(io.FileIO):
     def instead_of(cls, stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
         """A stream that writes to the same place in the same way; to nowhere where the program was started without."""
         if stream is None:
-            return open(os.devnull, "w")
+            return open(os.devnull, "w", encoding="utf-8")
         stream.flush()
         return io.TextIOWrapper(
             io.BufferedWriter(cls(stream.fileno(), "w", closefd=False)),
@@ -210,5 +210,5 @@ def _show_traceback(error: BaseException) -> None:
 
 
 def _leave_message(message: str) -> None:
-    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
         json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)

@@ -208,7 +208,7 @@ def keep_settings(output: Path, config: Config, found: Mapping[str, Source]) -> 
     write_json(output / _SOURCES, kept)
     settings: str = yaml.safe_dump(as_given(config, found).model_dump(mode="json"), sort_keys=False)
     part = output / "config.yaml.tmp"
-    part.write_text(settings)
+    part.write_text(settings, encoding="utf-8")
     os.replace(part, output / "config.yaml")
     return settings
 
@@ -227,7 +227,7 @@ def kept_sources(output: Path) -> dict[str, Source]:
     Empty where this was not kept, as in runs of earlier versions, whose settings name the checkpoints themselves.
     """
     try:
-        kept = json.loads((output / _SOURCES).read_text())
+        kept = json.loads((output / _SOURCES).read_text(encoding="utf-8"))
         return {
             role: Source(Path(of["given"]), Path(of["checkpoint"]), commit=of["commit"]) for role, of in kept.items()
         }
@@ -251,7 +251,7 @@ def with_kept_data(config: Config, folder: Path | None) -> Config:
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("data/*/summary.json"), key=lambda path: path.stat().st_mtime):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # they are made again
-            summary = json.loads(path.read_text())
+            summary = json.loads(path.read_text(encoding="utf-8"))
             commits |= {part["source"]: part["commit"] for part in (summary, *summary["parts"]) if part["commit"]}
     train = [at_commit(path, commits) for path in config.data.sources]
     kept: dict[str, Any] = {"train": train[0] if isinstance(config.data.train, Path) else train or None}

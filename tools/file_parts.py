@@ -28,7 +28,7 @@ def cut(file: Path, folder: Path, *, size: int) -> list[Path]:
         while piece := source.read(size):
             parts.append(folder / f"{file.name}{PART}{len(parts):03d}")
             parts[-1].write_bytes(piece)
-    (folder / f"{file.name}{SUM}").write_text(f"{_sha256(file)}  {file.name}\n")
+    (folder / f"{file.name}{SUM}").write_text(f"{_sha256(file)}  {file.name}\n", encoding="utf-8")
     return parts
 
 
@@ -48,7 +48,7 @@ def join(folder: Path) -> list[Path]:
 
 def _join(sum_file: Path, folder: Path) -> Path:
     target = sum_file.with_suffix("")
-    wanted = sum_file.read_text().split()[0]
+    wanted = sum_file.read_text(encoding="utf-8").split()[0]
     if target.is_file() and _sha256(target) == wanted:
         return target
     parts = sorted(folder.rglob(f"{target.name}{PART}*"), key=lambda part: part.name)

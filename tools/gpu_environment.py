@@ -105,7 +105,7 @@ def _make(folder: Path) -> Path:
     below = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     text = "".join(f"import site; site.addsitedir({place!r})\n" for place in below)
-    Path(own, "packages-below.pth").write_text(text)
+    Path(own, "packages-below.pth").write_text(text, encoding="utf-8")
     # Transformer Engine looks for CUDA's libraries only among the packages of its own environment.
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia and nvidia.submodule_search_locations and not Path(own, "nvidia").exists():
@@ -126,7 +126,7 @@ def _look(python: Path) -> dict[str, Any]:
 
 
 def _requirements() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     tests = [requirement for requirement in extras["dev"] if requirement.startswith("pytest")]
     return [*project["dependencies"], *extras["tracking"], *tests]
@@ -137,7 +137,7 @@ def _install(python: Path, requirements: list[str], found: Mapping[str, Any], wh
     here = found["packages"]
     pins = [f"torch=={here['torch']}", *(f"{name}=={pin}" for name, pin in read_pins().items() if name not in here)]
     constraints = python.parent.parent / "constraints.txt"
-    constraints.write_text("\n".join(pins))
+    constraints.write_text("\n".join(pins), encoding="utf-8")
     _pip(python, ["--constraint", str(constraints), *requirements], wheels)
 
 
@@ -200,7 +200,7 @@ def _run(command: list[str], environment: Mapping[str, str] | None = None) -> No
 
 def read_pins() -> dict[str, str]:
     """The versions in constraints-gpu.txt, by name."""
-    lines = (line.split("#")[0].strip() for line in PINS.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in PINS.read_text(encoding="utf-8").splitlines())
     return dict(line.split("==") for line in lines if line)
 
 

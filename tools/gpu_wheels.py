@@ -166,7 +166,7 @@ def _download_source(requirement: str, folder: Path) -> None:
         _pip(["install", "--target", temporary, "setuptools", "wheel", "packaging"])
         for name, text in _TORCH_FOR_METADATA.items():
             (stand_in / name).parent.mkdir(parents=True, exist_ok=True)
-            (stand_in / name).write_text(text)
+            (stand_in / name).write_text(text, encoding="utf-8")
         (stand_in / "bin" / "nvcc").chmod(0o755)
         (stand_in / "include").mkdir()
         source = ["--no-deps", "--no-binary=:all:", "--no-build-isolation"]
@@ -190,7 +190,7 @@ def read_have(path: Path) -> dict[str, Version | None]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it with `pip list --format=freeze` on the GPU machine.")
     have: dict[str, Version | None] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         name, _, version = line.strip().partition("==")
         try:
             have[canonicalize_name(name, validate=True)] = Version(version) if version else None

@@ -136,12 +136,12 @@ def make_splits(*, seed: int, num_train: int, num_validation: int, num_sft: int,
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read what write_rows wrote."""
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _questions(rng: random.Random) -> Iterator[Question]:

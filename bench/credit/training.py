@@ -235,7 +235,7 @@ def _known_mistakes(world: World, part: str) -> np.ndarray:
         }
         for number, row in enumerate(world.rows(part), start=1)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return read_reward_file(path, world.data(part), world.tokenizer())
 
 

@@ -101,7 +101,7 @@ def make_checkpoint(folder: Path, shape: dict[str, Any], shard_bytes: int) -> in
         "tie_word_embeddings": False,
         **shape,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     description = read_description(folder)
     tensors = [
         safetensors.HfTensor(name, size, torch.bfloat16)

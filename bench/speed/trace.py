@@ -102,7 +102,7 @@ def _run(ranks: int) -> Any:
         command = [sys.executable, "-m", "bench.speed.trace", "--record", str(ranks), str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, check=True)
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
 
 def _idle_row(stages: int, chunks: int | None, orders: dict[str, list[list[Event]]]) -> Row:
@@ -215,7 +215,7 @@ def _record(world_size: int, output: Path) -> None:
         layouts = LAYOUTS if world_size == 2 else {}
         sent = {name: _sent(parallel, counted, world_size) for name, parallel in layouts.items()}
         if ranks.is_first:
-            output.write_text(json.dumps({"orders": orders, "bytes": sent}))
+            output.write_text(json.dumps({"orders": orders, "bytes": sent}), encoding="utf-8")
 
 
 def _order(stages: int, chunks: int | None, number: int) -> list[list[Event]]:

@@ -63,7 +63,7 @@ def measure() -> Iterator[Row]:
             "learning_rate": LEARNING_RATE,
             "beta": BETA,
         }
-        (hf / "work.json").write_text(json.dumps(work))
+        (hf / "work.json").write_text(json.dumps(work), encoding="utf-8")
         for how in NAMES:
             ours = Ours(data, checkpoints, cached=how == "precomputed", loss=LossConfig(type="dpo", beta=BETA))
             if how == "precomputed":
@@ -102,11 +102,11 @@ def _row(how: str, ours: Ours, pairs: list[int], packages: Path, hf: Path) -> Ro
 def _install(folder: Path) -> Path:
     """A folder with TRL in it, and what it needs beyond our own packages; made if it is not there."""
     installed = folder / "installed"  # written last, so that half an installation is not taken for one
-    if not installed.is_file() or installed.read_text() != " ".join(PACKAGES):
+    if not installed.is_file() or installed.read_text(encoding="utf-8") != " ".join(PACKAGES):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command = [*pip, "--no-deps", "--upgrade", "--target", str(folder), *PACKAGES]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-        installed.write_text(" ".join(PACKAGES))
+        installed.write_text(" ".join(PACKAGES), encoding="utf-8")
     return folder
 
 
@@ -131,7 +131,7 @@ def _their_steps(how: str, packages: Path, folder: Path) -> Iterator[dict[str, A
     log = folder / f"{how}.log"
     pipe = subprocess.PIPE
     with (
-        log.open("w") as said,
+        log.open("w", encoding="utf-8") as said,
         subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=said, text=True) as worker,
     ):
         assert worker.stdin and worker.stdout
@@ -139,7 +139,7 @@ def _their_steps(how: str, packages: Path, folder: Path) -> Iterator[dict[str, A
             yield json.loads(line)
             worker.stdin.write("go on\n")
             worker.stdin.flush()
-    assert worker.returncode == 0, log.read_text()[-3000:]
+    assert worker.returncode == 0, log.read_text(encoding="utf-8")[-3000:]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def run(folder: Path, *, precomputed: bool) -> None:
 
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr  # the trainer prints too
-    work = json.loads((folder / "work.json").read_text())
+    work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
     steps = len(work["pairs"]) // work["pairs_per_step"]
     operations: list[int] = []  # of each step of the first round
 

@@ -74,3 +74,28 @@ def test_a_reader_who_starts_at_train_reaches_every_formula_within_four_files() 
         reached |= named | (folder if "tgdpo_megatron.losses" in reached else set())
         files += 1
     assert {loss.formula.__module__ for loss in LOSSES.values()} <= reached
+
+
+def test_every_file_of_text_is_read_and_written_as_utf8() -> None:
+    """Whatever the locale says: batch jobs often have an ASCII one."""
+    places = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            calls = [
+                node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            ]
+            places += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls if _leaves_the_encoding_open(call)]
+    assert places == []
+
+
+def _leaves_the_encoding_open(call: ast.Call) -> bool:
+    """Whether a call reads or writes text, or opens a file for it, and does not say how the text is encoded."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    of_os = isinstance(function, ast.Attribute) and getattr(function.value, "id", "") == "os"
+    if of_os or any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    binary = any(isinstance(text, str) and "b" in text and len(text) <= 3 for text in texts)
+    ours = name == "read_text" and bool(call.args)  # bounded.read_text, and the formats', have no such argument
+    return (name in ("read_text", "write_text") and not ours) or (name == "open" and not binary)

@@ -57,7 +57,7 @@ class Certificate:
 
 def write_certificate(folder: Path, certificate: Certificate) -> None:
     """Write a certificate, with its seal, into a checkpoint folder."""
-    (folder / NAME).write_text(json.dumps(asdict(certificate.sealed()), indent=2))
+    (folder / NAME).write_text(json.dumps(asdict(certificate.sealed()), indent=2), encoding="utf-8")
 
 
 def hand_on(start: Path, folder: Path, manifest: CheckpointManifest) -> None:
@@ -86,7 +86,7 @@ def read_certificate(folder: Path) -> Certificate:
     """
     path = folder / NAME
     try:
-        found = Certificate(**json.loads(path.read_text()))
+        found = Certificate(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; "

@@ -241,8 +241,8 @@ def _identity(
 
 def _complete_config(path: Path, dtype: torch.dtype, architecture: str) -> None:
     """Say the dtype in config.json, under the old name too where the model came with it, and the architecture."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
     config.setdefault("architectures", [architecture])
-    path.write_text(json.dumps(config, indent=2))
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

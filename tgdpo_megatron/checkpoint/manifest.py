@@ -109,7 +109,7 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
             "manifest.json)."
         )
     try:
-        manifest = CheckpointManifest(**json.loads(path.read_text()))
+        manifest = CheckpointManifest(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError):
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
     if manifest.format != FORMAT:
@@ -126,7 +126,7 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest. It must be the last file written to a checkpoint."""
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2), encoding="utf-8")
 
 
 def hf_folder(folder: Path) -> Path:
@@ -213,6 +213,6 @@ def copy_companions(source: Path, target: Path, template: str | None = None) -> 
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = target / "tokenizer_config.json"
     if settings.is_file():  # an older tokenizer has its template in here
-        content = json.loads(settings.read_text())
+        content = json.loads(settings.read_text(encoding="utf-8"))
         content.pop("chat_template", None)
-        settings.write_text(json.dumps(content, indent=2))
+        settings.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -228,4 +228,4 @@ class HfShards:
         total = sum(tensor.bytes for _, _, tensor in self._places.values())
         weight_map = {name: file for name, (file, _, _) in self._places.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+        (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

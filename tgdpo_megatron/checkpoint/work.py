@@ -58,7 +58,7 @@ class Work:
     def finished(self) -> dict[int, dict[str, Any]]:
         """What the journal keeps, by part."""
         files = sorted((self.folder / _JOURNAL).glob("[0-9]*.json"))
-        return {int(file.stem): json.loads(file.read_text()) for file in files}
+        return {int(file.stem): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
     def do(self, job: Job, sizes: Sequence[int], processes: int) -> list[dict[str, Any]]:
         """Do all parts that are not finished.
@@ -105,7 +105,7 @@ class Work:
     def _keep(self, part: int, record: dict[str, Any]) -> None:
         path = self.folder / _JOURNAL / f"{part:05d}.json"
         whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(record))
+        whole.write_text(json.dumps(record), encoding="utf-8")
         whole.rename(path)
 
     def _check_space(self, needed: int) -> None:
@@ -192,7 +192,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
     while True:
         try:
             (folder / _JOURNAL).mkdir(parents=True, exist_ok=True)
-            lock = (folder / _JOURNAL / "lock").open("w")
+            lock = (folder / _JOURNAL / "lock").open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{target}: cannot be written ({error.strerror}).") from None
         with lock:
@@ -221,7 +221,7 @@ def _is_still_at(lock: IO[str], path: Path) -> bool:
 def _begin(work: Work, what: str) -> None:
     """Go on from what is finished, or throw it away where it is of another conversion."""
     record = work.folder / _JOURNAL / "what.json"
-    if record.is_file() and record.read_text() == what:
+    if record.is_file() and record.read_text(encoding="utf-8") == what:
         if finished := len(work.finished()):
             print(f"{work.folder}: going on from {finished} finished parts.", file=sys.stderr)
         return
@@ -236,7 +236,7 @@ def _begin(work: Work, what: str) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    record.write_text(what)
+    record.write_text(what, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- processes

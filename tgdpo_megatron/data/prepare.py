@@ -437,7 +437,7 @@ def save_prepared(prepared: PreparedPairs, folder: Path) -> None:
     part = folder / "pairs.safetensors.tmp"
     part.write_bytes(save(arrays))  # the library's own writing would report a full disk in its own words
     os.replace(part, folder / "pairs.safetensors")
-    (folder / "summary.json").write_text(json.dumps(asdict(prepared.summary), indent=2))
+    (folder / "summary.json").write_text(json.dumps(asdict(prepared.summary), indent=2), encoding="utf-8")
 
 
 def _with_progress(text_pairs: list[TextPair]) -> Any:

@@ -176,7 +176,7 @@ def _serve(connection: Connection, seconds: float, idle: float) -> None:
 
     connection.send_bytes(b"ready")
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # a template does not speak to the user
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         pages = int(file.read().split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = pages * resource.getpagesize() + MEMORY

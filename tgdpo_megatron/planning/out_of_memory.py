@@ -71,7 +71,7 @@ def available(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[1]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (text := group.read_text().strip()).isdigit():
+    if group.is_file() and (text := group.read_text(encoding="utf-8").strip()).isdigit():
         machine = min(machine, int(text))
     share = machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -209,9 +209,9 @@ class Logger:
         path = output / "metrics.jsonl"
         kept = _lines_until(first, path) if first and path.is_file() else []
         part = path.with_suffix(".tmp")
-        part.write_text("".join(kept))
+        part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, path)  # a run that is killed now keeps its lines
-        self.lines = path.open("a")
+        self.lines = path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -250,7 +250,7 @@ def _tag(name: str) -> str:
 def _lines_until(iteration: int, path: Path) -> list[str]:
     """The lines of metrics up to an iteration. A line that a killed run left incomplete is dropped."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if json.loads(line)["iteration"] <= iteration:
                 kept.append(line)

@@ -146,5 +146,5 @@ def closing_lines(
 
 def held_out_results(output: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics that hold held-out results."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [metrics for metrics in map(json.loads, lines) if "eval/loss" in metrics]

@@ -105,14 +105,14 @@ class Journal:
             print(f"   $ {self.commands[-1]}", flush=True)
             log = self.output / "logs" / f"{len(self.commands):02}-{module}.log"
         environment = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             # Progress bars are shown in a terminal only.
             errors = None if sys.stderr.isatty() else file
             code = subprocess.call(
                 [sys.executable, *command[1:]], stdout=file, stderr=errors, env={**os.environ, **environment}
             )
         if code:
-            print("".join(log.read_text().splitlines(keepends=True)[-40:]), file=sys.stderr)
+            print("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-40:]), file=sys.stderr)
             sentence = f"{module} ended with exit code {code}; its whole output is in {log}."
             if code == USER_ERROR:
                 raise UserError(sentence)
@@ -145,7 +145,7 @@ class Quality:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def mean(values: Sequence[float]) -> float:

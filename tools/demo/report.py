@@ -102,7 +102,7 @@ def write_report(journal: Journal, effort: Effort, rows: Sequence[Row], found: S
         "effort": asdict(effort),
         "commands": journal.commands,
     }
-    (output / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    (output / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return _as_text(comparison)
 
 
@@ -254,7 +254,7 @@ def _write_figure(output: Path, charts: Sequence[Chart], pairs: Sequence[TokenPa
     """Write the picture of the README: margin and accuracy, above one rejected answer of each kind."""
     labelled = [(pair.prompt, pair.rejected) for pair in pairs]
     caption = "Token reward of rejected answers (orange: the guidance dislikes it; underlined: known to be wrong)"
-    (output / "figure.svg").write_text(figure_svg(charts, labelled, reward_limit(pairs), caption))
+    (output / "figure.svg").write_text(figure_svg(charts, labelled, reward_limit(pairs), caption), encoding="utf-8")
 
 
 def _sample(row: Row, qualities: dict[str, Quality], place: int) -> Sample:
