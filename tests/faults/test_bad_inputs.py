@@ -1,7 +1,7 @@
 """Bad input, as a user meets it: the real programs, started from a shell.
 
-Each mistake gets one sentence on stderr and exit code 2, no traceback, and leaves nothing half-written. Checks
-that need no process are in tests/unit.
+Each mistake gets one sentence on stderr and exit code 2, no traceback, and leaves nothing half-written. Here are those
+that need more than one sentence to be compared; the others are a list, in tests/faults/inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-MARK = "TGDPO_TEST_MARK"
+from tests.faults.inputs.run import MARK, ROOT, end_of
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,6 @@ def say(module: str, *arguments: str, **changes: str) -> Said:
     return said
 
 
-def end_of(mark: str) -> list[str]:
-    """Give what a program started five seconds to end; end the rest, and return their command lines."""
-    _, alive = psutil.wait_procs([process for process in psutil.process_iter() if _is_marked(process, mark)], timeout=5)
-    left = [" ".join(process.cmdline()) for process in alive]
-    for process in alive:
-        process.kill()
-    return left
-
-
-def _is_marked(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get(MARK) == mark
-    except psutil.Error:
-        return False
-
-
 def assert_refused(said: Said, *words: str) -> None:
     """Exit code 2 and exactly one error sentence, which holds these words."""
     everything = f"exit code {said.code}\n{said.out}\n{said.err}"
@@ -86,11 +69,6 @@ def assert_refused(said: Said, *words: str) -> None:
     assert "Traceback" not in said.out + said.err, everything
     assert len(said.errors) == 1, everything
     assert all(word in said.errors[0] for word in words), said.errors[0]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -123,37 +101,7 @@ def settings(checkpoint: Path, pairs: Path, output: Path) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- settings
-
-
-def test_a_misspelt_key_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
-    said = train("loss.bta=0.1")
-    assert_refused(said, "unknown key 'loss.bta'; did you mean 'loss.beta'")
-    assert said.err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_value_out_of_range_is_refused_before_anything_is_loaded(train: Callable[..., Said], tmp_path: Path) -> None:
-    said = train("loss.beta=0")
-    assert_refused(said, "loss.beta=0 is refused: input should be greater than 0")
-    assert said.seconds < NETWORK_WAIT
-    assert not (tmp_path / "run").exists()
-
-
-def test_fp8_without_a_gpu_is_refused_and_leaves_nothing(train: Callable[..., Said], tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    said = train("train.precision=bf16", "train.fp8=hybrid")
-    assert_refused(said, "train.fp8=hybrid cannot be computed here: there is no GPU; leave it out (train.fp8=null)")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_tool_called_wrongly_says_so_in_one_sentence() -> None:
-    said = say("tools.convert_hf_to_megatron", "only-one-folder")
-    assert_refused(said, "megatron_folder")
-    assert said.err == said.errors[0] + "\n"
+# ---------------------------------------------------------------- packages
 
 
 def test_a_foreign_apex_is_refused_at_start(train: Callable[..., Said], tmp_path: Path) -> None:
@@ -167,12 +115,6 @@ def test_a_foreign_apex_is_refused_at_start(train: Callable[..., Said], tmp_path
 # ---------------------------------------------------------------- data
 
 
-def test_a_missing_data_file_is_refused(train: Callable[..., Said], tmp_path: Path) -> None:
-    missing = tmp_path / "no.jsonl"
-    assert_refused(train(f"data.train={missing}"), f"{missing}: no such data file")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_malformed_line_is_named_once_for_all_ranks(train: Callable[..., Said], tmp_path: Path) -> None:
     """With two ranks: the one that reads speaks for both, and neither is left waiting."""
     bad = tmp_path / "bad.jsonl"
@@ -180,21 +122,6 @@ def test_a_malformed_line_is_named_once_for_all_ranks(train: Callable[..., Said]
     said = train(f"data.train={bad}", "parallel.tensor_model_parallel_size=2", options=["--nproc-per-node=2"])
     assert_refused(said, f"{bad} line 2: not valid JSON")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_unknown_layout_is_refused_with_its_columns_and_the_mapping_that_reads_it(
-    train: Callable[..., Said], tmp_path: Path
-) -> None:
-    odd = tmp_path / "odd.jsonl"
-    odd.write_text('{"question": "a", "good": "b", "bad": "c"}\n')
-    said = train(f"data.train={odd}")
-    mapping = "'data.columns={prompt: question, chosen: good, rejected: bad}' it is read as trl"
-    assert_refused(said, f"{odd}: not a known format", mapping, "question (string), good (string), bad (string)")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_misspelt_layout_is_refused_with_the_known_ones(train: Callable[..., Said]) -> None:
-    assert_refused(train("data.format=sharegpt"), "data.format='sharegpt' is refused", "llama_factory_sharegpt")
 
 
 def test_a_token_budget_smaller_than_a_pair_is_refused_and_the_needed_one_named(
@@ -210,36 +137,6 @@ def test_a_token_budget_smaller_than_a_pair_is_refused_and_the_needed_one_named(
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def damaged(hf_model: Path, target: Path, damage: str) -> tuple[Path, str]:
-    """A HuggingFace folder with something wrong, and the words that should name it."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(hf_model, target)
-    shard = target / "model.safetensors"
-    if damage == "no weights":
-        shard.unlink()
-        return target, "no weights there"
-    if damage == "truncated shard":
-        shard.write_bytes(shard.read_bytes()[:-1000])
-        return target, "model.safetensors: this weight shard is damaged or truncated"
-    if damage == "unsupported architecture":
-        config = json.loads((target / "config.json").read_text())
-        config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
-        (target / "config.json").write_text(json.dumps(config))
-        return target, "architecture 'MambaForCausalLM' is not supported; supported: Gemma2ForCausalLM, "
-    weights = load_file(shard)
-    weights["model.norm.weight"][7] = math.nan
-    save_file(weights, shard, metadata={"format": "pt"})
-    return target, "model.norm.weight holds numbers that are not finite"
-
-
-@pytest.mark.parametrize("damage", ["no weights", "truncated shard", "unsupported architecture", "weight not finite"])
-def test_a_damaged_model_is_not_converted(damage: str, hf_model: Path, tmp_path: Path) -> None:
-    source, words = damaged(hf_model, tmp_path / "hf", damage)
-    assert_refused(say("tools.convert_hf_to_megatron", str(source), str(tmp_path / "megatron")), str(source), words)
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_checkpoint_with_a_weight_that_is_not_finite_is_refused(
@@ -301,28 +198,6 @@ def test_a_path_that_is_no_name_on_a_hub_is_not_looked_for_there(train: Callable
     assert not record.exists(), record.read_text()
     assert said.seconds < NETWORK_WAIT
     assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------- output
-
-
-def test_an_output_folder_in_use_is_left_as_it_was(train: Callable[..., Said], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text("a run of yesterday")
-    before = contents(run)
-    said = train()
-    assert_refused(said, f"{run}: already there and not empty", "train.resume=true")
-    assert said.err == said.errors[0] + "\n"  # no warnings of libraries around the sentence
-    assert contents(run) == before
-
-
-def test_an_output_folder_that_cannot_be_made_is_refused(train: Callable[..., Said], tmp_path: Path) -> None:
-    """Below a regular file: that is refused to root as well."""
-    (tmp_path / "file").write_text("mine")
-    output = tmp_path / "file" / "run"
-    assert_refused(train(f"train.output={output}"), f"{output}: cannot be written")
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- while training

@@ -501,7 +501,7 @@ def test_a_prepared_folder_that_lost_a_file_is_refused_as_such(
 ) -> None:
     prepare([row()])
     (tmp_path / "prepared" / lost).unlink()
-    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+    with pytest.raises(UserError, match="no such summary of prepared pairs|not a folder of prepared pairs"):
         prepare_pairs(DataConfig(), tmp_path / "prepared", tokenizer, tmp_path / "unused")
 
 
@@ -514,7 +514,7 @@ def test_pairs_are_the_same_whatever_layout_they_came_in(prepare: Callable[..., 
 
 
 def test_a_folder_that_holds_no_prepared_pairs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a folder of prepared pairs"):
+    with pytest.raises(UserError, match="summary.json: no such summary of prepared pairs"):
         load_prepared(tmp_path)
 
 

@@ -293,7 +293,7 @@ def test_a_truncated_saved_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(folder).startswith(f"{folder}: cannot be read (")
 
 
-@pytest.mark.parametrize("content", ["{}", "not json", '{"_data_files": [7]}', "[]"])
+@pytest.mark.parametrize("content", ["{}", "7", '{"_data_files": [7]}', "[]"])
 def test_a_damaged_description_of_a_saved_folder_is_refused(content: str, tmp_path: Path) -> None:
     folder = save_dataset(tmp_path / "saved", ROWS)
     (folder / "state.json").write_text(content)

@@ -218,7 +218,7 @@ def test_what_a_store_lacks_is_found(prepared_by_hand: Callable[..., Any], data:
     assert missing["better"].all()
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "not json", '{"reference": "a", "unknown": 1}'])
+@pytest.mark.parametrize("content", ["{}", "[1]", "7", '{"reference": "a", "unknown": 1}'])
 def test_a_foreign_manifest_is_refused(content: str, data: PreparedPairs, tmp_path: Path) -> None:
     folder = write_store(tmp_path / "scores", data)
     (folder / "manifest.json").write_text(content)

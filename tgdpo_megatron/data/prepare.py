@@ -286,7 +286,10 @@ def _tokenise(texts: TextPairs, source: Path, tokenizer: Any, config: DataConfig
     except UserError as error:
         if config.template in (None, AS_THEY_ARE):
             raise
-        raise UserError(f"data.template={config.template}: {error}") from None
+        said = str(error)
+        raise UserError(
+            f"data.template={config.template}: {said}{'' if said.endswith('.') else '; mend it.'}"
+        ) from None
     summary = Summary(
         source=str(source),
         commit=commit_of(source),

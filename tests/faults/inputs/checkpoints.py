@@ -51,67 +51,202 @@ def _without_hf(folder: Path) -> None:
 
 
 ENTRIES = [
-    BadInput("no model given", train(given=("data.train=pairs.jsonl",)), "?"),
-    BadInput("a checkpoint that is not there", export("no"), "?"),
-    BadInput("a HuggingFace folder to export", export("hf"), "?"),
+    BadInput(
+        "no model given",
+        train(given=("data.train=pairs.jsonl",)),
+        "model.checkpoint is not set; give the model to start from.",
+    ),
+    BadInput("a checkpoint that is not there", export("no"), "no: no such checkpoint folder."),
+    BadInput(
+        "a HuggingFace folder to export",
+        export("hf"),
+        "hf: this is a HuggingFace model; convert it with python -m tools.convert_hf_to_megatron "
+        "HF_FOLDER MEGATRON_FOLDER.",
+    ),
     BadInput(
         "an empty folder for a model",
         train("model.checkpoint=empty"),
-        "?",
+        "empty: neither a HuggingFace model (no config.json) nor a Megatron checkpoint of this project "
+        "(no manifest.json).",
         make=lambda folder: (folder / "empty").mkdir(),
     ),
-    manifest("a manifest that is no JSON", "{", "?"),
-    manifest("a manifest that is a list", [], "?"),
-    manifest("a manifest nested 100,000 deep", "[" * 100_000, "?"),
-    manifest("a manifest with 5,000 digits", '{"format": ' + "9" * 5000 + "}", "?"),
     manifest(
-        "a manifest of another format", {"format": 1, "weights": "", "dtype": "", "tokenizer": "", "template": ""}, "?"
+        "a manifest that is no JSON", "{", "megatron/manifest.json: not a checkpoint manifest; convert the model again."
+    ),
+    manifest(
+        "a manifest that is a list", [], "megatron/manifest.json: not a checkpoint manifest; convert the model again."
+    ),
+    manifest(
+        "a manifest nested 100,000 deep",
+        "[" * 100_000,
+        "megatron/manifest.json: not a checkpoint manifest; convert the model again.",
+    ),
+    manifest(
+        "a manifest with 5,000 digits",
+        '{"format": ' + "9" * 5000 + "}",
+        "megatron/manifest.json: not a checkpoint manifest; convert the model again.",
+    ),
+    manifest(
+        "a manifest of another format",
+        {"format": 1, "weights": "", "dtype": "", "tokenizer": "", "template": ""},
+        "megatron/manifest.json: the checkpoint has format 1, but this version reads format 2; convert "
+        "the model again.",
     ),
     BadInput(
-        "a manifest with another fingerprint", train(), "?", make=edit_json("megatron/manifest.json", weights="0" * 64)
-    ),
-    BadInput("no index", train(), "?", make=remove("megatron/weights/.metadata")),
-    BadInput("an index of no bytes", export(), "?", files={"megatron/weights/.metadata": b""}),
-    BadInput("an index that was cut", export(), "?", make=cut("megatron/weights/.metadata", 0.5)),
-    BadInput(
-        "an index that calls a program", export(), "?", files={"megatron/weights/.metadata": pickle.dumps(_Calls())}
+        "a manifest with another fingerprint",
+        train(),
+        "megatron/certificate.json: the certificate is of other weights than the checkpoint's; make one "
+        "with python -m tools.certify HF_FOLDER megatron.",
+        make=edit_json("megatron/manifest.json", weights="0" * 64),
     ),
     BadInput(
-        "an index that is an empty mapping", export(), "?", files={"megatron/weights/.metadata": pickle.dumps({})}
+        "no index", train(), "megatron: the checkpoint has no weights.", make=remove("megatron/weights/.metadata")
+    ),
+    BadInput(
+        "an index of no bytes",
+        export(),
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged (IndexError)).",
+        files={"megatron/weights/.metadata": b""},
+    ),
+    BadInput(
+        "an index that was cut",
+        export(),
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged (IndexError)).",
+        make=cut("megatron/weights/.metadata", 0.5),
+    ),
+    BadInput(
+        "an index that calls a program",
+        export(),
+        "megatron/weights/.metadata: the checkpoint's index is damaged (it has something else where a "
+        "Metadata belongs).",
+        files={"megatron/weights/.metadata": pickle.dumps(_Calls())},
+    ),
+    BadInput(
+        "an index that is an empty mapping",
+        export(),
+        "megatron/weights/.metadata: the checkpoint's index is damaged (it has something else where a "
+        "Metadata belongs).",
+        files={"megatron/weights/.metadata": pickle.dumps({})},
     ),
     BadInput(
         "an index that is an empty ordered mapping",
         export(),
-        "?",
+        "megatron/weights/.metadata: the checkpoint's index is damaged (it has something else where a "
+        "Metadata belongs).",
         files={"megatron/weights/.metadata": pickle.dumps(OrderedDict())},
     ),
-    BadInput("no common part", train(), "?", make=remove("megatron/weights/common.pt")),
     BadInput(
-        "a common part that calls a program", train(), "?", files={"megatron/weights/common.pt": pickle.dumps(_Calls())}
+        "no common part",
+        train(),
+        "megatron/weights/common.pt: this part of the checkpoint cannot be read (no such file).",
+        make=remove("megatron/weights/common.pt"),
+        late=True,
     ),
-    BadInput("weights that are missing", export(), "?", make=remove("megatron/weights/__0_0.distcp")),
-    BadInput("weights that were cut", export(), "?", make=cut("megatron/weights/__0_0.distcp", 0.6)),
-    BadInput("a flipped bit in the weights", train(), "?", make=_flip("megatron/weights/__0_0.distcp", 0.5)),
-    BadInput("no configuration in a checkpoint", train(), "?", make=_without_hf),
-    BadInput("no certificate", train(), "?", make=remove("megatron/certificate.json")),
+    BadInput(
+        "a common part that calls a program",
+        train(),
+        "megatron/weights/common.pt: this part of the checkpoint cannot be read (it is not a file of "
+        "torch.save (File is not a zip file)).",
+        files={"megatron/weights/common.pt": pickle.dumps(_Calls())},
+        late=True,
+    ),
+    BadInput(
+        "weights that are missing",
+        export(),
+        "megatron/weights/__0_0.distcp: this part of the checkpoint cannot be read (no such file).",
+        make=remove("megatron/weights/__0_0.distcp"),
+    ),
+    BadInput(
+        "weights that were cut",
+        export(),
+        "megatron/weights/__0_0.distcp: this part of the checkpoint cannot be read (it ends before a "
+        "block that the index places in it).",
+        make=cut("megatron/weights/__0_0.distcp", 0.6),
+    ),
+    BadInput(
+        "a flipped bit in the weights",
+        train(),
+        "megatron: the weights are not those that the manifest names; the checkpoint was altered.",
+        make=_flip("megatron/weights/__0_0.distcp", 0.5),
+        late=True,
+    ),
+    BadInput("no configuration in a checkpoint", train(), "megatron/hf: no such model folder.", make=_without_hf),
+    BadInput(
+        "no certificate",
+        train(),
+        "megatron: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's "
+        "log-probs; make one with python -m tools.certify HF_FOLDER megatron, or set "
+        "model.require_certificate=false.",
+        make=remove("megatron/certificate.json"),
+    ),
     BadInput(
         "a certificate that was edited",
         train(),
-        "?",
+        "megatron/certificate.json: the certificate was altered; make one with python -m tools.certify "
+        "HF_FOLDER megatron.",
         make=edit_json("megatron/certificate.json", largest_difference=0.0),
     ),
-    BadInput("a certificate nested 100,000 deep", train(), "?", files={"megatron/certificate.json": "[" * 100_000}),
-    BadInput("an export over files of the user", export(), "?", files={"out/mine.txt": "mine"}),
-    # Runs that go on.
-    resumed("a run that is not there", "?", "train.output=nowhere"),
-    resumed("a run that is finished", "?", "train.train_iters=2"),
-    resumed("another loss in a run that goes on", "?", "loss.beta=0.2"),
-    resumed("another seed in a run that goes on", "?", "train.seed=7"),
-    resumed("other pairs in a run that goes on", "?", make=_other_pairs, leaves=("run/data/*",)),
-    resumed("settings of a run that are gone", "?", make=remove("run/config.yaml")),
-    resumed("settings of a run that are empty", "?", files={"run/config.yaml": ""}),
-    resumed(
-        "settings of a run with an alias bomb", "?", files={"run/config.yaml": f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n"}
+    BadInput(
+        "a certificate nested 100,000 deep",
+        train(),
+        "megatron/certificate.json: not a certificate; make one with python -m tools.certify HF_FOLDER megatron.",
+        files={"megatron/certificate.json": "[" * 100_000},
     ),
-    resumed("an iteration in words", "?", make=edit_json(f"{NEWEST}/manifest.json", iteration="two")),
+    BadInput(
+        "an export over files of the user",
+        export(),
+        "out: already there and not empty; choose another folder.",
+        files={"out/mine.txt": "mine"},
+    ),
+    # Runs that go on.
+    resumed(
+        "a run that is finished",
+        "run: this run is finished (iter-0000002); raise train.train_iters to go on.",
+        "train.train_iters=2",
+        late=True,
+    ),
+    resumed(
+        "another loss in a run that goes on",
+        "run/checkpoints/iter-0000002: the run has loss.beta=0.1, not 0.2; continue it as it was, or start a new run.",
+        "loss.beta=0.2",
+        late=True,
+    ),
+    resumed(
+        "another seed in a run that goes on",
+        "run/checkpoints/iter-0000002: the run has train.seed=42, not 7; continue it as it was, or start a new run.",
+        "train.seed=7",
+        late=True,
+    ),
+    resumed(
+        "other pairs in a run that goes on",
+        "run/checkpoints/iter-0000002: the run had other pairs than now; start a new run.",
+        make=_other_pairs,
+        leaves=("run/data/*",),
+        late=True,
+    ),
+    resumed(
+        "settings of a run that are gone",
+        "run/config.yaml: the operating system refused with 'No such file or directory'; TGDPO_DEBUG=1 "
+        "shows at which line of the program.",
+        make=remove("run/config.yaml"),
+        late=True,
+    ),
+    resumed(
+        "settings of a run that are empty",
+        "run/config.yaml: the settings of the run were altered; they are no groups of settings any more.",
+        files={"run/config.yaml": ""},
+        late=True,
+    ),
+    resumed(
+        "settings of a run with an alias bomb",
+        "run/config.yaml: the settings of the run were altered; they are no groups of settings any more.",
+        files={"run/config.yaml": f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n"},
+        late=True,
+    ),
+    resumed(
+        "an iteration in words",
+        "run/checkpoints/iter-0000002/manifest.json: iteration cannot be 'two'; convert the model again.",
+        make=edit_json(f"{NEWEST}/manifest.json", iteration="two"),
+        late=True,
+    ),
 ]

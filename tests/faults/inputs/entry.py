@@ -28,6 +28,7 @@ class BadInput:
         room: Bytes of a small disk that is mounted at `disk`.
         obeys: Whether the command has to obey permissions, which root does not.
         leaves: Files that may be there or changed afterwards, as patterns.
+        late: Whether the work has begun when it is refused, which takes seconds: only `make faults` tries it.
         fresh: Whether Python itself must start anew: for several ranks, and for what is read when Python starts.
         seconds: How long it may take, the start of Python and torch left out.
         skip: Why it cannot be tried here, or None.
@@ -43,6 +44,7 @@ class BadInput:
     room: int | None = None
     obeys: bool = False
     leaves: tuple[str, ...] = ()
+    late: bool = False
     fresh: bool = False
     seconds: float = 10
     skip: Callable[[], str | None] = lambda: None
@@ -55,7 +57,6 @@ SMALL = (
     "train.micro_batch_size=2",
     "optimizer.lr_warmup_iters=0",
 )
-OPTIONS = ("--conf", "--recipe", "--nproc-per-node")
 
 
 def train(*changes: str, given: tuple[str, ...] = ("model.checkpoint=megatron", "data.train=pairs.jsonl")) -> Any:
@@ -89,16 +90,6 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
         (folder / name).write_text(json.dumps(kept), encoding="utf-8")
 
     return edit
-
-
-def both(*makers: Callable[[Path], None]) -> Callable[[Path], None]:
-    """One after the other."""
-
-    def make(folder: Path) -> None:
-        for maker in makers:
-            maker(folder)
-
-    return make
 
 
 def remove(name: str) -> Callable[[Path], None]:

@@ -19,6 +19,8 @@ from typing import Any
 from tests.faults.inputs.entry import BadInput
 from tests.faults.inputs.run import MARK, ROOT, SECONDS_TO_START, Programs, limit
 
+READY = "ready\n"
+
 
 class ForkedPrograms(Programs):
     """Programs that start at once, but for entries that need a fresh Python."""
@@ -32,6 +34,7 @@ class ForkedPrograms(Programs):
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._server.stdout and self._server.stdout.readline() == READY
 
     def run(self, entry: BadInput, folder: Path, environment: dict[str, str]) -> tuple[int | None, str, str]:
         if entry.fresh:
@@ -62,6 +65,7 @@ class ForkedPrograms(Programs):
 def serve() -> None:
     """Fork for each line of standard input, and answer with the exit code."""
     _load()
+    print(READY, end="", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

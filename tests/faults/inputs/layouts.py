@@ -7,26 +7,86 @@ from tests.faults.inputs.entry import BadInput, score, train
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 
 ENTRIES = [
-    BadInput("one process for two tensor-parallel ranks", train(f"{TP}=2"), "?"),
-    BadInput("three processes for a pipeline of two", train("--nproc-per-node=3", f"{PP}=2"), "?"),
-    BadInput("no process", train("--nproc-per-node=0"), "?"),
-    BadInput("a word for a number of processes", train("--nproc-per-node=all"), "?"),
-    BadInput("a million processes", train("--nproc-per-node=1000000"), "?"),
-    BadInput("context parallelism", train("--nproc-per-node=2", "parallel.context_parallel_size=2"), "?"),
-    BadInput("sequence parallelism without tensor parallelism", train("parallel.sequence_parallel=true"), "?"),
-    BadInput("chunks of a pipeline without a pipeline", train("parallel.virtual_pipeline_model_parallel_size=2"), "?"),
     BadInput(
-        "a tensor-parallel size that does not divide the heads", train("--nproc-per-node=3", f"{TP}=3"), "?", fresh=True
+        "one process for two tensor-parallel ranks",
+        train(f"{TP}=2"),
+        "1 process cannot be split into model copies of 2 (tensor 2 × pipeline 1); change "
+        "--nproc-per-node or the parallel sizes.",
     ),
-    BadInput("a pipeline that does not divide the layers", train("--nproc-per-node=4", f"{PP}=4"), "?", fresh=True),
-    BadInput("a batch that micro-batches do not fill", train("train.global_batch_size=5"), "?"),
-    BadInput("more pairs in a step than in the file", train("train.global_batch_size=64"), "?"),
-    BadInput("a token budget smaller than a pair", train("train.micro_batch_tokens=16"), "?"),
+    BadInput(
+        "three processes for a pipeline of two",
+        train("--nproc-per-node=3", f"{PP}=2"),
+        "3 processes cannot be split into model copies of 2 (tensor 1 × pipeline 2); change "
+        "--nproc-per-node or the parallel sizes.",
+    ),
+    BadInput("no process", train("--nproc-per-node=0"), "--nproc-per-node must be at least 1, not 0."),
+    BadInput(
+        "a word for a number of processes",
+        train("--nproc-per-node=all"),
+        "command line: argument --nproc-per-node: invalid int value: 'all'; see python -m recipes.train --help.",
+    ),
+    BadInput(
+        "a million processes",
+        train("--nproc-per-node=1000000"),
+        "train.global_batch_size=4 pairs is not a multiple of micro_batch_size × data-parallel size = 2 "
+        "× 1000000 = 2000000; change one of them.",
+    ),
+    BadInput(
+        "context parallelism",
+        train("--nproc-per-node=2", "parallel.context_parallel_size=2"),
+        "parallel.context_parallel_size=2 is not supported: it would split a pair's sum over tokens "
+        "before the loss; set it to 1.",
+    ),
+    BadInput(
+        "sequence parallelism without tensor parallelism",
+        train("parallel.sequence_parallel=true"),
+        "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false.",
+    ),
+    BadInput(
+        "chunks of a pipeline without a pipeline",
+        train("parallel.virtual_pipeline_model_parallel_size=2"),
+        "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1; unset it.",
+    ),
+    BadInput(
+        "a tensor-parallel size that does not divide the heads",
+        train("--nproc-per-node=3", f"{TP}=3"),
+        "parallel.tensor_model_parallel_size=3 does not divide the model's 4 attention heads; choose a divisor.",
+        fresh=True,
+    ),
+    BadInput(
+        "a pipeline that does not divide the layers",
+        train("--nproc-per-node=4", f"{PP}=4"),
+        "4 pipeline stages (pipeline 4 × virtual 1) do not divide the model's 2 layers; choose a divisor.",
+        fresh=True,
+    ),
+    BadInput(
+        "a batch that micro-batches do not fill",
+        train("train.global_batch_size=5"),
+        "train.global_batch_size=5 pairs is not a multiple of micro_batch_size × data-parallel size = 2 "
+        "× 1 = 2; change one of them.",
+    ),
+    BadInput(
+        "more pairs in a step than in the file",
+        train("train.global_batch_size=64"),
+        "train.global_batch_size=64 is more than the 6 pairs of pairs.jsonl; lower it.",
+    ),
+    BadInput(
+        "a token budget smaller than a pair",
+        train("train.micro_batch_tokens=16"),
+        "pairs.jsonl: the longest pair (row 3 of pairs.jsonl) has 56 tokens and does not fit "
+        "train.micro_batch_tokens=16; raise it to 56 or more, or lower data.max_length.",
+        late=True,
+    ),
     BadInput(
         "a token budget that sequence parallelism does not split",
         train("--nproc-per-node=2", f"{TP}=2", "parallel.sequence_parallel=true", "train.micro_batch_tokens=65"),
-        "?",
+        "train.micro_batch_tokens=65 is not a multiple of 2 (parallel.tensor_model_parallel_size=2, over "
+        "which sequence_parallel splits the tokens); round it up to 66.",
     ),
-    BadInput("sequences longer than the model's positions", train("data.max_length=512"), "?"),
-    BadInput("scoring with a layout that one process cannot have", score(f"{PP}=2"), "?"),
+    BadInput(
+        "scoring with a layout that one process cannot have",
+        score(f"{PP}=2"),
+        "1 process cannot be split into model copies of 2 (tensor 1 × pipeline 2); change "
+        "--nproc-per-node or the parallel sizes.",
+    ),
 ]

@@ -27,7 +27,7 @@ from tests.faults.inputs.entry import BadInput
 ROOT = Path(__file__).resolve().parents[3]
 MARK = "TGDPO_TEST_MARK"
 """Marks the processes of a program, which inherit their environment."""
-SECONDS_TO_START = 30
+SECONDS_TO_START = 60
 """What Python and torch may take to start on a busy machine."""
 _NOT_INHERITED = re.compile(
     "RANK|WORLD_SIZE|LOCAL_RANK|MASTER_.*|SLURM_.*|TORCHELASTIC_.*|TGDPO_.*|PYTEST_.*|LC_.*|LANG"
