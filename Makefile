@@ -54,7 +54,7 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 roundtrip: $(STAMP)  ## HuggingFace to Megatron and back, every family: bits, log-probs at four layouts, certificates
 	$(RUN) -m tests.roundtrip --json results/roundtrip.json
 
-faults: $(STAMP)  ## bad inputs, each with what the program said
+faults: $(STAMP)  ## bad inputs, damaged checkpoints, killed runs: each with what the program did; fifteen minutes
 	OMP_NUM_THREADS=1 $(RUN) -m tests.faults --json results/faults.json
 
 bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limits; fifteen minutes

@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--inputs", action="store_true", help="bad inputs; without such an option all parts run")
     parser.add_argument(
-        "--checkpoints", action="store_true", help="checkpoints of strangers, damaged thousands of times"
+        "--checkpoints", action="store_true", help="checkpoints of strangers, damaged in many ways"
     )
     parser.add_argument("--runs", action="store_true", help="runs that are killed, damaged, moved to other layouts")
     parser.add_argument("--only", default="", help="run rows whose name or subject contains this")
