@@ -61,14 +61,14 @@ def test_what_cannot_be_a_place_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("tasks", "words"), [("2", "srun started several tasks"), ("two", "SLURM_NTASKS='two' is not")]
+    ("tasks", "words"), [("3", "srun started 3 tasks"), ("two", "SLURM_NTASKS='two' is not")]
 )
-def test_several_tasks_of_srun_are_refused(tasks: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tasks_of_srun_than_nodes_are_refused(tasks: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, SLURM_STEP_ID="0", SLURM_NTASKS=tasks)
     with pytest.raises(UserError, match=words):
-        refuse_tasks_without_ranks()
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    refuse_tasks_without_ranks()
+        refuse_tasks_without_ranks(nodes=2)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    refuse_tasks_without_ranks(nodes=2)
 
 
 def test_a_low_limit_of_open_files_is_raised_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

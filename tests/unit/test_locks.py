@@ -17,10 +17,14 @@ FROM_PYTHON = {"pip", "setuptools"}
 """In every virtual environment of Python 3.11."""
 
 
+SERVICES = ("wandb", "mlflow")
+
+
 def project() -> dict[str, list[str]]:
-    """What pyproject.toml asks for: to run, and with each extra."""
+    """What pyproject.toml asks for: to run, and with each extra that the locks hold. Services are their users' own."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {"run": content["dependencies"], **content["optional-dependencies"]}
+    extras = content["optional-dependencies"]
+    return {"run": content["dependencies"], **{name: extras[name] for name in extras if name not in SERVICES}}
 
 
 def lock(name: str) -> dict[str, str]:

@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-import psutil
-
 LAUNCHED = "TGDPO_LAUNCHED"
 """Set where our launcher started the ranks: the file in which a rank leaves its last words."""
 STARTED = "TGDPO_STARTED"
@@ -27,6 +25,13 @@ def asking() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, FINISH, *hung_up]
 
 
+def _started() -> float:
+    """When this program was started, in seconds since 1970."""
+    import psutil  # late: errors.py, and what reads it, also run where no package is installed yet
+
+    return float(os.environ.get(STARTED) or psutil.Process().create_time())
+
+
 class Deadline:
     """The end of the time that a run has.
 
@@ -35,9 +40,7 @@ class Deadline:
     """
 
     def __init__(self, minutes: float) -> None:
-        self.end = (
-            float(os.environ.get(STARTED) or psutil.Process().create_time()) + 60 * minutes if minutes else math.inf
-        )
+        self.end = _started() + 60 * minutes if minutes else math.inf
         self.reserve = minutes * 60 * _RESERVED_AT_FIRST
         self._longest = 0.0
         self._began: float | None = None
