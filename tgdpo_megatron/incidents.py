@@ -107,12 +107,11 @@ class Incidents:
         """Write down the pairs of a step."""
         self._write(SAMPLES, step, {"pairs": self._ids(picked)})
 
-    def skip(self, step: int, what: str, picked: np.ndarray, batches: list[Batch], where: str) -> dict[str, float]:
+    def skip(self, step: int, what: str, picked: np.ndarray, batches: list[Batch]) -> dict[str, float]:
         """Count a step that is skipped, find the pairs that are the cause, and say so.
 
         Args:
             what: What is not finite, "loss" or "gradient".
-            where: The step and its pairs, in words.
 
         Returns:
             The metrics of the step.
@@ -127,7 +126,8 @@ class Incidents:
         if (before := self.history.in_a_row - 1) >= self.settings.max_skipped_steps:
             too = f", after {before} skipped in a row" if before else ""
             raise NonFiniteError(
-                f"the {what} of {where} is not finite{because}{too}; {run_folder.what_is_kept(self.output)}."
+                f"the {what} of step {step} ({self.pairs.names(picked)}) is not finite{because}{too}; "
+                f"{run_folder.what_is_kept(self.output)}."
             )
         self._say(f"step {step} is skipped: its {what} is not finite{because}; {self.history.skipped} skipped so far.")
         return self._counted()

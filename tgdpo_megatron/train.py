@@ -7,50 +7,36 @@ once by the number of pairs of all ranks, and AdamW updates the weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from megatron.core import parallel_state
 from tqdm import tqdm
 
-from tgdpo_megatron import preflight, resuming, run_folder
+from tgdpo_megatron import run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
-from tgdpo_megatron.checkpoint import located
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
-from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest
-from tgdpo_megatron.checkpoint.sources import Source
-from tgdpo_megatron.checkpoint.state import load_training_state
-from tgdpo_megatron.config import Config, check_batch_layout, on_device, with_steps
-from tgdpo_megatron.data.batch import Batch, rank_batches
-from tgdpo_megatron.data.order import Mix, global_batch, mix_of
-from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.token_scores import TokenScores
-from tgdpo_megatron.data.tokenizer import hash_of, template_of, tokenizer_for
-from tgdpo_megatron.engine import Engine, build_engine
+from tgdpo_megatron.checkpoint.manifest import HF
+from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.batch import Batch
+from tgdpo_megatron.data.tokenizer import tokenizer_for
+from tgdpo_megatron.engine import Engine
 from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, code_of, in_short
-from tgdpo_megatron.incidents import Incidents
-from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
-from tgdpo_megatron.planning.disk import check_disk
+from tgdpo_megatron.pair_losses import Start
 from tgdpo_megatron.platform import interrupts, life
-from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.clock import EVALUATING, READING, SAVING
-from tgdpo_megatron.platform.processes import Ranks, command_words, initialize_model_parallel, on_first_rank
+from tgdpo_megatron.platform.processes import Ranks, command_words, on_first_rank
 from tgdpo_megatron.platform.random_states import set_for_step
 from tgdpo_megatron.quiet import debugging
 from tgdpo_megatron.report.loggers import Logger
 from tgdpo_megatron.report.metrics import averages
-from tgdpo_megatron.report.pace import Pace, where_time_went
+from tgdpo_megatron.report.pace import where_time_went
 from tgdpo_megatron.report.terminal import (
     Loudness,
     changed_settings,
@@ -60,8 +46,8 @@ from tgdpo_megatron.report.terminal import (
     progress_words,
     result_words,
 )
-from tgdpo_megatron.run_lock import RunLock
-from tgdpo_megatron.saves import Content, Saves, best_checkpoint, is_due
+from tgdpo_megatron.run import Part, Run, prepare, start_of_training
+from tgdpo_megatron.saves import best_checkpoint, is_due
 
 EVALUATED_AT_ONCE = 1024
 """Number of validation pairs whose batches are in memory together, over all ranks."""
@@ -69,73 +55,22 @@ ROUNDING = {"fp32": 0.01, "bf16": 0.5, "fp8": 2.0}
 """How far rounding may move the log-prob of a response, nats, on average over the pairs of the first step."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Training or validation pairs, with their scores from files where the run reads any."""
-
-    pairs: PreparedPairs
-    scores: TokenScores | None
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run whose inputs have passed all checks, with this rank's part of its models.
-
-    Attributes:
-        config: The settings, with the number of steps and the number format filled in.
-        mix: How often the pairs of each file are seen; None for once in each epoch.
-        resumed_from: The checkpoint from which the run continues; None for a new run.
-        first: Number of optimizer steps done before.
-        start: What is known of the loss of the first step; None where nothing is.
-        is_new: Whether the run made its folder.
-        found: Role -> where each model was found, and how the user had named it.
-        saves: Saves its checkpoints.
-        incidents: What goes wrong in single steps.
-        lock: Keeps other jobs out of the folder.
-    """
-
-    config: Config
-    output: Path
-    engine: Engine
-    training: _Part
-    mix: Mix | None
-    validation: _Part | None
-    resumed_from: Path | None
-    first: int
-    start: Start | None
-    is_new: bool
-    found: dict[str, Source]
-    saves: Saves
-    incidents: Incidents
-    lock: RunLock
-
-    @property
-    def epoch_size(self) -> int:
-        """Training pairs in one epoch."""
-        return self.mix.epoch_size if self.mix else len(self.training.pairs)
-
-    def pace(self, ranks: Ranks) -> Pace:
-        """What measures the speed of the run."""
-        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
-        description = self.engine.chunks[0].description
-        return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
-
-
 def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) -> None:
     """Run one training job. Called on every rank.
 
     Raises:
         UserError: An input cannot be used. A folder that was not there before is removed again.
-        NonFiniteError: A loss or gradient is not finite. The last good checkpoint is kept.
-        StoppedError: A signal asked for the end. The step was finished, and a checkpoint saved.
+        NonFiniteError: Too many steps in a row had a loss or gradient that is not finite, or the weights give none that
+            is. The last good checkpoint is kept.
+        StoppedError: A signal or the clock asked for the end. The step was finished, and a checkpoint saved.
     """
-    run = _prepare(config, ranks, loudness)
-    config, engine, output, pairs = run.config, run.engine, run.output, run.training.pairs
+    run = prepare(config, ranks, loudness)
+    config, engine = run.config, run.engine
     if ranks.is_first:
         _introduce(run, loudness)
     last = config.train.train_iters or 0
     deadline = interrupts.Deadline(config.train.exit_after_minutes)
-    logger = Logger(output, config, active=ranks.is_first, first=run.first)
+    logger = Logger(run.output, config, active=ranks.is_first, first=run.first)
     progress = tqdm(
         range(run.first, last),
         initial=run.first,
@@ -146,44 +81,35 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         mininterval=1,
     )
     if config.train.fp8_recipe == "delayed":
-        engine.find_scales(_micro_batches(run.training, _picked(run, run.first), config, ranks))
-    if run.validation is not None and run.first == 0:
-        before = _evaluate(engine, run.validation, config, ranks)
-        _check_finite(before, "the validation loss before the first step", run)
-        logger.log(0, {f"eval/{name}": value for name, value in averages(before).items()})
+        engine.find_scales(run.training.micro_batches(run.pairs_of(run.first), config, ranks.device))
     if run.first == 0:
+        logger.log(0, _held_out(run, ranks, "before the first step"))
         _answer(run, ranks, "before")
     pace = run.pace(ranks)
     engine.clock.restart()
-    started, saves = time.monotonic(), run.saves
+    started = time.monotonic()
     done, stop = run.first, False
     with interrupts.noticed() as asked:
         for iteration in progress:
             began = time.monotonic()
-            picked = _picked(run, iteration)
+            picked = run.pairs_of(iteration)
             with engine.clock.during(READING):
-                batches = _micro_batches(run.training, picked, config, ranks)
+                batches = run.training.micro_batches(picked, config, ranks.device)
             done = iteration + 1
-            where = f"step {done} ({_name_samples(pairs, picked)})"
-            overdue = ranks.is_first and saves.overdue
+            overdue = ranks.is_first and run.saves.overdue
             asks = asked.received is not None or (ranks.is_first and deadline.is_near())
-            life.at(f"step {done}, forward and backward", watched=done > run.first + 1)  # the first may compile
-            metrics, stop, save = _step(run, picked, batches, done, where, stop=asks, save=overdue)
+            metrics, stop, save = _step(run, picked, batches, done, stop=asks, save=overdue)
             metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
             # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
             stop = stop and done < last
             due = not stop and (done == last or is_due(done, config.train.eval_interval))
-            if run.validation is not None and due:
-                life.at(f"evaluating after step {done}", watched=True)
-                with engine.clock.during(EVALUATING):
-                    held_out = _evaluate(engine, run.validation, config, ranks)
-                _check_finite(held_out, f"the validation loss after {where}", run)
-                metrics |= {f"eval/{name}": value for name, value in averages(held_out).items()}
-                if done < last and ranks.is_first and loudness > Loudness.QUIET:
-                    progress.write(f"step {done}: held out: {result_words(metrics, 'eval/')}")
-            told = "loss" in metrics or (due and run.validation is not None)  # little is known of a skipped step
+            held_out = _held_out(run, ranks, f"after step {done}") if due else {}
+            metrics |= held_out
+            if held_out and done < last and ranks.is_first and loudness > Loudness.QUIET:
+                progress.write(f"step {done}: held out: {result_words(held_out, 'eval/')}")
+            told = "loss" in metrics or held_out  # little is known of a skipped step
             if told and (due or stop or is_due(done, config.train.log_interval)):
                 metrics |= pace.since_last_line(engine.clock.of_all_ranks)
                 logger.log(done, metrics)
@@ -191,21 +117,11 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
                     progress.set_postfix_str(progress_words(metrics), refresh=False)
                 if ranks.is_first and loudness == Loudness.VERBOSE:
                     progress.write(json.dumps({"iteration": done, **metrics}))
-            every = config.train.export_interval
-            export = not stop and every > 0 and (done == last or is_due(done, every))
             with engine.clock.during(SAVING):
-                saves.settle()
-            if save or saves.due(done, stop=stop):
-                life.at(f"saving the checkpoint of step {done}")
-                # Finite weights can still give losses that are not finite. A forward pass tells before they are saved.
-                if "loss" not in metrics:  # a step that was skipped may have pairs that no weights suit
-                    batches = _micro_batches(run.training, _picked(run, done), config, ranks)
-                with engine.clock.during(SAVING):
-                    _check_finite(engine.forward(batches), f"the loss after {where}", run)
-                    held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-                    checkpoint = saves.save(done, held_out, wait=stop or done == last or export)
-                if export:
-                    on_first_rank(ranks, partial(_export, checkpoint, output))
+                run.saves.settle()
+                if save or run.saves.due(done, stop=stop):
+                    # A step that was skipped may have pairs that no weights suit; those of the next step show it.
+                    _save(run, ranks, done, run.pairs_of(iteration if "loss" in metrics else done), held_out, stop=stop)
             if stop:
                 progress.update()
                 break
@@ -226,7 +142,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
 
 
 def _step(
-    run: _Run, picked: np.ndarray, batches: list[Batch], done: int, where: str, *, stop: bool, save: bool
+    run: Run, picked: np.ndarray, batches: list[Batch], done: int, *, stop: bool, save: bool
 ) -> tuple[dict[str, float], bool, bool]:
     """One optimizer step, which is skipped where its loss or gradient is not finite. Collective.
 
@@ -235,13 +151,14 @@ def _step(
 
     Args:
         picked: The pairs of the step, of which `batches` are this rank's micro-batches.
-        where: The step and its pairs, for errors.
         stop, save: Whether this rank wants to stop, or to save, after the step.
 
     Returns:
         The step's metrics, without a loss where it was skipped, and whether any rank wants to stop, or to save.
     """
     engine, settings = run.engine, run.config.train
+    watched = done > run.first + 1  # the first may compile
+    life.at(f"step {done}, forward and backward", watched=watched)
     set_for_step(settings.seed, done)
     engine.zero_grad()
     # What the ranks want is added up together with the sums, so that agreeing costs no reduction of its own.
@@ -252,13 +169,13 @@ def _step(
         _check_start(totals["loss"] / totals["pairs"], run.start, run)
     learning_rate = engine.next_learning_rate()
     if not _is_finite(totals):
-        return run.incidents.skip(done, "loss", picked, batches, where), stop, save
+        return run.incidents.skip(done, "loss", picked, batches), stop, save
     loss = totals["loss"] / totals["pairs"]
     run.incidents.look_for_leap(done, loss, batches)
-    life.at(f"step {done}, update", watched=done > run.first + 1)
+    life.at(f"step {done}, update", watched=watched)
     grad_norm = engine.update()
     if not math.isfinite(grad_norm):
-        return run.incidents.skip(done, "gradient", picked, batches, where), stop, save
+        return run.incidents.skip(done, "gradient", picked, batches), stop, save
     metrics = (
         averages(totals)
         | run.incidents.done(loss)
@@ -273,7 +190,48 @@ def _step(
     return metrics, stop, save
 
 
-def _check_start(found: float, start: Start, run: _Run) -> None:
+def _held_out(run: Run, ranks: Ranks, when: str) -> dict[str, float]:
+    """The metrics of the held-out pairs, which begin with `eval/`; empty without such pairs. Collective."""
+    if run.validation is None:
+        return {}
+    life.at(f"evaluating {when}", watched=True)
+    with run.engine.clock.during(EVALUATING):
+        totals = _evaluate(run.engine, run.validation, run.config, ranks)
+    _check_finite(totals, f"the validation loss {when}", run)
+    return {f"eval/{name}": value for name, value in averages(totals).items()}
+
+
+def _evaluate(engine: Engine, validation: Part, config: Config, ranks: Ranks) -> dict[str, float]:
+    """The sums that the loss reports, over all validation pairs. Collective."""
+    totals: dict[str, float] = {}
+    for first in range(0, len(validation.pairs), EVALUATED_AT_ONCE):
+        picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(validation.pairs)))
+        part = engine.forward(validation.micro_batches(picked, config, ranks.device))
+        totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
+    return totals
+
+
+def _save(run: Run, ranks: Ranks, done: int, picked: np.ndarray, held_out: dict[str, float], *, stop: bool) -> None:
+    """Save a checkpoint, and export it where that is due. Collective.
+
+    Args:
+        picked: Pairs whose loss is computed with the new weights. Finite weights can still give losses that are not
+            finite, and a forward pass tells so before they are saved.
+        held_out: Metrics of the held-out pairs after this step.
+        stop: Whether the run ends here before its last step.
+    """
+    life.at(f"saving the checkpoint of step {done}")
+    train = run.config.train
+    batches = run.training.micro_batches(picked, run.config, ranks.device)
+    _check_finite(run.engine.forward(batches), f"the loss after step {done} ({run.training.pairs.names(picked)})", run)
+    last = done == train.train_iters
+    export = not stop and train.export_interval > 0 and (last or is_due(done, train.export_interval))
+    checkpoint = run.saves.save(done, held_out, wait=stop or last or export)
+    if export:
+        on_first_rank(ranks, partial(_export, checkpoint, run.output))
+
+
+def _check_start(found: float, start: Start, run: Run) -> None:
     """Refuse a first loss that is not what it must be while the policy is the reference. Nothing was updated yet.
 
     Raises:
@@ -292,19 +250,7 @@ def _check_start(found: float, start: Start, run: _Run) -> None:
     )
 
 
-def _picked(run: _Run, iteration: int) -> np.ndarray:
-    """The training pairs of an optimizer step."""
-    return global_batch(
-        iteration,
-        num_pairs=len(run.training.pairs),
-        global_batch_size=run.config.train.global_batch_size,
-        seed=run.config.train.seed,
-        shuffle=run.config.data.shuffle,
-        mix=run.mix,
-    )
-
-
-def _introduce(run: _Run, loudness: Loudness) -> None:
+def _introduce(run: Run, loudness: Loudness) -> None:
     """Keep the settings with the run, and say what is about to happen."""
     settings = run_folder.keep_settings(run.output, run.config, run.found)
     words, unusual = length_of_run(run.config, run.epoch_size)
@@ -334,19 +280,19 @@ def _export(checkpoint: Path, output: Path) -> None:
         tqdm.write(f"warning: not exported ({str(error).removesuffix('.')}); later: {by_hand}", file=sys.stderr)
 
 
-def _answer(run: _Run, ranks: Ranks, when: str) -> None:
+def _answer(run: Run, ranks: Ranks, when: str) -> None:
     """Let the policy answer some held-out prompts, where the report shows them. Collective."""
     if not (run.config.train.report and run.config.report.samples) or run.validation is None:
         return
     run.engine.gather_weights()
-    tokenizer = tokenizer_for(_start_of(run.config) / HF, run.config.data)
+    tokenizer = tokenizer_for(start_of_training(run.config) / HF, run.config.data)
     held_out = run.validation.pairs
     found = answer_held_out(run.engine.chunks, held_out, tokenizer, run.config, ranks.device)
     if ranks.is_first:
         keep_answers(run.output, found, when)
 
 
-def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float, went: str) -> None:
+def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> None:
     """Write the report, and say what came out of the run."""
     checkpoint = run_folder.newest_checkpoint(run.output)
     assert checkpoint is not None
@@ -366,7 +312,7 @@ def _conclude(run: _Run, ranks: Ranks, done: int, seconds: float, went: str) -> 
     print("\n".join(lines), flush=True)
 
 
-def _report(run: _Run, ranks: Ranks) -> Path | None:
+def _report(run: Run, ranks: Ranks) -> Path | None:
     """Write report.html. A run that is finished and saved does not fail by its report."""
     from tgdpo_megatron.report.run_report import write_run_report  # late: it loads matplotlib
 
@@ -379,179 +325,10 @@ def _report(run: _Run, ranks: Ranks) -> Path | None:
         return None
 
 
-def _prepare(config: Config, ranks: Ranks, loudness: Loudness) -> _Run:
-    """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
-
-    Raises:
-        UserError: An input cannot be used. A run folder that was not there before is removed again.
-    """
-    config = on_device(config, ranks.device.type)
-    check_batch_layout(config, world_size=ranks.world_size)
-    check_fp8(config.train)
-    life.at("checking the inputs")
-    on_first_rank(ranks, partial(preflight.check_services, config))
-    output = preflight.required(config.train.output, "train.output", "a folder for this run")
-    is_new = ranks.is_first and not output.exists()
-    with run_folder.removed_if_refused(output, is_first=ranks.is_first):
-        lock = RunLock(output)
-        on_first_rank(ranks, partial(_open, output, lock, config))
-        lock.share()
-        resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
-        run_folder.keep_output(output, ranks.rank)
-        quiet = loudness == Loudness.QUIET
-        commits = run_folder.kept_commits(output if resumed_from else None)
-        config = run_folder.with_kept_data(config, output if resumed_from else None)
-        config, found = located.models_on_every_rank(config, ranks, commits, quiet=quiet)
-        with located.named_as_given(config, found):
-            models = preflight.check_models(config)
-            frozen = preflight.carried_checkpoints(config)
-        template = template_of(config.data.template)
-        pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
-        counts = [file.pairs for file in pairs.files]
-        preflight.check_batch_fits(config, counts, config.train.global_batch_size)
-        mix = mix_of(counts, config.data.weights)
-        warmup = resuming.warmup_of(resumed_from) if resumed_from else None
-        config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
-        scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
-        identity = _identity(config, models, pairs, scores, template)
-        changes = resuming.check_continues(resumed_from, config, identity, models.description)
-        if ranks.is_first:
-            for change in changes:
-                print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
-        on_first_rank(ranks, partial(check_disk, output, config, models.description))
-        initialize_model_parallel(config.parallel, config.train.seed)
-        life.at("building and loading the models")
-        engine = build_engine(
-            config,
-            models.description,
-            loss=PreferenceLoss(config),
-            start=None if resumed_from else _start_of(config),
-            frozen=frozen,
-        )
-        first = 0
-        if resumed_from is not None:
-            load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
-            first = read_manifest(resumed_from).iteration or 0
-    held_out = _Part(validation, validation_scores) if validation is not None else None
-    part = _Part(pairs, scores)
-    same = models.policy.weights == models.reference.weights
-    start = start_of(config.loss) if same else None
-    saves = Saves(
-        output, config, engine, Content(identity, _start_of(config), template, run_folder.settings_text(config, found))
-    )
-    incidents = Incidents(
-        output,
-        config,
-        engine,
-        pairs,
-        lambda picked: _micro_batches(part, picked, config, ranks),
-        first=first,
-        ranks=ranks,
-    )
-    return _Run(
-        config,
-        output,
-        engine,
-        part,
-        mix,
-        held_out,
-        resumed_from,
-        first,
-        start,
-        is_new,
-        found,
-        saves,
-        incidents,
-        lock,
-    )
-
-
-def _open(output: Path, lock: RunLock, config: Config) -> None:
-    """Take the folder of the run for this job. Called on the first rank.
-
-    Raises:
-        UserError: As check_output, or another job works there.
-    """
-    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
-        lock.take()
-    run_folder.check_output(output, config)
-    lock.take()
-
-
-def _start_of(config: Config) -> Path:
-    """The checkpoint whose model is trained."""
-    return preflight.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
-
-
-def _micro_batches(part: _Part, picked: np.ndarray, config: Config, ranks: Ranks) -> list[Batch]:
-    """This data-parallel rank's micro-batches of some pairs."""
-    return rank_batches(
-        part.pairs,
-        picked,
-        config,
-        sides=config.loss.method.sides,
-        rank=parallel_state.get_data_parallel_rank(),
-        ranks=parallel_state.get_data_parallel_world_size(),
-        device=ranks.device,
-        scores=part.scores,
-    )
-
-
-def _evaluate(engine: Engine, validation: _Part, config: Config, ranks: Ranks) -> dict[str, float]:
-    """The sums that the loss reports, over all validation pairs. Collective."""
-    totals: dict[str, float] = {}
-    for first in range(0, len(validation.pairs), EVALUATED_AT_ONCE):
-        picked = np.arange(first, min(first + EVALUATED_AT_ONCE, len(validation.pairs)))
-        part = engine.forward(_micro_batches(validation, picked, config, ranks))
-        totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
-    return totals
-
-
 def _is_finite(totals: dict[str, float]) -> bool:
     return not totals["not_finite"] and all(map(math.isfinite, totals.values()))
 
 
-def _check_finite(totals: dict[str, float], what: str, run: _Run) -> None:
+def _check_finite(totals: dict[str, float], what: str, run: Run) -> None:
     if not _is_finite(totals):
         raise NonFiniteError(f"{what} is not finite; {run.saves.what_is_kept()}.")
-
-
-def _identity(
-    config: Config,
-    models: preflight.Models,
-    data: PreparedPairs,
-    scores: TokenScores | None,
-    template: str | None,
-) -> CheckpointManifest:
-    """Identity of the run's checkpoints, without fingerprints of weights and iteration.
-
-    Args:
-        template: Text of the chat template that they get in place of the tokenizer's own.
-    """
-    guidance = models.guidance.weights if models.guidance else None
-    if guidance is None and scores is not None and scores.manifest is not None:
-        guidance = scores.manifest.guidance
-    rewards = None
-    if "better" in config.loss.scores and scores is not None and scores.manifest is not None:
-        rewards = scores.manifest.prompts
-    if "reward" in config.loss.scores and config.scores.reward_file is not None:
-        rewards = hashlib.sha256(config.scores.reward_file.read_bytes()).hexdigest()
-    return CheckpointManifest(
-        weights="",
-        dtype="bfloat16" if config.train.precision == "bf16" else "float32",
-        tokenizer=models.policy.tokenizer,
-        template=models.policy.template if template is None else hash_of(template),
-        chat_template_kwargs=config.data.chat_template_kwargs,
-        reference=models.reference.weights if "reference" in config.loss.frozen_models else None,
-        guidance=guidance if "guidance" in config.loss.frozen_models else None,
-        pairs_hash=data.summary.pairs_hash,
-        rewards=rewards,
-    )
-
-
-def _name_samples(data: PreparedPairs, picked: Sequence[int] | np.ndarray) -> str:
-    more = ", …" if len(picked) > 8 else ""
-    if data.summary.parts:
-        return ", ".join(data.name(int(pair)) for pair in picked[:8]) + more
-    names = ", ".join(str(data.rows[pair]) for pair in picked[:8])
-    return f"rows {names}{more} of {Path(data.summary.source).name}"

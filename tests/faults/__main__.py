@@ -31,9 +31,7 @@ def main() -> None:
         description=tests.faults.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--inputs", action="store_true", help="bad inputs; without such an option all parts run")
-    parser.add_argument(
-        "--checkpoints", action="store_true", help="checkpoints of strangers, damaged in many ways"
-    )
+    parser.add_argument("--checkpoints", action="store_true", help="checkpoints of strangers, damaged in many ways")
     parser.add_argument("--runs", action="store_true", help="runs that are killed, damaged, moved to other layouts")
     parser.add_argument("--only", default="", help="run rows whose name or subject contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here, beside those of other parts")

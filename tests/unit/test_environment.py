@@ -60,9 +60,7 @@ def test_what_cannot_be_a_place_is_refused_by_name(
     assert words in str(refused.value) and name in str(refused.value) and len(str(refused.value)) < 300
 
 
-@pytest.mark.parametrize(
-    ("tasks", "words"), [("3", "srun started 3 tasks"), ("two", "SLURM_NTASKS='two' is not")]
-)
+@pytest.mark.parametrize(("tasks", "words"), [("3", "srun started 3 tasks"), ("two", "SLURM_NTASKS='two' is not")])
 def test_more_tasks_of_srun_than_nodes_are_refused(tasks: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, SLURM_STEP_ID="0", SLURM_NTASKS=tasks)
     with pytest.raises(UserError, match=words):

@@ -157,6 +157,14 @@ class PreparedPairs:
         """The name of a pair in error messages."""
         return f"row {self.rows[pair]} of {Path(self.file_of(pair).source).name}"
 
+    def names(self, pairs: Sequence[int] | np.ndarray) -> str:
+        """The names of some pairs, the first eight of them, in error messages."""
+        more = ", …" if len(pairs) > 8 else ""
+        if self.summary.parts:
+            return ", ".join(self.name(int(pair)) for pair in pairs[:8]) + more
+        rows = ", ".join(str(self.rows[pair]) for pair in pairs[:8])
+        return f"rows {rows}{more} of {Path(self.summary.source).name}"
+
 
 def prepare_pairs(config: DataConfig, source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
     """Tokenise `source` into `folder`. Where `source` is a folder of prepared pairs, check and read it instead.

@@ -1,0 +1,242 @@
+"""A training run: its pairs, its folder, this rank's part of its models; and how it is prepared for the first step."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from tgdpo_megatron import preflight, resuming, run_folder
+from tgdpo_megatron.checkpoint import located
+from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, read_manifest
+from tgdpo_megatron.checkpoint.sources import Source
+from tgdpo_megatron.checkpoint.state import load_training_state
+from tgdpo_megatron.config import Config, check_batch_layout, on_device, with_steps
+from tgdpo_megatron.data.batch import Batch, rank_batches
+from tgdpo_megatron.data.order import Mix, global_batch, mix_of
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.token_scores import TokenScores
+from tgdpo_megatron.data.tokenizer import hash_of, template_of
+from tgdpo_megatron.engine import Engine, build_engine
+from tgdpo_megatron.incidents import Incidents
+from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
+from tgdpo_megatron.planning.disk import check_disk
+from tgdpo_megatron.platform import life
+from tgdpo_megatron.platform.checks import check_fp8
+from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
+from tgdpo_megatron.report.pace import Pace
+from tgdpo_megatron.report.terminal import Loudness
+from tgdpo_megatron.run_lock import RunLock
+from tgdpo_megatron.saves import Content, Saves
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training or validation pairs, with their scores from files where the run reads any."""
+
+    pairs: PreparedPairs
+    scores: TokenScores | None
+
+    def micro_batches(self, picked: np.ndarray, config: Config, device: torch.device) -> list[Batch]:
+        """This data-parallel rank's micro-batches of some pairs."""
+        return rank_batches(
+            self.pairs,
+            picked,
+            config,
+            sides=config.loss.method.sides,
+            rank=parallel_state.get_data_parallel_rank(),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            device=device,
+            scores=self.scores,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose inputs have passed all checks, with this rank's part of its models.
+
+    Attributes:
+        config: The settings, with the number of steps and the number format filled in.
+        mix: How often the pairs of each file are seen; None for once in each epoch.
+        resumed_from: The checkpoint from which the run continues; None for a new run.
+        first: Number of optimizer steps done before.
+        start: What is known of the loss of the first step; None where nothing is.
+        is_new: Whether the run made its folder.
+        found: Role -> where each model was found, and how the user had named it.
+        saves: Saves its checkpoints.
+        incidents: What goes wrong in single steps.
+        lock: Keeps other jobs out of the folder.
+    """
+
+    config: Config
+    output: Path
+    engine: Engine
+    training: Part
+    mix: Mix | None
+    validation: Part | None
+    resumed_from: Path | None
+    first: int
+    start: Start | None
+    is_new: bool
+    found: dict[str, Source]
+    saves: Saves
+    incidents: Incidents
+    lock: RunLock
+
+    @property
+    def epoch_size(self) -> int:
+        """Training pairs in one epoch."""
+        return self.mix.epoch_size if self.mix else len(self.training.pairs)
+
+    def pairs_of(self, iteration: int) -> np.ndarray:
+        """The training pairs of an optimizer step, counted from 0."""
+        return global_batch(
+            iteration,
+            num_pairs=len(self.training.pairs),
+            global_batch_size=self.config.train.global_batch_size,
+            seed=self.config.train.seed,
+            shuffle=self.config.data.shuffle,
+            mix=self.mix,
+        )
+
+    def pace(self, ranks: Ranks) -> Pace:
+        """What measures the speed of the run."""
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        description = self.engine.chunks[0].description
+        return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
+
+
+def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
+    """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
+
+    Raises:
+        UserError: An input cannot be used. A run folder that was not there before is removed again.
+    """
+    config = on_device(config, ranks.device.type)
+    check_batch_layout(config, world_size=ranks.world_size)
+    check_fp8(config.train)
+    life.at("checking the inputs")
+    on_first_rank(ranks, partial(preflight.check_services, config))
+    output = preflight.required(config.train.output, "train.output", "a folder for this run")
+    is_new = ranks.is_first and not output.exists()
+    with run_folder.removed_if_refused(output, is_first=ranks.is_first):
+        lock = RunLock(output)
+        on_first_rank(ranks, partial(_open, output, lock, config))
+        lock.share()
+        resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
+        run_folder.keep_output(output, ranks.rank)
+        quiet = loudness == Loudness.QUIET
+        commits = run_folder.kept_commits(output if resumed_from else None)
+        config = run_folder.with_kept_data(config, output if resumed_from else None)
+        config, found = located.models_on_every_rank(config, ranks, commits, quiet=quiet)
+        with located.named_as_given(config, found):
+            models = preflight.check_models(config)
+            frozen = preflight.carried_checkpoints(config)
+        template = template_of(config.data.template)
+        pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
+        counts = [file.pairs for file in pairs.files]
+        preflight.check_batch_fits(config, counts, config.train.global_batch_size)
+        mix = mix_of(counts, config.data.weights)
+        warmup = resuming.warmup_of(resumed_from) if resumed_from else None
+        config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
+        scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
+        identity = _identity(config, models, pairs, scores, template)
+        changes = resuming.check_continues(resumed_from, config, identity, models.description)
+        if ranks.is_first:
+            for change in changes:
+                print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
+        on_first_rank(ranks, partial(check_disk, output, config, models.description))
+        initialize_model_parallel(config.parallel, config.train.seed)
+        life.at("building and loading the models")
+        engine = build_engine(
+            config,
+            models.description,
+            loss=PreferenceLoss(config),
+            start=None if resumed_from else start_of_training(config),
+            frozen=frozen,
+        )
+        first = 0
+        if resumed_from is not None:
+            load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
+            first = read_manifest(resumed_from).iteration or 0
+    training = Part(pairs, scores)
+    content = Content(identity, start_of_training(config), template, run_folder.settings_text(config, found))
+    return Run(
+        config=config,
+        output=output,
+        engine=engine,
+        training=training,
+        mix=mix,
+        validation=Part(validation, validation_scores) if validation is not None else None,
+        resumed_from=resumed_from,
+        first=first,
+        start=start_of(config.loss) if models.policy.weights == models.reference.weights else None,
+        is_new=is_new,
+        found=found,
+        saves=Saves(output, config, engine, content),
+        incidents=Incidents(
+            output,
+            config,
+            engine,
+            pairs,
+            lambda picked: training.micro_batches(picked, config, ranks.device),
+            first=first,
+            ranks=ranks,
+        ),
+        lock=lock,
+    )
+
+
+def _open(output: Path, lock: RunLock, config: Config) -> None:
+    """Take the folder of the run for this job. Called on the first rank.
+
+    Raises:
+        UserError: As check_output, or another job works there.
+    """
+    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
+        lock.take()
+    run_folder.check_output(output, config)
+    lock.take()
+
+
+def start_of_training(config: Config) -> Path:
+    """The checkpoint whose model is trained."""
+    return preflight.required(config.model.checkpoint, "model.checkpoint", "the Megatron checkpoint to start from")
+
+
+def _identity(
+    config: Config,
+    models: preflight.Models,
+    data: PreparedPairs,
+    scores: TokenScores | None,
+    template: str | None,
+) -> CheckpointManifest:
+    """Identity of the run's checkpoints, without fingerprints of weights and iteration.
+
+    Args:
+        template: Text of the chat template that they get in place of the tokenizer's own.
+    """
+    guidance = models.guidance.weights if models.guidance else None
+    if guidance is None and scores is not None and scores.manifest is not None:
+        guidance = scores.manifest.guidance
+    rewards = None
+    if "better" in config.loss.scores and scores is not None and scores.manifest is not None:
+        rewards = scores.manifest.prompts
+    if "reward" in config.loss.scores and config.scores.reward_file is not None:
+        rewards = hashlib.sha256(config.scores.reward_file.read_bytes()).hexdigest()
+    return CheckpointManifest(
+        weights="",
+        dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+        tokenizer=models.policy.tokenizer,
+        template=models.policy.template if template is None else hash_of(template),
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        reference=models.reference.weights if "reference" in config.loss.frozen_models else None,
+        guidance=guidance if "guidance" in config.loss.frozen_models else None,
+        pairs_hash=data.summary.pairs_hash,
+        rewards=rewards,
+    )
