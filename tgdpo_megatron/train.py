@@ -83,7 +83,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     if config.train.fp8_recipe == "delayed":
         engine.find_scales(run.training.micro_batches(run.pairs_of(run.first), config, ranks.device))
     if run.first == 0:
-        logger.log(0, _held_out(run, ranks, "before the first step"))
+        if held_out := _held_out(run, ranks, "before the first step"):
+            logger.log(0, held_out)
         _answer(run, ranks, "before")
     pace = run.pace(ranks)
     engine.clock.restart()
