@@ -291,12 +291,12 @@ def _recipe(named: Any, given: str | None, conf: Path | None) -> str:
     if named is not None and given is not None and named != given:
         raise UserError(f"{conf}: its recipe is {named}, but --recipe {given} was given; leave --recipe out.")
     if named is None and given is None and conf is not None:
-        raise UserError(f"{conf}: names no recipe; add 'recipe: NAME' as its first key, one of {', '.join(RECIPES)}.")
+        raise UserError(f"{conf}: names no recipe; add 'recipe: NAME' as its first key (--help lists the recipes).")
     name = str(named or given or DEFAULT)
     if name not in RECIPES:
         begun = [known for known in RECIPES if known.startswith(name)]
         close = begun or difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"the recipes are {', '.join(RECIPES)}."
+        hint = f"did you mean '{close[0]}'?" if close else "--help lists the recipes."
         where = f"{conf}: recipe: {name}" if named is not None else f"--recipe {name}"
         raise UserError(f"{where}: no such recipe; {hint}")
     return name

@@ -168,23 +168,24 @@ class Engine:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
-    def next_learning_rate(self) -> float:
-        """Move the schedule on by a step, which has this learning rate, whether or not the weights are updated."""
+    def advance_schedule(self) -> float:
+        """Move the schedule on by a step, and return its learning rate. :meth:`update` does so itself."""
         self.scheduler.step(increment=1)  # before the update, so that no step has learning rate 0
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
-    def update(self) -> float:
-        """Clip the gradient and update the weights, unless the gradient is not finite: then nothing is changed.
+    def update(self) -> tuple[float, float]:
+        """Clip the gradient and update the weights, unless the gradient is not finite: then only the schedule moves.
 
         Returns:
-            The norm of the gradient over all ranks, before clipping.
+            The norm of the gradient over all ranks, before clipping, and the learning rate of this step.
         """
+        learning_rate = self.advance_schedule()
         with self.clock.during(OPTIMIZER):
             norm = self.gradient_norm()
             if math.isfinite(norm):
                 clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, norm)
                 self.optimizer.step_with_ready_grads()
-        return norm
+        return norm, learning_rate
 
 
 def build_engine(

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tgdpo_megatron import run_folder
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.prepare import PreparedPairs
@@ -83,6 +82,7 @@ class Incidents:
     Args:
         engine: Runs the policy on the pairs in question once more.
         batches_of: This rank's micro-batches of some pairs.
+        what_is_kept: Says what is left of the run if it ends now. Collective.
         first: Optimizer steps done before this process.
     """
 
@@ -93,12 +93,13 @@ class Incidents:
         engine: Engine,
         pairs: PreparedPairs,
         batches_of: Callable[[np.ndarray], list[Batch]],
+        what_is_kept: Callable[[], str],
         *,
         first: int,
         ranks: Ranks,
     ) -> None:
         self.output, self.settings, self.engine, self.pairs = output, config.train, engine, pairs
-        self.batches_of = batches_of
+        self.batches_of, self.what_is_kept = batches_of, what_is_kept
         self.history = on_first_rank(ranks, partial(history_of, output, first))
         names = (SAMPLES, SKIPPED, SPIKES) if ranks.is_first else ()
         self.journals = {name: Journal(output / name, first=first) for name in names}
@@ -127,7 +128,7 @@ class Incidents:
             too = f", after {before} skipped in a row" if before else ""
             raise NonFiniteError(
                 f"the {what} of step {step} ({self.pairs.names(picked)}) is not finite{because}{too}; "
-                f"{run_folder.what_is_kept(self.output)}."
+                f"{self.what_is_kept()}."
             )
         self._say(f"step {step} is skipped: its {what} is not finite{because}; {self.history.skipped} skipped so far.")
         return self._counted()

@@ -165,7 +165,12 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
             load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
             first = read_manifest(resumed_from).iteration or 0
     training = Part(pairs, scores)
-    content = Content(identity, start_of_training(config), template, run_folder.settings_text(config, found))
+    saves = Saves(
+        output,
+        config,
+        engine,
+        Content(identity, start_of_training(config), template, run_folder.settings_text(config, found)),
+    )
     return Run(
         config=config,
         output=output,
@@ -178,13 +183,14 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
         start=start_of(config.loss) if models.policy.weights == models.reference.weights else None,
         is_new=is_new,
         found=found,
-        saves=Saves(output, config, engine, content),
+        saves=saves,
         incidents=Incidents(
             output,
             config,
             engine,
             pairs,
             lambda picked: training.micro_batches(picked, config, ranks.device),
+            saves.what_is_kept,
             first=first,
             ranks=ranks,
         ),

@@ -168,13 +168,13 @@ def _step(
     run.incidents.keep_samples(done, picked)
     if done == 1 and run.start is not None and _is_finite(totals):
         _check_start(totals["loss"] / totals["pairs"], run.start, run)
-    learning_rate = engine.next_learning_rate()
     if not _is_finite(totals):
+        engine.advance_schedule()
         return run.incidents.skip(done, "loss", picked, batches), stop, save
     loss = totals["loss"] / totals["pairs"]
     run.incidents.look_for_leap(done, loss, batches)
     life.at(f"step {done}, update", watched=watched)
-    grad_norm = engine.update()
+    grad_norm, learning_rate = engine.update()
     if not math.isfinite(grad_norm):
         return run.incidents.skip(done, "gradient", picked, batches), stop, save
     metrics = (

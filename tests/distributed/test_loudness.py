@@ -33,7 +33,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
 
 def test_quiet_says_the_result_alone(said: Said) -> None:
     out, err = said["--quiet"]
-    assert [line.split()[0] for line in out.splitlines()] == ["done:", "held", "checkpoint", "report", "export"]
+    assert [line.split()[0] for line in out.splitlines()] == ["done:", "time", "held", "checkpoint", "report", "export"]
     assert "step/s" not in err
 
 

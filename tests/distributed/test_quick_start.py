@@ -53,8 +53,8 @@ def test_a_training_says_no_more_than_fits_a_screen_and_ends_with_its_result(fol
     )
     lines = said.strip().splitlines()
     assert len(lines) <= 29, said  # the progress bar, which goes to stderr, is one more
-    words = [line.split()[0] for line in lines[-5:]]
-    assert words == ["done:", "held", "checkpoint", "report", "export"]
+    words = [line.split()[0] for line in lines[-6:]]
+    assert words == ["done:", "time", "held", "checkpoint", "report", "export"]
     assert (folder / lines[-2].split()[1]).is_file()
 
 

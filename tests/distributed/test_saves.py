@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.program import run_ranks
 from tests.support.saves import DAMAGES, OLD
-from tgdpo_megatron.checkpoint.manifest import read_metadata
+from tgdpo_megatron.checkpoint.index import read_index
 from tgdpo_megatron.checkpoint.sums import read_sums
 
 WHOLE, BEFORE, DAMAGED = "iter-0000004", "iter-0000002", "iter-0000004.damaged"
@@ -84,8 +84,8 @@ def test_what_is_written_in_the_background_is_the_state_at_its_step_bit_for_bit(
             del found["config.yaml"]  # of another output
             del found["weights/.metadata"]  # a pickle: equal content, in bytes that may differ
         assert sums[0] == sums[1] and "weights/__1_0.distcp" in sums[0]
-        indexes = [read_metadata(folder / "weights") for folder in folders]
-        assert indexes[0].storage_data == indexes[1].storage_data
+        indexes = [read_index(folder / "weights") for folder in folders]
+        assert indexes[0] == indexes[1]
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(runs: Runs) -> None:

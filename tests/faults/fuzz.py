@@ -254,8 +254,8 @@ def _loading(checkpoint: Path) -> Callable[[Path], str]:
     from tgdpo_megatron.checkpoint.state import load_training_state
     from tgdpo_megatron.config import load
     from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.pair_losses import PreferenceLoss
     from tgdpo_megatron.platform.processes import initialize_model_parallel
-    from tgdpo_megatron.train import PreferenceLoss
 
     config = load(RECIPES["dpo_tiny"](), _settings(checkpoint.parents[2]), where="fuzz")
     initialize_model_parallel(config.parallel, seed=1)

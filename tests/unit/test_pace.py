@@ -155,6 +155,6 @@ def test_lines_of_earlier_versions_say_nothing_of_shares() -> None:
 def test_a_sentence_says_where_the_time_went() -> None:
     several = spent((10.0, 30.0), policy=60.0, frozen=15.0, saving=4.7, optimizer=0.3)
     assert where_time_went(several) == (
-        "60% the policy, 20% waiting for other ranks (at most 30% on one), 15% frozen models, 5% saving"
+        "60% the policy, 20% waiting (at most 30% on one), 15% frozen models, 5% saving"
     )
     assert where_time_went(spent(policy=3.0, **{OTHER: 1.0})) == "75% the policy, 25% other work"

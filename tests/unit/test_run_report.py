@@ -139,7 +139,7 @@ def test_the_time_is_divided_as_the_lines_of_the_run_say(page: _Page) -> None:
     assert page.rows["Where the time went"] == {
         "the policy": [percent(0.5), "6.0 s"],
         "frozen models": [percent(0.25), "3.0 s"],
-        "waiting for other ranks": [percent(0.125), "1.5 s"],
+        "waiting": [percent(0.125), "1.5 s"],
         "saving": [percent(0.125), "1.5 s"],
         "activity": ["share", "time"],
     }

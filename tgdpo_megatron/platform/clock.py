@@ -24,7 +24,7 @@ OPTIMIZER, EVALUATING, SAVING, OTHER = "optimizer", "evaluating", "saving", "oth
 ACTIVITIES = {
     POLICY: "the policy",
     FROZEN: "frozen models",
-    WAITING: "waiting for other ranks",
+    WAITING: "waiting",
     OPTIMIZER: "the optimizer",
     READING: "reading data",
     EVALUATING: "evaluating",

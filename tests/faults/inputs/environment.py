@@ -166,9 +166,10 @@ ENTRIES = [
         environment={"SLURM_STEP_ID": "0", "SLURM_NTASKS": "abc"},
     ),
     BadInput(
-        "several tasks of srun without ranks",
+        "more tasks of srun than nodes",
         train(),
-        "srun started several tasks, but none is told its rank; start torchrun in each instead.",
+        "srun started 2 tasks, but this program starts the ranks of a node itself; start it once on each node "
+        "(--ntasks-per-node=1), with --nnodes, --node-rank and --rdzv-endpoint.",
         environment={"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"},
     ),
     BadInput(
