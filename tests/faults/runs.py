@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +18,8 @@ from tests.faults.kills import MODES, kills, make_world, run_whole
 from tests.faults.relayout import relayout
 from tests.faults.rows import Row
 from tests.support.forked import import_everything
-from tgdpo_megatron.platform.programs import command
 
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = 100
 FEW_DAMAGES = 4
 
@@ -32,7 +33,7 @@ def disturbed_runs(folder: Path, only: str, *options: str) -> list[Row]:
         options: Of the program.
     """
     rows = folder / "rows.json"
-    subprocess.run(command("tests.faults.runs", folder, rows, *options), check=True)
+    subprocess.run([sys.executable, "-m", "tests.faults.runs", folder, rows, *options], cwd=ROOT, check=True)
     found = [Row(**row) for row in json.loads(rows.read_text(encoding="utf-8"))]
     return [row for row in found if only in row.name or only in row.subject]
 

@@ -149,7 +149,7 @@ def _as_earlier_versions(folder: Path) -> None:
     """Without checksums, and without what the manifest has learnt to say since."""
     (folder / "SHA256SUMS").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name in ("weights_only", "held_out", "progress", "sums"):
+    for name in ("weights_only", "held_out", "sums"):
         del manifest[name]
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
