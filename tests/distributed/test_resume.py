@@ -41,7 +41,7 @@ def runs(request: Any, tmp_path_factory: pytest.TempPathFactory, checkpoint: Pat
     for name in ("continued", "of another Adam", "reshaped"):
         shutil.copytree(folder / "whole", folder / name)
         shutil.rmtree(folder / name / "checkpoints" / "iter-0000004")
-    _as_fused_adam_saves(folder / "of another Adam" / "checkpoints" / "iter-0000002" / "weights" / "common.pt")
+    _as_fused_adam_saves(folder / "of another Adam" / "checkpoints" / "iter-0000002")
     jobs = [
         job("continued", resume=True),
         job("of another Adam", resume=True),
@@ -52,16 +52,20 @@ def runs(request: Any, tmp_path_factory: pytest.TempPathFactory, checkpoint: Pat
     return {"folder": folder, "precision": request.param, **metrics}
 
 
-def _as_fused_adam_saves(path: Path) -> None:
+def _as_fused_adam_saves(saved: Path) -> None:
     """Leave the options that Transformer Engine's FusedAdam has, and nothing that torch's alone knows."""
     import torch
 
+    from tgdpo_megatron.checkpoint.sums import write_sums
+
+    path = saved / "weights" / "common.pt"
     state = torch.load(path, weights_only=False)  # our own run's
     for group in state["optimizer"]["optimizer"]["param_groups"]:
         for option in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
             group.pop(option, None)
         group |= {"bias_correction": True, "step": int(group["step"])}
     torch.save(state, path)
+    write_sums(saved, {})  # a run that trained with it would have named the file's sum
 
 
 @pytest.mark.parametrize("name", ["continued", "of another Adam"])
