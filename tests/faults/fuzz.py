@@ -166,6 +166,7 @@ def _bound_memory() -> None:
 
 def _one(row: Tally, number: int, watch: Any, read: Callable[[], str], expected: str) -> None:
     """Read once, and note what came of it."""
+    from tests.support.hostile import REFUSED
     from tgdpo_megatron.errors import UserError
 
     began = time.process_time()
@@ -188,6 +189,8 @@ def _one(row: Tally, number: int, watch: Any, read: Callable[[], str], expected:
         row.wrong.append(f"mutation {number} took {took:.1f} s")
     if refusal is not None and (len(refusal) > 1500 or not refusal.endswith(".") or not refusal.isprintable()):
         row.wrong.append(f"mutation {number} was refused with {refusal[:300]!r}, which is no sentence")
+    if row.damage in REFUSED and refusal is None:
+        row.wrong.append(f"mutation {number} was read all the same")
     if row.reading == "export" and refusal is None and found != expected:
         row.wrong.append(f"mutation {number} changed the exported weights")
 

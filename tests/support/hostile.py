@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 
 Damage = Callable[[Path, random.Random, Path], None]
 
@@ -371,6 +376,29 @@ def other_blocks(folder: Path, rng: random.Random, marker: Path) -> None:
     write_index(folder, index)
 
 
+def overlapping_blocks(folder: Path, rng: random.Random, _: Path) -> None:
+    """A block in two that have as many numbers as it has, where one row lies in both and the last in none."""
+    index = index_of(folder)
+    places = [place for place in index.storage_data if len(place.offset) and _rows(index, place) > 2]
+    place = rng.choice(places)
+    rows, tensor = _rows(index, place), torch.load(io.BytesIO(block_of(folder, index, place)))
+    (chunk,) = (chunk for chunk in index.state_dict_metadata[place.fqn].chunks if chunk.offsets == place.offset)
+    half, others = rows // 2, place.offset[1:]
+    chunk.sizes = torch.Size((half, *chunk.sizes[1:]))
+    moved = torch.Size((place.offset[0] + half - 1, *others))
+    second = ChunkStorageMetadata(moved, torch.Size((rows - half, *chunk.sizes[1:])))
+    index.state_dict_metadata[place.fqn].chunks.append(second)
+    append(folder, saved(tensor[:half].clone()), index, place)
+    append(folder, saved(tensor[half - 1 : rows - 1].clone()), index, MetadataIndex(place.fqn, moved))
+    write_index(folder, index)
+
+
+def _rows(index: Metadata, place: MetadataIndex) -> int:
+    """Of a block."""
+    chunks = index.state_dict_metadata[place.fqn].chunks
+    return next(chunk.sizes[0] for chunk in chunks if chunk.offsets == place.offset)
+
+
 def _other_numbers(content: bytes, rng: random.Random) -> bytes:
     """Other sizes, strides or offsets in the description of a tensor."""
     places = [
@@ -444,5 +472,8 @@ KINDS: dict[str, Damage] = {
     "instructions put into pickles": inserted_instructions,
     "an index that says other things": other_index,
     "other blocks": other_blocks,
+    "blocks that overlap": overlapping_blocks,
     "other files": other_files,
 }
+REFUSED = ("blocks that overlap",)
+"""The kinds after which no reading may give numbers at all."""

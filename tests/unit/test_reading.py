@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import random
 import shutil
 import struct
 import time
@@ -27,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from tests.support.hostile import overlapping_blocks
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
-from tgdpo_megatron.checkpoint.index import StoredBlock, StoredTensor, read_index
+from tgdpo_megatron.checkpoint.index import StoredBlock, StoredTensor, _is_parted, read_index
 from tgdpo_megatron.checkpoint.manifest import WEIGHTS, read_manifest
 from tgdpo_megatron.checkpoint.pickled import Made, Name, Outside, read_pickle
 from tgdpo_megatron.checkpoint.reading import read_into, read_plain, read_rows
@@ -347,6 +349,49 @@ def test_an_index_that_is_not_that_of_its_files_is_refused(
     with pytest.raises(UserError, match=said):
         megatron_to_hf(copy, tmp_path / "hf")
     assert time.process_time() - started < 2 and not (tmp_path / "hf").exists()
+
+
+def test_blocks_that_overlap_and_leave_a_hole_are_refused(copy: Path, tmp_path: Path) -> None:
+    """They have as many numbers as the tensor, so that counting does not notice; the hole would be what memory held."""
+    overlapping_blocks(copy, random.Random(0), tmp_path)
+    with pytest.raises(UserError, match="index is damaged .the blocks of '.*' are not the whole tensor"):
+        megatron_to_hf(copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_boxes_part_a_tensor_where_each_number_is_counted_once() -> None:
+    """Against counting in a mask, for random boxes, of which some part the tensor and some have its size by chance."""
+    rng, whole = random.Random(0), (3, 4, 2)
+    seen = {True: 0, False: 0}
+    for _ in range(2000):
+        boxes = random_boxes(rng, whole)
+        mask = torch.zeros(whole, dtype=torch.int64)
+        for offsets, sizes in boxes:
+            mask[tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))] += 1
+        parted = bool((mask == 1).all())
+        assert _is_parted(whole, boxes) == parted, boxes
+        seen[parted] += 1
+    assert min(seen.values()) > 100
+    assert _is_parted((), [((), ())]) and not _is_parted((), []) and not _is_parted((), [((), ()), ((), ())])
+    assert _is_parted((0, 5), []) and _is_parted((0, 5), [((0, 0), (0, 5))])
+    with pytest.raises(ValueError, match="cut along 4 axes"):
+        _is_parted((2,) * 4, [((0,) * 4, (1,) * 4)])
+
+
+def random_boxes(rng: random.Random, whole: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A tensor cut in two some times; then, half of the time, one box moved where another of its size may be."""
+    boxes = [(tuple(0 for _ in whole), whole)]
+    for _ in range(rng.randint(0, 6)):
+        offsets, sizes = boxes.pop(rng.randrange(len(boxes)))
+        axis = rng.randrange(len(whole))
+        at = rng.randint(0, sizes[axis])
+        for first, size in ((0, at), (at, sizes[axis] - at)):
+            moved = (*offsets[:axis], offsets[axis] + first, *offsets[axis + 1 :])
+            boxes.append((moved, (*sizes[:axis], size, *sizes[axis + 1 :])))
+    if rng.random() < 0.5:
+        _, sizes = boxes.pop(rng.randrange(len(boxes)))
+        boxes.append((tuple(rng.randint(0, all_ - size) for all_, size in zip(whole, sizes, strict=True)), sizes))
+    return boxes
 
 
 def test_a_link_out_of_the_checkpoint_is_not_followed(copy: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ it: an index that declares what no file holds is refused. torch is not loaded.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _MAX_BYTES = 256 * 1024**2
 """Of an index. One of 60,000 blocks has 25 MB."""
 MAX_AXES = 16
 """Of a tensor."""
+_MAX_CUT_AXES = 3
+"""Axes along which blocks may part a tensor, as one with a matrix for each expert. Each block takes 2^axes steps."""
 _MAX_NUMBER = 2**63 - 1
 _FILE_NAME = re.compile(r"\w[\w-]*\.distcp", re.ASCII)
 
@@ -46,7 +50,7 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint. Its blocks lie inside it and have as many numbers as it has."""
+    """A tensor of a checkpoint. Each of its numbers lies in exactly one of its blocks."""
 
     dtype: str
     """A name of ITEM_BYTES."""
@@ -115,7 +119,7 @@ class _Entries:
         if len(chunks) > len(self.places):
             raise ValueError(f"it has more blocks of {key!r} than places for them")
         blocks = tuple(self._block(key, _state(chunk, "ChunkStorageMetadata"), dtype, shape) for chunk in chunks)
-        if sum(math.prod(block.shape) for block in blocks) != math.prod(shape):
+        if not _is_parted(shape, [(block.offsets, block.shape) for block in blocks]):
             raise ValueError(f"the blocks of {key!r} are not the whole tensor")
         return StoredTensor(dtype, shape, blocks)
 
@@ -158,6 +162,37 @@ class _Entries:
 
     def _unreadable(self, name: str, why: str) -> UserError:
         return UserError(f"{self.folder / name}: this part of the checkpoint cannot be read ({why}).")
+
+
+def _is_parted(whole: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether boxes inside a tensor hold each of its numbers exactly once.
+
+    Where a number is counted can be read from corners: from the lower one of a box on in every direction there is one
+    more, from the next corner on one less, and so on with the sign of each. No two coverings have the same signed
+    corners. So boxes part a tensor exactly where their corners, added up, are those of the whole.
+
+    Args:
+        boxes: The offsets and sizes of each.
+
+    Raises:
+        ValueError: It is cut along so many axes that no model's tensor is.
+    """
+    if 0 in whole:
+        return True
+    cut = [
+        axis for axis, size in enumerate(whole) if any(offsets[axis] or sizes[axis] != size for offsets, sizes in boxes)
+    ]
+    if len(cut) > _MAX_CUT_AXES:
+        raise ValueError(f"it has a tensor that is cut along {len(cut)} axes")
+    signs = [math.prod(signs) for signs in itertools.product((1, -1), repeat=len(cut))]
+    corners: Counter[tuple[int, ...]] = Counter()
+    for offsets, sizes in boxes:
+        ends = [(offsets[axis], offsets[axis] + sizes[axis]) for axis in cut]
+        for corner, sign in zip(itertools.product(*ends), signs, strict=True):
+            corners[corner] += sign
+    for corner, sign in zip(itertools.product(*((0, whole[axis]) for axis in cut)), signs, strict=True):
+        corners[corner] -= sign
+    return not any(corners.values())
 
 
 def _a(kind: type, value: Any) -> Any:
