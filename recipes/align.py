@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.settings import RECIPES, Command, read_command_line
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.config import check_batch_layout, check_layout
 from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, code_of, one_sentence_errors
 from tgdpo_megatron.platform.interrupts import asking
@@ -217,10 +218,9 @@ class _Chain:
         self.known: dict[str, Any] = {}
         self.ran = False
         if self.path.is_file():
-            try:
-                self.known = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UserError(f"{self.path}: damaged; choose another train.output.") from None
+            self.known = read_json(self.path, what="list of stages")
+            if not _is_list_of_stages(self.known):
+                raise UserError(f"{self.path}: damaged; choose another train.output.")
 
     def run(self, stage: Stage) -> None:
         """Run a stage, or go on with it, unless it has finished.
@@ -257,6 +257,17 @@ class _Chain:
         part = self.path.with_suffix(".tmp")
         part.write_text(json.dumps(self.known, indent=2), encoding="utf-8")
         os.replace(part, self.path)
+
+
+def _is_list_of_stages(known: Any) -> bool:
+    """Whether STATE holds what _Chain writes to it."""
+    return isinstance(known, dict) and all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("finished"), bool)
+        and isinstance(stage.get("command"), list)
+        and all(isinstance(word, str) for word in stage["command"])
+        for stage in known.values()
+    )
 
 
 def _is_finished(stage: Stage) -> bool:

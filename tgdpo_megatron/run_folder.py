@@ -17,7 +17,6 @@ FOLDER/hf/iter-0000030/           its export, with train.export_interval
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -31,13 +30,14 @@ from typing import Any
 
 import yaml
 
+from tgdpo_megatron.bounded import read_json, read_yaml
 from tgdpo_megatron.cache import write_json
 from tgdpo_megatron.checkpoint.located import ROLES, with_folders
 from tgdpo_megatron.checkpoint.manifest import SETTINGS, read_manifest
 from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.hub_splits import at_commit
-from tgdpo_megatron.errors import UserError, in_short, refusal
+from tgdpo_megatron.errors import UserError, refusal
 from tgdpo_megatron.quiet import debugging
 from tgdpo_megatron.run_lock import LOCK, InUseError
 
@@ -88,7 +88,8 @@ def is_finished(output: Path) -> bool:
     if newest is None or not (output / "config.yaml").is_file():
         return False
     steps = kept_settings(newest).get("train", {}).get("train_iters")
-    return (read_manifest(newest, with_index=False).iteration or 0) >= (steps or math.inf)
+    last = steps if isinstance(steps, int) and steps else math.inf
+    return (read_manifest(newest, with_index=False).iteration or 0) >= last
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -139,13 +140,18 @@ def kept_settings(start: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: They cannot be read.
     """
-    kept = start / SETTINGS if (start / SETTINGS).is_file() else start.parent.parent / SETTINGS
-    try:
-        saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kept}: the settings of the run cannot be read ({in_short(error)}).") from error
+    return read_settings(start / SETTINGS if (start / SETTINGS).is_file() else start.parent.parent / SETTINGS)
+
+
+def read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """The settings in a config.yaml that a run, or a scoring, has written.
+
+    Raises:
+        UserError: They are gone, cannot be read, or were altered to something else.
+    """
+    saved = read_yaml(path, what="settings file of a run")
     if not isinstance(saved, dict) or not all(isinstance(group, dict) for group in saved.values()):
-        raise UserError(f"{kept}: the settings of the run were altered; they are no groups of settings any more.")
+        raise UserError(f"{path}: the settings of the run were altered; they are no groups of settings any more.")
     return saved
 
 
@@ -192,11 +198,11 @@ def kept_sources(output: Path) -> dict[str, Source]:
     Empty where this was not kept, as in runs of earlier versions, whose settings name the checkpoints themselves.
     """
     try:
-        kept = json.loads((output / _SOURCES).read_text(encoding="utf-8"))
+        kept = read_json(output / _SOURCES, what="list of models")
         return {
             role: Source(Path(of["given"]), Path(of["checkpoint"]), commit=of["commit"]) for role, of in kept.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -204,6 +210,10 @@ def kept_commits(folder: Path | None) -> dict[str, str]:
     """The commits that names on a hub stood for in a run, or in a scoring, that is continued: name -> commit."""
     kept = kept_sources(folder).values() if folder is not None else []
     return {str(source.given): source.commit for source in kept if source.commit}
+
+
+_SUMMARY_BYTES = 2**30
+"""Largest summary of tokenised pairs that is read. It names every row that was left out."""
 
 
 def with_kept_data(config: Config, folder: Path | None) -> Config:
@@ -215,8 +225,8 @@ def with_kept_data(config: Config, folder: Path | None) -> Config:
         return config
     commits: dict[str, str] = {}
     for path in sorted(folder.glob("data/*/summary.json"), key=lambda path: path.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # they are made again
-            summary = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # they are made again
+            summary = read_json(path, what="summary of tokenised pairs", limit=_SUMMARY_BYTES)
             commits |= {part["source"]: part["commit"] for part in (summary, *summary["parts"]) if part["commit"]}
     train = [at_commit(path, commits) for path in config.data.sources]
     kept: dict[str, Any] = {"train": train[0] if isinstance(config.data.train, Path) else train or None}

@@ -188,6 +188,19 @@ def test_a_stage_that_had_made_nothing_is_run_with_other_settings(
     assert ended.value.code == 2 and "$ python -m recipes.train" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"policy": 1}', '{"policy": {"command": "x", "finished": true}}', "[" * 9999]
+)
+def test_a_damaged_list_of_stages_is_refused_in_a_sentence(
+    content: str, tmp_path: Path, inputs: tuple[str, str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "align.json").write_text(content)
+    with pytest.raises(UserError, match=f"^{output / 'align.json'}( line 1)?: "):
+        align([*inputs, f"train.output={output}"])
+
+
 def test_a_folder_that_was_not_made_here_is_never_deleted(tmp_path: Path, inputs: tuple[str, str]) -> None:
     """Not even where everything before it was run anew: the program refuses the folder instead."""
     output = tmp_path / "out"

@@ -462,7 +462,7 @@ def test_an_index_may_be_written_by_any_release_of_torch_and_python(checkpoint: 
         ("[" * 100_000, "not a checkpoint manifest"),
         ("[]", "not a checkpoint manifest"),
         ('{"weights": ' + "9" * 5000 + "}", "not a checkpoint manifest"),
-        (None, "not a checkpoint manifest"),
+        (None, "which is too much for a checkpoint manifest"),
         ({"iteration": "ten"}, "iteration cannot be 'ten'"),
         ({"iteration": -2}, "iteration cannot be -2"),
         ({"iteration": True}, "iteration cannot be True"),

@@ -95,12 +95,33 @@ def test_a_run_is_not_continued_with_another_setting(
         check_continues(folder, changed(config, group, name, value), IDENTITY)
 
 
-@pytest.mark.parametrize("content", ["a: [", "loss: 3", "- a", "", "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [",
+        "loss: 3",
+        "- a",
+        "",
+        "\udcff",
+        "[" * 5000,
+        f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n",
+        "a: {b: " + "9" * 5000 + "}",
+    ],
+    ids=["torn", "no group", "list", "empty", "bytes", "deep", "aliases", "digits"],
+)
 def test_a_run_whose_settings_were_damaged_is_not_continued(stopped: tuple[Path, Config], content: str) -> None:
     folder, config = stopped
     kept = folder.parent.parent / "config.yaml"
     kept.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=f"^{kept}: the settings of the run "):
+    with pytest.raises(UserError, match=f"^{kept}(: | line )"):
+        check_continues(folder, config, IDENTITY)
+
+
+def test_a_run_whose_settings_are_gone_is_not_continued(stopped: tuple[Path, Config]) -> None:
+    folder, config = stopped
+    kept = folder.parent.parent / "config.yaml"
+    kept.unlink()
+    with pytest.raises(UserError, match=f"^{kept}: no such settings file of a run."):
         check_continues(folder, config, IDENTITY)
 
 

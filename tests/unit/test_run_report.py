@@ -16,6 +16,7 @@ import yaml
 
 from tests.support.made_run import make_run
 from tgdpo_megatron.config import LossConfig
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import LOSSES
 from tgdpo_megatron.report.curves import ACCURACY, metric_chart
 from tgdpo_megatron.report.metrics import warnings
@@ -181,6 +182,16 @@ def test_a_warning_of_the_run_stands_in_its_report(tmp_path: Path, run: Path) ->
     health = read(other).sections["Health of the token rewards"]
     assert f"Warning in 4 steps of 6, first in step 3: {sentence}" in health
     assert "look healthy" not in health
+
+
+@pytest.mark.parametrize("garbage", ["{", "[1]", "7", "[" * 100_000, "\udcff", '{"loss": ' + "9" * 5000 + "}"])
+def test_a_line_that_is_no_metrics_is_named(garbage: str, tmp_path: Path) -> None:
+    lines = b'{"iteration": 1}\n%s\n{"iteration": 2}\n{"iter'
+    (tmp_path / "metrics.jsonl").write_bytes(lines % garbage.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"^{tmp_path / 'metrics.jsonl'} line 2: these are no metrics of a step"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(lines.replace(b"%s\n", b""))
+    assert read_metrics(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
 
 
 def test_held_out_pairs_are_shown_token_by_token_with_the_rewards_of_the_loss(run: Path) -> None:

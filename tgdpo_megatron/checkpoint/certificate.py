@@ -12,7 +12,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest, read_object, wrong_field
+from tgdpo_megatron.bounded import parse_json, read_text
+from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, read_manifest, wrong_field
 from tgdpo_megatron.errors import UserError
 
 NAME = "certificate.json"
@@ -85,14 +86,15 @@ def read_certificate(folder: Path) -> Certificate:
         UserError: There is none, it cannot be read, or it was altered.
     """
     path = folder / NAME
-    try:
-        found = Certificate(**read_object(path))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{folder}: the checkpoint has no certificate, so nothing shows that it gives HuggingFace's log-probs; "
             f"{_again(folder).removesuffix('.')}, or set model.require_certificate=false."
-        ) from None
-    except (ValueError, TypeError):
+        )
+    text = read_text(path, what="certificate")
+    try:
+        found = Certificate(**parse_json(text, where=str(path)))
+    except (TypeError, UserError):
         raise UserError(f"{path}: not a certificate; {_again(folder)}") from None
     if wrong := wrong_field(found):
         raise UserError(f"{path}: {wrong} cannot be {getattr(found, wrong)!r:.50}; {_again(folder)}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tgdpo_megatron import __version__
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.checkpoint.certify import certify
 from tgdpo_megatron.checkpoint.failures import writable
 from tgdpo_megatron.checkpoint.fingerprint import combine
@@ -242,7 +243,7 @@ def _identity(
 
 def _complete_config(path: Path, dtype: torch.dtype, architecture: str) -> None:
     """Say the dtype in config.json, under the old name too where the model came with it, and the architecture."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, what="config.json")
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
     config.setdefault("architectures", [architecture])

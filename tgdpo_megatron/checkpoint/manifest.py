@@ -17,13 +17,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from tgdpo_megatron.bounded import parse_json, read_text
 from tgdpo_megatron.checkpoint.index import read_index
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import read_description
 
 FORMAT = 2
-_MAX_MANIFEST_BYTES = 16 * 1024**2
 WEIGHTS, HF, SETTINGS = "weights", "hf", "config.yaml"
 
 # Files of a HuggingFace folder that are not weights and may be needed to use the model.
@@ -118,9 +118,10 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
             f"{folder}: neither a HuggingFace model (no config.json) nor a Megatron checkpoint of this project (no "
             "manifest.json)."
         )
+    text = read_text(path, what="checkpoint manifest")
     try:
-        manifest = CheckpointManifest(**read_object(path))
-    except (TypeError, ValueError):
+        manifest = CheckpointManifest(**parse_json(text, where=str(path)))
+    except (TypeError, UserError):
         raise UserError(f"{path}: not a checkpoint manifest; convert the model again.") from None
     if wrong := wrong_field(manifest):
         raise UserError(f"{path}: {wrong} cannot be {getattr(manifest, wrong)!r:.50}; convert the model again.")
@@ -154,23 +155,6 @@ def _kinds(record: type) -> dict[str, tuple[type, ...]]:
         parts = get_args(declared) if isinstance(declared, UnionType) else (declared,)
         found[name] = tuple(get_origin(part) or part for part in parts)
     return found
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may come from anywhere.
-
-    Raises:
-        ValueError: The file holds something else, is too large, or nests too deeply.
-    """
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise ValueError("too large")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("no object")
-    return content
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
-
 from tgdpo_megatron.checkpoint.located import with_folders
 from tgdpo_megatron.checkpoint.sources import converted, find
 from tgdpo_megatron.config import Config, load
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_folder import kept_sources
+from tgdpo_megatron.run_folder import kept_sources, read_settings
 
 
 def settings_of(folder: Path) -> Config:
@@ -26,7 +24,7 @@ def settings_of(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: neither a run nor a folder of scores (it has no config.yaml).")
-    config = load(Config(), yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    config = load(Config(), read_settings(path), where=str(path))
     folders = {
         role: source.folder if source.folder.is_dir() else converted(find(source.given, commit=source.commit))
         for role, source in kept_sources(folder).items()
@@ -53,6 +51,20 @@ def pairs_of(folder: Path, config: Config, part: str) -> PreparedPairs:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl. A last line that a killed run left incomplete is dropped."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl. A last line that a killed run left incomplete is dropped.
+
+    Raises:
+        UserError: There is no such file, or a line is something else.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; this is the folder of no run that has begun.")
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            found.append(dict(json.loads(line).items()))
+        except (ValueError, RecursionError, AttributeError):
+            raise UserError(f"{path} line {number}: these are no metrics of a step; delete the line.") from None
+    return found

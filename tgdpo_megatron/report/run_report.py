@@ -5,7 +5,6 @@ It is made from the files of the folder, so an interrupted or continued run has 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from tgdpo_megatron import __version__
+from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.checkpoint.certificate import NAME as CERTIFICATE
 from tgdpo_megatron.checkpoint.certificate import read_certificate
 from tgdpo_megatron.checkpoint.manifest import describe
@@ -478,7 +478,7 @@ def _tokens(response: ViewedResponse) -> list[Token]:
 def _samples(run: _Run) -> list[Sample]:
     """What the model answered to held-out prompts, where it was asked."""
     path = run.output / ANSWERS
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    given = read_json(path, what="file of answers") if path.is_file() else []
     special = special_texts(start_tokenizer(run.config)) if given else []
     return [
         Sample(

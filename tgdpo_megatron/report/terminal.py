@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -157,5 +156,6 @@ def closing_lines(
 
 def held_out_results(output: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics that hold held-out results."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [metrics for metrics in map(json.loads, lines) if "eval/loss" in metrics]
+    from tgdpo_megatron.report.run_files import read_metrics  # what it loads, a command line does not need
+
+    return [metrics for metrics in read_metrics(output) if "eval/loss" in metrics]
