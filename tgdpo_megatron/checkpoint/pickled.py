@@ -56,7 +56,7 @@ def read_pickle(content: bytes) -> Any:
     try:
         return _Reader(content).read()
     except (LookupError, struct.error) as error:  # beyond the end, of an empty stack, of an empty place of the memo
-        raise ValueError(f"the pickle is damaged ({type(error).__name__})") from error
+        raise ValueError("the pickle is damaged") from error
 
 
 class _Reader:

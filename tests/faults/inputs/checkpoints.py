@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.inputs.entry import BadInput, cut, edit_json, export, remove, train
 
 NEWEST = "run/checkpoints/iter-0000002"
+GO_ON = "continue it as it was, start a new run, or go on all the same with train.resume_with_changes=true."
 RESUMED = ("train.output=run", "train.save_interval=1", "train.resume=true", "train.train_iters=4")
 
 
@@ -29,7 +31,27 @@ def manifest(name: str, content: object, says: str) -> BadInput:
 
 def resumed(name: str, says: str, *changes: str, **more: object) -> BadInput:
     """A run that is to go on, with something wrong."""
-    return BadInput(name, train(*RESUMED, *changes), says, **more)  # type: ignore[arg-type]
+    leaves = ("run/lock", *more.pop("leaves", ()))  # type: ignore[misc]
+    return BadInput(name, train(*RESUMED, *changes), says, leaves=leaves, **more)  # type: ignore[arg-type]
+
+
+def _of_an_earlier_version(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The newest checkpoint has no checksums, and keeps no settings beside those of the run; then a change is made.
+
+    Of a checkpoint with checksums such a change is damage, and the run goes on from the one before it.
+    """
+
+    def make(folder: Path) -> None:
+        for name in ("SHA256SUMS", "config.yaml"):
+            (folder / NEWEST / name).unlink()
+        edit_json(f"{NEWEST}/manifest.json", sums=None)(folder)
+        change(folder)
+
+    return make
+
+
+def _settings(content: str) -> Callable[[Path], None]:
+    return _of_an_earlier_version(lambda folder: (folder / "run" / "config.yaml").write_text(content) and None)
 
 
 def _flip(name: str, place: float) -> object:
@@ -105,13 +127,13 @@ ENTRIES = [
     BadInput(
         "an index of no bytes",
         export(),
-        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged (IndexError)).",
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged).",
         files={"megatron/weights/.metadata": b""},
     ),
     BadInput(
         "an index that was cut",
         export(),
-        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged (IndexError)).",
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged).",
         make=cut("megatron/weights/.metadata", 0.5),
     ),
     BadInput(
@@ -200,53 +222,46 @@ ENTRIES = [
     ),
     # Runs that go on.
     resumed(
-        "a run that is finished",
-        "run: this run is finished (iter-0000002); raise train.train_iters to go on.",
-        "train.train_iters=2",
-        late=True,
-    ),
-    resumed(
         "another loss in a run that goes on",
-        "run/checkpoints/iter-0000002: the run has loss.beta=0.1, not 0.2; continue it as it was, or start a new run.",
+        f"{NEWEST}: the run has loss.beta=0.1, not 0.2; {GO_ON}",
         "loss.beta=0.2",
         late=True,
     ),
     resumed(
         "another seed in a run that goes on",
-        "run/checkpoints/iter-0000002: the run has train.seed=42, not 7; continue it as it was, or start a new run.",
+        f"{NEWEST}: the run has train.seed=42, not 7; {GO_ON}",
         "train.seed=7",
         late=True,
     ),
     resumed(
         "other pairs in a run that goes on",
-        "run/checkpoints/iter-0000002: the run had other pairs than now; start a new run.",
+        f"{NEWEST}: the run had other pairs than now; {GO_ON}",
         make=_other_pairs,
         leaves=("run/data/*",),
         late=True,
     ),
     resumed(
         "settings of a run that are gone",
-        "run/config.yaml: the operating system refused with 'No such file or directory'; TGDPO_DEBUG=1 "
-        "shows at which line of the program.",
-        make=remove("run/config.yaml"),
+        "run/config.yaml: no such settings file of a run.",
+        make=_of_an_earlier_version(remove("run/config.yaml")),
         late=True,
     ),
     resumed(
         "settings of a run that are empty",
         "run/config.yaml: the settings of the run were altered; they are no groups of settings any more.",
-        files={"run/config.yaml": ""},
+        make=_settings(""),
         late=True,
     ),
     resumed(
         "settings of a run with an alias bomb",
-        "run/config.yaml: the settings of the run were altered; they are no groups of settings any more.",
-        files={"run/config.yaml": f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n"},
+        "run/config.yaml: has more than 100,000 values, with its aliases written out; this is too many.",
+        make=_settings(f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n"),
         late=True,
     ),
     resumed(
-        "an iteration in words",
-        "run/checkpoints/iter-0000002/manifest.json: iteration cannot be 'two'; convert the model again.",
-        make=edit_json(f"{NEWEST}/manifest.json", iteration="two"),
+        "an iteration of a run in words",
+        f"{NEWEST}/manifest.json: iteration cannot be 'two'; convert the model again.",
+        make=_of_an_earlier_version(edit_json(f"{NEWEST}/manifest.json", iteration="two")),
         late=True,
     ),
 ]

@@ -306,7 +306,7 @@ ENTRIES = [
     full(
         "a disk full of scores",
         "disk/out/train: the scores cannot be written (No space left on device); what was written before is kept.",
-        20480,
+        24576,
         score("scores.path=disk/out"),
         leaves=("disk/*",),
         late=True,

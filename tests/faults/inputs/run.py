@@ -173,9 +173,11 @@ def end_of(mark: str) -> list[str]:
     _, alive = psutil.wait_procs(
         [process for process in psutil.process_iter() if _is_marked(process, mark)], timeout=15
     )
-    left = [" ".join(process.cmdline()) for process in alive]
+    left = []
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            left.append(" ".join(process.cmdline()))
+            process.kill()
     return left
 
 
