@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,18 @@ def test_a_checkpoint_and_the_model_it_was_made_from_have_the_same_tokenizer(che
     assert tokenizer_folder(hf_model) == hf_model
 
 
-def run(*arguments: Any) -> tuple[subprocess.CompletedProcess[str], float]:
-    began = time.monotonic()
+def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.tokens", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True), time.monotonic() - began
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def test_bad_input_is_one_sentence_before_anything_slow_is_loaded(
     pairs_file: Path, hf_model: Path, tmp_path: Path
 ) -> None:
+    """Nothing that takes seconds is there to be loaded: in its place stands what ends the program with another code."""
+    for slow in ("torch", "transformers", "megatron"):
+        (tmp_path / "site" / slow).mkdir(parents=True)
+        (tmp_path / "site" / slow / "__init__.py").write_text(f"raise SystemExit('{slow} is loaded')")
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho\n')
     for arguments, sentence in (
@@ -94,15 +97,16 @@ def test_bad_input_is_one_sentence_before_anything_slow_is_loaded(
         ((torn, hf_model), "torn.jsonl line 2: not valid JSON"),
         ((pairs_file, hf_model, "data.max_lenth=9"), "did you mean 'data.max_length'"),
     ):
-        done, seconds = run(*arguments)
+        done = run(*arguments, PYTHONPATH=str(tmp_path / "site"))
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        assert done.stdout == "" and seconds < 3, seconds  # under a second on a machine of its own
+        assert done.stdout == ""
+    assert run(pairs_file, hf_model, PYTHONPATH=str(tmp_path / "site")).stderr.endswith(" is loaded\n")
 
 
 def test_the_rows_that_are_left_out_are_named_beside_the_tokens(
     write_pairs: Callable[..., Path], hf_model: Path, tmp_path: Path
 ) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", [PAIRS[0], {**PAIRS[1], "rejected": ""}])
-    done, _ = run(pairs, hf_model, "--json")
+    done = run(pairs, hf_model, "--json")
     assert done.returncode == 0 and done.stderr == "left out: the rejected response is empty (row 2)\n"
     assert [json.loads(line)["row"] for line in done.stdout.splitlines()] == [1]
