@@ -7,15 +7,16 @@ the others through a store that a process outside of the ranks holds, and trains
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from tests.support.ports import free_port
 
 RANKS = 4
 """TP2×PP2."""
@@ -51,11 +52,11 @@ class Job:
     """
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path, size: int = RANKS) -> None:
-        port = _free_port()
+        port = free_port()
         self.log, self.size = log, size
-        self.store = _fork(lambda: _hold_store(port), log)
+        self.store = fork(lambda: _hold_store(port), log)
         self.ranks = [
-            _fork(lambda rank=rank: _be_rank(module, arguments, rank, size, port), log) for rank in range(size)
+            fork(lambda rank=rank: _be_rank(module, arguments, rank, size, port), log) for rank in range(size)
         ]
         self.codes: dict[int, int] = {}
 
@@ -99,11 +100,19 @@ class Job:
 
 def in_a_process(work: Callable[[], object]) -> None:
     """Do something in a copy of this process, which stays without threads."""
-    _, status = os.waitpid(_fork(work), 0)
+    _, status = os.waitpid(fork(work), 0)
     assert status == 0
 
 
-def _fork(work: Callable[[], object], log: Path | None = None) -> int:
+def fork(work: Callable[[], object], log: Path | None = None) -> int:
+    """Do something in a copy of this process, which then ends as a program of its own does.
+
+    Args:
+        log: File that what it says is added to; None where it speaks to whom this process speaks, or sees to it itself.
+
+    Returns:
+        The number of the process. Its exit code is 0 where the work returned, else what Python's own would be.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -118,12 +127,15 @@ def _fork(work: Callable[[], object], log: Path | None = None) -> int:
         work()
         code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        code = 0 if ended.code is None else ended.code if isinstance(ended.code, int) else 1
+        if code == 1 and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(Exception):  # a file may take no more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -148,10 +160,3 @@ def _hold_store(port: int) -> NoReturn:
     while store:
         signal.pause()
     raise AssertionError
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

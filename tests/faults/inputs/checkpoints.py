@@ -258,10 +258,10 @@ ENTRIES = [
         make=_settings(f"a: &a [1]\nb: [{'*a, ' * 60_000}]\n"),
         late=True,
     ),
-    resumed(
+    BadInput(
         "an iteration of a run in words",
+        export(NEWEST),
         f"{NEWEST}/manifest.json: iteration cannot be 'two'; convert the model again.",
-        make=_of_an_earlier_version(edit_json(f"{NEWEST}/manifest.json", iteration="two")),
-        late=True,
+        make=edit_json(f"{NEWEST}/manifest.json", iteration="two"),
     ),
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.faults.inputs.entry import BadInput, convert, export, score, train
 from tests.faults.inputs.run import ROOT
+from tests.support.ports import free_port
 
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 MINUTE = "train.distributed_timeout_minutes=1"
@@ -27,12 +28,6 @@ def _listening() -> socket.socket:
 
 def _port() -> str:
     return str(_listening().getsockname()[1])
-
-
-def _free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
 
 
 def rank(name: str, says: str, *changes: str, seconds: float = 10, **variables: str) -> BadInput:
@@ -203,7 +198,7 @@ ENTRIES = [
         "not all of the 2 ranks came to 127.0.0.1:* within 1 min; start all of them, each with "
         "MASTER_ADDR=127.0.0.1 MASTER_PORT=* WORLD_SIZE=2 and a RANK of its own.",
         MINUTE,
-        MASTER_PORT=_free_port(),
+        MASTER_PORT=str(free_port()),
         seconds=75,
     ),
     rank(
@@ -212,7 +207,7 @@ ENTRIES = [
         "MASTER_PORT, that rank 0 was started, and that no firewall is between.",
         MINUTE,
         RANK="1",
-        MASTER_PORT=_free_port(),
+        MASTER_PORT=str(free_port()),
         seconds=75,
     ),
     rank(

@@ -6,7 +6,6 @@ itself is the process that forks; it reads commands as lines of JSON.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import runpy
@@ -18,6 +17,7 @@ from typing import Any
 
 from tests.faults.inputs.entry import BadInput
 from tests.faults.inputs.run import MARK, ROOT, SECONDS_TO_START, Programs, limit
+from tests.support.forked import fork
 
 READY = "ready\n"
 
@@ -68,9 +68,7 @@ def serve() -> None:
     print(READY, end="", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if not child:
-            _be(request)
+        child = fork(lambda request=request: _be(request))
         print(json.dumps(_code_of(child, request["seconds"])), flush=True)
 
 
@@ -86,7 +84,7 @@ def _load() -> None:
 
 
 def _be(request: dict[str, Any]) -> None:
-    """Become the program. Does not return."""
+    """Become the program."""
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -96,19 +94,7 @@ def _be(request: dict[str, Any]) -> None:
     limit(request["limits"], obeys=request["obeys"])
     module, *arguments = request["command"]
     sys.argv = [module, *arguments]
-    code: Any = 1
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _code_of(child: int, seconds: float) -> int | None:
