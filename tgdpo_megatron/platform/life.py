@@ -26,9 +26,9 @@ import psutil
 import torch.distributed as dist
 
 from tgdpo_megatron.errors import RANK_SILENT, leave_word
+from tgdpo_megatron.platform.nodes import SECONDS_TO_ANSWER
 
 _MOST_SECONDS_BETWEEN_SIGNS = 5.0
-_SECONDS_TO_ANSWER = 30
 _WAITING = (
     *("torch.distributed", "torch.cuda", "torch.autograd.graph", "tgdpo_megatron.report.metrics"),
     *("megatron.core.pipeline_parallel.p2p_communication", "megatron.core.distributed"),
@@ -104,7 +104,7 @@ def shown(rank: int, world_size: int, *, silence_minutes: float) -> Iterator[Non
     thread.start()
     yield
     ended.set()
-    thread.join(_SECONDS_TO_ANSWER)
+    thread.join(SECONDS_TO_ANSWER)
 
 
 class _Signs:
@@ -130,7 +130,7 @@ class _Signs:
         try:
             # A connection of its own: the main thread may wait in its own for long.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            answer = timedelta(seconds=_SECONDS_TO_ANSWER)
+            answer = timedelta(seconds=SECONDS_TO_ANSWER)
             store = dist.PrefixStore("signs of life", dist.TCPStore(address, port, is_master=False, timeout=answer))
             while not ended.wait(self.pause):
                 if not self._launcher_lives():
