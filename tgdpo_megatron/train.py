@@ -98,7 +98,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             with engine.clock.during(READING):
                 batches = run.training.micro_batches(picked, config, ranks.device)
             done = iteration + 1
-            wishes = partial(_wishes, run, ranks, asked, ranks.is_first and deadline.is_near())
+            wishes = partial(_wishes, run, ranks, asked, ranks.is_first and deadline.is_near(run.saves.longest))
             metrics, stop, save = _step(run, picked, batches, done, wishes)
             metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
