@@ -23,18 +23,18 @@ once() {
 # The warning before the time limit (USR1) is handed on; Slurm itself hands on the SIGTERM of a pre-emption. The program
 # saves and exits with 75, "queue me again". A job that was cancelled is not RUNNING any more, and stays cancelled.
 on_each_node() {
-    local port=$((20000 + SLURM_JOB_ID % 12000)) code asked=1
+    local port=$((20000 + SLURM_JOB_ID % 12000)) code asked=1 state left
     local meet=${TGDPO_RENDEZVOUS:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     # shellcheck disable=SC2016  # each node has a SLURM_NODEID of its own
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpu-bind=none "${container[@]}" \
         bash -c 'exec python -m "$0" --node-rank "$SLURM_NODEID" "$@"' "$1" --nnodes "$SLURM_NNODES" \
-        --rdzv-endpoint "$meet:$port" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "${@:2}" &
-    local step=$!
-    trap 'asked=1; kill -USR1 "$step" || true' USR1
-    trap 'asked=1' TERM
+        --rdzv-endpoint "$meet:$port" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "${@:2}" & local step=$!
+    trap 'asked=1; kill -USR1 "$step" || true' USR1; trap 'asked=1' TERM
     while ((asked)); do asked=0 code=0; wait "$step" || code=$?; done  # a signal interrupts wait
-    if ((code == 75)) && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    for ((left = 5; code == 75 && left; left--)); do  # Slurm may not answer for a moment
+        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=""
+        [[ ${state:-RUNNING} == RUNNING ]] || break
+        if [[ -n $state || $left == 1 ]] && scontrol requeue "$SLURM_JOB_ID"; then break; else sleep 4; fi
+    done
     exit "$code"
 }

@@ -31,7 +31,7 @@ from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.pace import Pace
 from tgdpo_megatron.report.terminal import Loudness
-from tgdpo_megatron.run_lock import RunLock
+from tgdpo_megatron.run_lock import RunLock, take_together
 from tgdpo_megatron.saves import Content, Saves
 
 
@@ -126,8 +126,7 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
     is_new = ranks.is_first and not output.exists()
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         lock = RunLock(output)
-        on_first_rank(ranks, partial(_open, output, lock, config))
-        lock.share()
+        take_together(lock, ranks, partial(_open, output, lock, config))
         resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
         run_folder.keep_output(output, ranks.rank)
         quiet = loudness == Loudness.QUIET
@@ -208,6 +207,7 @@ def _open(output: Path, lock: RunLock, config: Config) -> None:
         lock.take()
     run_folder.check_output(output, config)
     lock.take()
+    run_folder.check_output(output, config)  # again: a job that held the lock until now may have used the folder
 
 
 def start_of_training(config: Config) -> Path:

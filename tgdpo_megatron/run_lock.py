@@ -1,7 +1,8 @@
 """The lock of a folder that a job writes into: a second job is refused for as long as any rank of the first one lives.
 
 The kernel releases a lock when the last process that holds it ends, however it ends. The first rank asks for the lock
-alone, so that it finds any other holder, and then shares it with the other ranks of its job.
+alone, so that it finds any other holder, and then shares it with the other ranks of its job. These look for the first
+rank's mark in the file, and so notice a folder that their machine does not share with the first one's.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import json
 import os
 import socket
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tgdpo_megatron.platform.processes import Ranks
 
 from tgdpo_megatron.errors import UserError
 
 LOCK = "lock"
 """File in the folder, which stays. It says who took the lock last."""
-_SECONDS_TO_END = 5.0
+_SECONDS_TO_BE_FREE = 5.0
+_SECONDS_TO_BE_SEEN = 10.0
+"""A network file system may show a new file late to other machines."""
 
 
 class InUseError(UserError):
@@ -27,10 +35,15 @@ class InUseError(UserError):
 
 
 class RunLock:
-    """The lock of a folder, held by this process from `take` or `share` to `release`."""
+    """The lock of a folder, held by this process from `take` or `share` to `release`.
+
+    Attributes:
+        mark: What `take` writes into the file, and no other lock does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
+        self.mark = uuid.uuid4().hex
         self._file: IO[str] | None = None
 
     def take(self) -> None:
@@ -43,26 +56,56 @@ class RunLock:
             return
         self._file = self.path.open("a+", encoding="utf-8")
         try:
-            self._wait()
-            self._file.truncate(0)
-            self._file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}))
-            self._file.flush()
-            self._lock(fcntl.LOCK_SH)
+            if not (self._take_and_share() or self._take_and_share()):
+                raise BlockingIOError
         except BlockingIOError:
             self._file.seek(0)
-            holder = _words(self._file.read())
+            text = self._file.read()
             self.release()
+            holder = "" if self.mark in text else _words(text)
             raise InUseError(
                 f"{self.path.parent}: another job works there{holder}; wait for its end, or choose another folder."
             ) from None
 
-    def share(self) -> None:
-        """Hold the lock together with the first rank, which holds it already. Called on every rank."""
-        if self._file is not None:
-            return
-        with contextlib.suppress(OSError):  # a folder that was refused is gone
-            self._file = self.path.open("a+", encoding="utf-8")
+    def _take_and_share(self) -> bool:
+        """Hold the lock alone, leave word of it, and let others share it. False: another job came between.
+
+        Raises:
+            BlockingIOError: Another job holds it.
+        """
+        assert self._file is not None
+        self._wait()
+        self._file.truncate(0)
+        since = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time(), "mark": self.mark}
+        self._file.write(json.dumps(since))
+        self._file.flush()
+        os.fsync(self._file.fileno())  # so that other machines see it
+        try:
             self._lock(fcntl.LOCK_SH)
+        except BlockingIOError:  # the kernel gives the lock up before it shares it
+            return False
+        return True
+
+    def share(self, mark: str) -> bool:
+        """Hold the lock together with the first rank, which holds it already.
+
+        Args:
+            mark: The first rank's.
+
+        Returns:
+            Whether its mark is seen here; otherwise this is another folder.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+        while self._file is None:
+            with contextlib.suppress(OSError):  # not there, or not yet
+                if mark in self.path.read_text(encoding="utf-8", errors="replace"):
+                    self._file = self.path.open("r+", encoding="utf-8")
+                    self._lock(fcntl.LOCK_SH)
+                    break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
     def release(self) -> None:
         """Do not hold the lock any more."""
@@ -72,7 +115,7 @@ class RunLock:
 
     def _wait(self) -> None:
         """Hold the lock alone. The ranks of a job that was killed just now may take a moment to end."""
-        deadline = time.monotonic() + _SECONDS_TO_END
+        deadline = time.monotonic() + _SECONDS_TO_BE_FREE
         while True:
             try:
                 return self._lock(fcntl.LOCK_EX)
@@ -94,6 +137,36 @@ class RunLock:
                     "second job out of this folder.",
                     flush=True,
                 )
+
+
+def take_together(lock: RunLock, ranks: Ranks, take: Callable[[], None]) -> None:
+    """Hold a lock on every rank. Collective.
+
+    Args:
+        take: Takes it on the first rank.
+
+    Raises:
+        InUseError: Another job holds it.
+        UserError: What else `take` raises, or some ranks see another folder.
+    """
+    import torch.distributed as dist  # late: many read this file's names without torch
+
+    from tgdpo_megatron.platform.processes import on_first_rank
+
+    def taken() -> str:
+        take()
+        return lock.mark
+
+    mark = on_first_rank(ranks, taken)
+    seen: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(seen, None if lock.share(mark) else f"rank {ranks.rank} (on {socket.gethostname()})")
+    if blind := [rank for rank in seen if rank is not None]:
+        lock.release()
+        more = f" and {len(blind) - 1} more" if blind[1:] else ""
+        raise UserError(
+            f"{lock.path.parent}: {blind[0]}{more} does not see there what rank 0 wrote; the folder must be on a file "
+            "system that all nodes share."
+        )
 
 
 def _words(text: str) -> str:

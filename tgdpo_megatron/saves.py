@@ -56,6 +56,10 @@ class Saves:
         self._saved_at = time.monotonic()
         self._under_way: Save | None = None
         self._removal: threading.Thread | None = None
+        self.longest = (
+            0.0  # seconds that a save has taken at most on this rank, from its beginning until it was current
+        )
+        self._began = 0.0
 
     def due(self, done: int, *, stop: bool) -> bool:
         """Whether a checkpoint is saved after `done` steps, whatever the clock says. Local, and equal on all ranks."""
@@ -85,6 +89,7 @@ class Saves:
         began = time.monotonic()
         train, content = self.config.train, self.content
         folder = self.output / run_folder.CHECKPOINTS / f"iter-{done:07d}"
+        self._began = time.monotonic()
         self.engine.gather_weights()
         with self._says_what_is_kept():
             self._under_way = begin_save(
@@ -145,6 +150,7 @@ class Saves:
         assert save is not None
         with self._says_what_is_kept():
             save.finish()
+        self.longest = max(self.longest, time.monotonic() - self._began)
         if dist.get_rank() == 0:
             self._tidy()
 

@@ -41,7 +41,7 @@ from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.terminal import Loudness
-from tgdpo_megatron.run_lock import RunLock
+from tgdpo_megatron.run_lock import RunLock, take_together
 from tgdpo_megatron.scores import contrastive
 from tgdpo_megatron.scores.store import (
     Key,
@@ -115,8 +115,7 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     with run_folder.removed_if_refused(folder, is_first=ranks.is_first):
         on_first_rank(ranks, partial(run_folder.check_writable, folder))
         lock = RunLock(folder)
-        on_first_rank(ranks, lock.take)
-        lock.share()
+        take_together(lock, ranks, lock.take)
         run_folder.keep_output(folder, ranks.rank)
         commits = run_folder.kept_commits(folder)
         config, found = located.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -97,9 +98,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             with engine.clock.during(READING):
                 batches = run.training.micro_batches(picked, config, ranks.device)
             done = iteration + 1
-            overdue = ranks.is_first and run.saves.overdue
-            asks = asked.received is not None or (ranks.is_first and deadline.is_near())
-            metrics, stop, save = _step(run, picked, batches, done, stop=asks, save=overdue)
+            wishes = partial(_wishes, run, ranks, asked, ranks.is_first and deadline.is_near(run.saves.longest))
+            metrics, stop, save = _step(run, picked, batches, done, wishes)
             metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
@@ -142,8 +142,17 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         )
 
 
+def _wishes(run: Run, ranks: Ranks, asked: interrupts.Interrupts, near: bool) -> dict[str, float]:
+    """Whether this rank wants to stop, or to save, after the step that is under way.
+
+    Args:
+        near: Whether there is no time left for a step after this one.
+    """
+    return {"stop": near or asked.received is not None, "save": ranks.is_first and run.saves.overdue}
+
+
 def _step(
-    run: Run, picked: np.ndarray, batches: list[Batch], done: int, *, stop: bool, save: bool
+    run: Run, picked: np.ndarray, batches: list[Batch], done: int, wishes: Callable[[], Mapping[str, float]]
 ) -> tuple[dict[str, float], bool, bool]:
     """One optimizer step, which is skipped where its loss or gradient is not finite. Collective.
 
@@ -152,7 +161,7 @@ def _step(
 
     Args:
         picked: The pairs of the step, of which `batches` are this rank's micro-batches.
-        stop, save: Whether this rank wants to stop, or to save, after the step.
+        wishes: As _wishes.
 
     Returns:
         The step's metrics, without a loss where it was skipped, and whether any rank wants to stop, or to save.
@@ -163,7 +172,7 @@ def _step(
     set_for_step(settings.seed, done)
     engine.zero_grad()
     # What the ranks want is added up together with the sums, so that agreeing costs no reduction of its own.
-    totals = engine.forward_backward(batches, votes={"stop": stop, "save": save})
+    totals = engine.forward_backward(batches, wishes)
     stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
     run.incidents.keep_samples(done, picked)
     if done == 1 and run.start is not None and _is_finite(totals):

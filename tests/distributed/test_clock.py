@@ -39,3 +39,8 @@ def test_every_moment_counts_once(found: dict[str, Any]) -> None:
 
 def test_measuring_adds_no_barrier(found: dict[str, Any]) -> None:
     assert found["barriers"] == 0
+
+
+def test_what_ranks_vote_is_asked_after_the_pass(found: dict[str, Any]) -> None:
+    """So that a signal during the pass still ends the run with this step."""
+    assert found["passes"] == 2 * STEPS

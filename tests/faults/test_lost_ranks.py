@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.test_nodes import free_port
 from tests.faults.test_bad_inputs import settings, wait_for
 from tests.faults.test_mistakes import SLOW_TOKENISING, TWO_RANKS, Job, started
 from tests.support.planted import planted
@@ -126,3 +130,43 @@ def test_a_program_of_one_rank_that_is_asked_to_end_says_so_and_asks_for_another
         assert job.launcher.wait(timeout=SOON) == 75
     assert f"stopped by {number.name} before the work was done; give the same command again" in job.err.read_text()
     assert "Traceback" not in job.err.read_text() and not errors(job)
+
+
+ON_A_NODE = """
+import sys
+from tgdpo_megatron.platform.launcher import launch
+from tgdpo_megatron.platform.nodes import Nodes
+
+nodes = Nodes(2, int(sys.argv[1]), "127.0.0.1", int(sys.argv[2]))
+rank = ["-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"]
+sys.exit(launch("timeit", rank, processes=1, nodes=nodes, timeout_minutes=2, silence_minutes=0.08))
+"""
+"""A launcher whose rank, a program of Python's own, sleeps for a minute."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_first_node_that_is_lost_is_named_by_the_others_which_end(number: signal.Signals) -> None:
+    port = str(free_port())
+    launchers = [
+        psutil.Popen(
+            [sys.executable, "-c", ON_A_NODE, str(node), port],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for node in (0, 1)
+    ]
+    assert [launcher.stdout.readline() for launcher in launchers] == ["begun\n", "begun\n"]
+    ranks = [child for launcher in launchers for child in launcher.children()]
+    time.sleep(2)  # twice the time between two words
+    launchers[0].send_signal(number)
+    _, said = launchers[1].communicate(timeout=45)
+    ranks[0].kill()  # a training's would have ended with its launcher
+    launchers[0].kill()
+    launchers[0].communicate()
+    assert launchers[1].returncode == 1
+    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    how = r"has not answered at \S+ for \d+ s" if number == signal.SIGSTOP else r"does not answer at \S+ any more"
+    assert re.match(rf"error: the launcher of node 0 \(\S+\) {how}; all ranks of this node were stopped\.", error), said
+    assert not psutil.pid_exists(ranks[1].pid)

@@ -16,6 +16,8 @@ from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 def spent(ranks: Ranks, *, folder: str, steps: int, in_reading: float, in_reference: float) -> dict[str, Any]:
     """Seconds of each activity, those that each rank waited, and how many barriers there were.
 
+    Also how many passes of the reference were done, over all ranks, when the votes of the last step were asked for.
+
     Args:
         in_reading: Seconds by which the last rank is late in each step.
         in_reference: Seconds by which the reference's forward pass is slow on every rank.
@@ -39,6 +41,7 @@ def spent(ranks: Ranks, *, folder: str, steps: int, in_reading: float, in_refere
     engine = build_engine(config, description, loss=PreferenceLoss(config), start=checkpoint, frozen=[checkpoint])
     data = ultrafeedback_like(2, longest=64, vocabulary=description.vocab_size)
     barriers, barrier = [], dist.barrier
+    passes: list[float] = []
 
     def counted(*arguments: Any, **settings: Any) -> None:
         barriers.append(arguments)
@@ -49,6 +52,7 @@ def spent(ranks: Ranks, *, folder: str, steps: int, in_reading: float, in_refere
 
     def slow(*arguments: Any) -> Any:
         time.sleep(in_reference)
+        passes.append(in_reference)
         return decode(*arguments)
 
     for step in range(steps + 1):
@@ -61,9 +65,15 @@ def spent(ranks: Ranks, *, folder: str, steps: int, in_reading: float, in_refere
             if step and ranks.rank == ranks.world_size - 1:
                 time.sleep(in_reading)
         engine.zero_grad()
-        engine.forward_backward(batches)
+        totals = engine.forward_backward(batches, lambda: {"passes": len(passes)})
         engine.update()
     dist.barrier = barrier
     found = engine.time_spent()
     whole = time.monotonic() - began
-    return {"seconds": found.seconds, "waiting": found.waiting, "barriers": len(barriers), "whole": whole}
+    return {
+        "seconds": found.seconds,
+        "waiting": found.waiting,
+        "barriers": len(barriers),
+        "whole": whole,
+        "passes": totals["passes"],
+    }

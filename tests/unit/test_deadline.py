@@ -35,6 +35,16 @@ def test_a_twentieth_is_reserved_before_the_first_save(at) -> None:  # type: ign
     assert Deadline(minutes=10).is_near()
 
 
+def test_two_saves_are_reserved_although_no_step_waited_for_one(at) -> None:  # type: ignore[no-untyped-def]
+    """One may be written beside the steps when another begins."""
+    deadline = Deadline(minutes=10)
+    for begin in range(100, 391, 10):  # 10 s for a step, and twice 100 s for the saves
+        at(begin)
+        assert not deadline.is_near(longest_save=100)
+    at(391)
+    assert deadline.is_near(longest_save=100)
+
+
 def test_without_a_limit_there_is_no_end(at) -> None:  # type: ignore[no-untyped-def]
     at(1e9)
     assert not Deadline(minutes=0).is_near()

@@ -47,6 +47,7 @@ def test_a_place_is_read_from_what_torchrun_sets(monkeypatch: pytest.MonkeyPatch
         ("RANK", "2", "RANK='2' is not a whole number from 0 to 1"),
         ("RANK", "1.0", "RANK='1.0' is not a whole number from 0 to 1"),
         ("RANK", "١", "RANK='١' is not a whole number from 0 to 1"),  # int() reads Arabic digits
+        ("RANK", "--5", "RANK='--5' is not a whole number from 0 to 1"),
         ("WORLD_SIZE", "0", "WORLD_SIZE='0' is not a whole number of 1 or more"),
         ("MASTER_PORT", "65536", "MASTER_PORT='65536' is not a whole number from 1 to 65535"),
     ],

@@ -38,6 +38,16 @@ def test_a_first_node_that_cannot_be_reached_is_named_with_its_endpoint(port: in
         come(1, port, seconds=0.3)
 
 
+def test_a_name_that_no_machine_has_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    nodes = Nodes(2, 1, "nosuch.invalid", 29400, "test")
+    with pytest.raises(UserError, match=r"--rdzv-endpoint nosuch.invalid:29400: there is no machine of this name"):
+        Meeting(nodes, 1, timeout_minutes=1, silence_minutes=1, wait=lambda _: pytest.fail("it waited"))
+
+
 def test_a_port_that_is_taken_is_refused(port: int) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", port))

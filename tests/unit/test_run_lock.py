@@ -17,7 +17,8 @@ from tgdpo_megatron.run_lock import InUseError, RunLock
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_SECONDS_TO_END", 0)
+    monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_FREE", 0)
+    monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_SEEN", 0)
 
 
 def test_a_second_job_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
@@ -35,12 +36,53 @@ def test_a_second_job_is_refused_with_the_name_of_the_first(tmp_path: Path) -> N
 def test_the_lock_holds_while_any_rank_of_the_job_lives(tmp_path: Path) -> None:
     first, other = RunLock(tmp_path), RunLock(tmp_path)
     first.take()
-    other.share()
+    assert other.share(first.mark)
     first.release()  # as when the first rank is killed
     with pytest.raises(InUseError):
         RunLock(tmp_path).take()
     other.release()
     RunLock(tmp_path).take()
+
+
+def test_a_rank_that_sees_another_folder_than_the_first_notices(tmp_path: Path) -> None:
+    """As where each node has a disk of its own under the same name, perhaps with the lock of an earlier run."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    first = RunLock(here)
+    first.take()
+    assert not RunLock(there).share(first.mark) and not list(there.iterdir())
+    earlier = RunLock(there)
+    earlier.take()
+    earlier.release()
+    assert not RunLock(there).share(first.mark)
+    assert not RunLock(tmp_path / "gone").share(first.mark)
+    assert RunLock(here).share(first.mark)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_job_that_comes_while_the_lock_is_made_shared_is_never_taken_for_the_holder(
+    stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives an exclusive lock up before it shares it; here another process takes it in between."""
+    lock, real = RunLock(tmp_path), fcntl.flock
+    with (tmp_path / "lock").open("w") as other:
+        asked: list[int] = []
+
+        def flock(file: object, how: int) -> None:
+            asked.append(how & ~fcntl.LOCK_NB)
+            if asked == [fcntl.LOCK_EX, fcntl.LOCK_SH]:
+                real(file, fcntl.LOCK_UN)
+                real(other, fcntl.LOCK_EX)
+            elif not stays:
+                real(other, fcntl.LOCK_UN)
+            real(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        if not stays:
+            return lock.take()
+        with pytest.raises(InUseError, match="another job works there; wait"):  # and not this process's own name
+            lock.take()
 
 
 def test_the_lock_ends_with_a_holder_that_is_killed(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def slurm(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     """
     calls = tmp_path / "calls"
     answers = {"srun": 'exit "$CODE"', "squeue": 'echo "$STATE"', "scontrol": "[[ $1 == show ]] && echo node-0 || true"}
+    answers["sleep"] = ""
     for name, answer in answers.items():
         command = tmp_path / name
         command.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>{calls}\n{answer}\n')
@@ -87,6 +88,13 @@ def test_only_a_job_that_asks_for_it_and_was_not_cancelled_is_queued_again(
     ended, calls = slurm("on_each_node recipes.train a=1", code=code, state=state)
     assert ended == code
     assert ("scontrol requeue 12345" in calls) == again
+
+
+def test_a_slurm_that_does_not_answer_for_a_moment_is_asked_again(slurm: Slurm) -> None:
+    """Its answer is empty. The job was not cancelled as far as anybody knows, and has saved its work."""
+    ended, calls = slurm("on_each_node recipes.train a=1", code=75, state="")
+    assert ended == 75 and "scontrol requeue 12345" in calls
+    assert 1 < sum(call.startswith("squeue") for call in calls) < 10 and any(call.startswith("sleep") for call in calls)
 
 
 def test_launchers_are_told_how_many_they_are_and_where_they_meet(slurm: Slurm) -> None:

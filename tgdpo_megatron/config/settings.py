@@ -433,8 +433,8 @@ class TrainConfig(_Group):
     resume_with_changes: bool = False
     """Whether to continue the run with other data, frozen models or settings of the method than it had."""
     exit_after_minutes: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Minutes after the program's start when the run must have ended. It stops one step and one save earlier, and its
-    exit code 75 asks for another start. 0 sets no end."""
+    """Minutes after the program's start when the run must have ended. It stops one step and two saves earlier, of
+    which one may be under way, and its exit code 75 asks for another start. 0 sets no end."""
     max_skipped_steps: int = Field(3, ge=0)
     """Steps in a row that may be skipped because their loss or gradient is not finite. One more ends the run."""
     loss_spike_deviations: float = Field(8.0, ge=0, allow_inf_nan=False)

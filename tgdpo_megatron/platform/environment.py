@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket
 import threading
@@ -17,7 +18,7 @@ from tgdpo_megatron.errors import UserError
 
 OPEN_FILES = 128
 """Files that a rank needs to have open at once, with room: a training of 4 ranks has 60."""
-_SECONDS_BETWEEN_ATTEMPTS = 1.0
+_SECONDS_BETWEEN_ATTEMPTS = 0.5
 _TAKEN = "EADDRINUSE"
 
 
@@ -61,7 +62,7 @@ def _number(name: str, least: int, *, below: int | None = None) -> int:
             f"{name} is not set, where RANK={os.environ.get('RANK')} makes this process a rank of a job; start ranks "
             "with torchrun or --nproc-per-node, or unset RANK."
         )
-    number = int(text) if text.strip().isascii() and text.strip().lstrip("-").isdigit() and len(text) < 20 else None
+    number = int(text) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) else None
     if number is None or number < least or (below is not None and number >= below):
         limits = f"of {least} or more" if below is None else f"from {least} to {below - 1}"
         raise UserError(
@@ -114,7 +115,7 @@ def meet(place: Place, timeout: timedelta) -> Any:
     minutes = f"{timeout.total_seconds() / 60:g} min"
     listens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not listens:
-        _reach(host, port, place, deadline, minutes)
+        _reach_first_rank(host, port, place, deadline, minutes)
     left = max(_SECONDS_BETWEEN_ATTEMPTS, deadline - time.monotonic())
     try:
         store = _within(left, lambda: _store(place, timedelta(seconds=left)))
@@ -164,26 +165,50 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     return done.result(timeout=seconds + _SECONDS_BETWEEN_ATTEMPTS)
 
 
-def _reach(host: str, port: int, place: Place, deadline: float, minutes: str) -> None:
+def _reach_first_rank(host: str, port: int, place: Place, deadline: float, minutes: str) -> None:
     """Wait until something listens where the ranks meet. torch would take minutes more than it is given.
 
     Raises:
         UserError: Nothing does, or there is no such machine.
     """
+    try:
+        reach(host, port, deadline, time.sleep)
+    except UnknownNameError:
+        raise UserError(
+            f"MASTER_ADDR={host}: there is no machine of this name; give the address of the first rank's."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"rank {place.rank} of {place.world_size} did not reach rank 0 at {host}:{port} within {minutes} "
+            f"({error.strerror or error}); check MASTER_ADDR and MASTER_PORT, that rank 0 was started, and that no "
+            "firewall is between."
+        ) from None
+
+
+class UnknownNameError(OSError):
+    """No machine has this name."""
+
+
+def reach(host: str, port: int, deadline: float, wait: Callable[[float], None]) -> None:
+    """Wait until something listens at a port.
+
+    Args:
+        deadline: When to give up, on the monotonic clock.
+        wait: Lets some seconds pass. May raise what ends this program.
+
+    Raises:
+        UnknownNameError: At once.
+        OSError: Why the last attempt before the deadline failed.
+    """
     while True:
-        left = max(_SECONDS_BETWEEN_ATTEMPTS, deadline - time.monotonic())
+        left = deadline - time.monotonic()
         try:
-            with socket.create_connection((host, port), timeout=left):
-                return
+            # Short attempts, between which `wait` is asked.
+            socket.create_connection((host, port), timeout=min(5.0, max(left, _SECONDS_BETWEEN_ATTEMPTS))).close()
+            return
         except OSError as error:
             if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-                raise UserError(
-                    f"MASTER_ADDR={host}: there is no machine of this name; give the address of the first rank's."
-                ) from None
-            why = error.strerror or str(error)
-        if time.monotonic() + _SECONDS_BETWEEN_ATTEMPTS > deadline:
-            raise UserError(
-                f"rank {place.rank} of {place.world_size} did not reach rank 0 at {host}:{port} within {minutes} "
-                f"({why}); check MASTER_ADDR and MASTER_PORT, that rank 0 was started, and that no firewall is between."
-            )
-        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+                raise UnknownNameError(*error.args) from None
+            if time.monotonic() + _SECONDS_BETWEEN_ATTEMPTS > deadline:
+                raise
+        wait(_SECONDS_BETWEEN_ATTEMPTS)

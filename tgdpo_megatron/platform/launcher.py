@@ -1,7 +1,7 @@
 """The launcher: starts the ranks of a node, watches them, ends all when one fails, and says how the job ended.
 
 One launcher runs on each node of a job. Whatever happens, all of them end with the same exit code, and the one of node
-0 says one sentence.
+0 says one sentence. Where that one is lost, each of the others says so and ends.
 """
 
 from __future__ import annotations
@@ -32,14 +32,12 @@ from tgdpo_megatron.errors import (
     code_of,
 )
 from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, STARTED, asking
-from tgdpo_megatron.platform.meeting import Failure, Meeting, Report, Verdict
+from tgdpo_megatron.platform.meeting import KEPT, SECONDS_BETWEEN_LOOKS, Failure, Meeting, Report, Verdict
 from tgdpo_megatron.platform.nodes import Nodes
 from tgdpo_megatron.platform.parents import PARENT
 
-_SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 3.0
 """Once a rank has failed, the others have so long to end by themselves."""
-_KEPT = "The newest whole checkpoint is kept."
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,13 @@ def launch(
             for rank in launcher.ranks:
                 rank.process.kill()  # a stopped process as well
     verdict = meeting.agree(report, judge)
-    meeting.leave()
-    if verdict.sentence and nodes.rank == 0:
+    if verdict.sentence and meeting.speaks:
         by_force = any((rank.process.wait() or 0) < 0 for rank in launcher.ranks)
         _say(verdict, on_a_new_line=by_force)
+    if not meeting.leave():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(verdict.code)  # a thread that waits for the store would abort the interpreter's own end
     return verdict.code
 
 
@@ -150,7 +151,7 @@ def _say(verdict: Verdict, *, on_a_new_line: bool) -> None:
 
 def _environment(nodes: Nodes, port: int, processes: int, local: int) -> dict[str, str]:
     """The variables that tell a rank its place, by torch's names. It finds the others in the launcher's store."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, _cores() // processes)
     place = {
         "RANK": nodes.rank * processes + local,
         "LOCAL_RANK": local,
@@ -163,6 +164,11 @@ def _environment(nodes: Nodes, port: int, processes: int, local: int) -> dict[st
         "TORCHELASTIC_RESTART_COUNT": 0,  # read by earlier versions of torch
     }
     return {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(value) for name, value in place.items()}
+
+
+def _cores() -> int:
+    """The processor cores that this process may use, where the system says which; otherwise those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(module: str, arguments: Sequence[str], environment: dict[str, str], folder: Path) -> _Rank:
@@ -185,11 +191,11 @@ def _watch(launcher: _Launcher, meeting: Meeting) -> Report:
     while not (meeting.over or launcher.at_once or any(rank.process.poll() for rank in ranks)):
         if all(rank.process.poll() == 0 for rank in ranks):
             return Report(asked=tuple(launcher.asked))
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        meeting.pause(SECONDS_BETWEEN_LOOKS)
     # What comes first is not always the cause: ranks that lost another one end sooner than one that writes a traceback.
     deadline = time.monotonic() + _SECONDS_TO_END
     while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline and not launcher.at_once:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     failed = [(rank, code) for rank in ranks if (code := rank.process.poll())]
     failures = tuple(Failure(rank.number, socket.gethostname(), code, _last_words(rank)) for rank, code in failed)
     return Report(failures, tuple(launcher.asked), cut_short=True)
@@ -211,7 +217,7 @@ def judge(reports: Sequence[Report]) -> Verdict:
     if stopped := by_code.get(REQUEUE):
         return Verdict(code_of(asked), stopped.message or "the run was stopped.")
     if silent := by_code.get(RANK_SILENT):  # the silent one ends later, by SIGKILL
-        return Verdict(UNEXPECTED, f"{silent.message} All ranks were stopped. {_KEPT}")
+        return Verdict(UNEXPECTED, f"{silent.message} All ranks were stopped. {KEPT}")
     if asked and (not failures or {-number for number in asking()} & by_code.keys()):
         name = signal.Signals(asked[0]).name
         return Verdict(
@@ -220,7 +226,7 @@ def judge(reports: Sequence[Report]) -> Verdict:
             "command goes on (a training that has a checkpoint: with train.resume=true).",
         )
     if not failures:  # another node failed, and the launchers say which
-        return Verdict(UNEXPECTED, f"all ranks were stopped. {_KEPT}")
+        return Verdict(UNEXPECTED, f"all ranks were stopped. {KEPT}")
     cause = min(failures, key=_how_late)
     several = len({failure.host for failure in failures}) > 1 or len(reports) > 1
     name = f"rank {cause.rank} (on {cause.host})" if several else f"rank {cause.rank}"
@@ -231,7 +237,7 @@ def judge(reports: Sequence[Report]) -> Verdict:
             "were stopped. The run folder is kept, and the newest whole checkpoint in it.",
         )
     how = _name_of(-cause.exitcode) if cause.exitcode < 0 else f"failed with exit code {cause.exitcode}"
-    return Verdict(UNEXPECTED, f"{name} {how}; all ranks were stopped. {_KEPT}")
+    return Verdict(UNEXPECTED, f"{name} {how}; all ranks were stopped. {KEPT}")
 
 
 _CONSEQUENCES = (

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,10 +26,13 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
-from tgdpo_megatron.errors import RANK_SILENT, leave_word
+from tgdpo_megatron.errors import RANK_SILENT, in_short, leave_word
+from tgdpo_megatron.platform.environment import reach
+from tgdpo_megatron.platform.nodes import SECONDS_TO_ANSWER
 
 _MOST_SECONDS_BETWEEN_SIGNS = 5.0
-_SECONDS_TO_ANSWER = 30
+_ATTEMPTS = 3
+"""Connections in a row that may fail. Together they take less than the time after which a rank is silent."""
 _WAITING = (
     *("torch.distributed", "torch.cuda", "torch.autograd.graph", "tgdpo_megatron.report.metrics"),
     *("megatron.core.pipeline_parallel.p2p_communication", "megatron.core.distributed"),
@@ -104,7 +108,7 @@ def shown(rank: int, world_size: int, *, silence_minutes: float) -> Iterator[Non
     thread.start()
     yield
     ended.set()
-    thread.join(_SECONDS_TO_ANSWER)
+    thread.join(SECONDS_TO_ANSWER)
 
 
 class _Signs:
@@ -116,33 +120,50 @@ class _Signs:
         self.host = socket.gethostname()
         self.main = threading.main_thread().ident
         self.launcher = os.getppid()
-        self.count = 0
+        self.count = self.failures = 0
         self.stack: Any = None
         self.still = 0.0
         self.next_sign, self.next_silent, self.launcher_stopped = b"", 0.0, 0.0
 
     def show(self, ended: threading.Event) -> None:
-        """Runs beside the main thread until it sets `ended`.
+        """Runs beside the main thread until it sets `ended`. A connection that breaks is made again."""
+        while not ended.is_set():
+            try:
+                return self._show_in_store(ended)
+            except (OSError, RuntimeError, ValueError) as error:
+                self._launcher_lives()
+                self.failures += 1
+                if self.failures == _ATTEMPTS:
+                    print(
+                        f"warning: rank {self.rank} cannot show that it lives ({in_short(error)}), and watches over no "
+                        "other any more.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    return None
+            ended.wait(self.pause)
+
+    def _show_in_store(self, ended: threading.Event) -> None:
+        """Show signs over one connection.
 
         Seconds are counted by the pauses between looks: a rank that was stopped itself, as with its whole job, must not
         take the time that it missed for the silence of another.
         """
-        try:
-            # A connection of its own: the main thread may wait in its own for long.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            answer = timedelta(seconds=_SECONDS_TO_ANSWER)
-            store = dist.PrefixStore("signs of life", dist.TCPStore(address, port, is_master=False, timeout=answer))
-            while not ended.wait(self.pause):
-                if not self._launcher_lives():
-                    continue
-                sign = self._sign()
-                store.set(f"{self.rank}", json.dumps(vars(sign)))
-                self._look_at_next(store)
-                if self.rank == 0 and sign.still > self.silence:
-                    self._look_at_all(store)
-            store.set(f"{self.rank}", json.dumps(vars(self._sign()) | {"ended": True}))
-        except (RuntimeError, ValueError):
-            return  # the store is gone, and with it the launcher of node 0; whoever started this rank ends it
+        # A connection of its own: the main thread may wait in its own for long.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        reach(address, port, time.monotonic(), time.sleep)  # where nothing listens, torch would try for long
+        answer = timedelta(seconds=SECONDS_TO_ANSWER)
+        store = dist.PrefixStore("signs of life", dist.TCPStore(address, port, is_master=False, timeout=answer))
+        while not ended.wait(self.pause):
+            if not self._launcher_lives():
+                continue
+            sign = self._sign()
+            store.set(f"{self.rank}", json.dumps(vars(sign)))
+            self._look_at_next(store)
+            self.failures = 0
+            if self.rank == 0 and sign.still > self.silence:
+                self._look_at_all(store)
+        store.set(f"{self.rank}", json.dumps(vars(self._sign()) | {"ended": True}))
 
     def _sign(self) -> Sign:
         here, frame = _here, sys._current_frames().get(self.main or 0)

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import torch.distributed as dist
 
 from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, in_short
-from tgdpo_megatron.platform.nodes import Nodes
+from tgdpo_megatron.platform.environment import UnknownNameError, reach
+from tgdpo_megatron.platform.nodes import SECONDS_TO_ANSWER, Nodes
 
-_SECONDS_TO_ANSWER = 30
-"""A store that can be reached and does not answer for so long is none of ours."""
 _SECONDS_BETWEEN_WORDS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_FOR_REPORTS = 15
 """Once a node has failed, the others have so long to end their ranks and to say how they ended."""
+KEPT = "The newest whole checkpoint is kept."
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Meeting:
         silence_minutes: A launcher that gives no word for so long is taken for lost.
         wait: Lets some seconds pass. May raise what ends this launcher.
 
+    Attributes:
+        over: Whether another node has failed, or is lost.
+        speaks: Whether this launcher says how the job ended: that of node 0, and each that has lost it.
+
     Raises:
         UserError: Not all nodes came, or the endpoint cannot be used.
     """
@@ -88,11 +94,12 @@ class Meeting:
         wait: Callable[[float], None],
     ) -> None:
         self.nodes = nodes
-        self.over = False  # whether another node has failed, or is lost
+        self.over = False
+        self.speaks = nodes.rank == 0
         self._silence = 60 * silence_minutes
-        self._answered = time.monotonic()  # when the store did so last
+        self._unanswered = 0.0  # seconds that this launcher has paused since the store answered last
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
+        self._threads: list[threading.Thread] = []  # those that use the store
         self._lost: dict[int, str] = {}  # node -> the sentence about it
         self._hosts: dict[int, str] = {}
         deadline = time.monotonic() + 60 * timeout_minutes
@@ -106,7 +113,7 @@ class Meeting:
                 raise UserError(
                     f"node 0 ended while nodes were coming to {nodes.endpoint}; its lines say why."
                 ) from error
-            self._thread.start()
+            self._begin(self._keep_in_touch)
 
     def _come(self, processes: int, deadline: float, minutes: float, wait: Callable[[float], None]) -> None:
         """Take this launcher's seat, and wait until every seat is taken."""
@@ -149,7 +156,7 @@ class Meeting:
                     heard[other] = (now, 0.0 if now != count else still + _SECONDS_BETWEEN_WORDS)
                     if heard[other][1] > self._silence:
                         self._lose(other, f"has given no sign of life for {heard[other][1]:.0f} s")
-                self._answered = time.monotonic()
+                self._unanswered = 0.0
             except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError
                 self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
                 return
@@ -158,11 +165,33 @@ class Meeting:
         self._lost.setdefault(node, f"the launcher of node {node} ({self._hosts[node]}) {how}")
         self.over = True
 
-    def leave(self) -> None:
-        """Keep in touch no longer. A thread that is in the store while the program ends would abort it."""
+    def pause(self, seconds: float) -> None:
+        """Let time pass, and notice when node 0 does not answer any more.
+
+        A question to a launcher that is stopped, or whose machine has vanished, never returns to the thread that asked
+        it. Pauses are counted here, too: a launcher that was stopped itself must not blame another.
+        """
+        time.sleep(seconds)
+        self._unanswered += seconds
+        if self.nodes.rank > 0 and self._unanswered > self._silence:
+            self._lose(0, f"has not answered at {self.nodes.endpoint} for {self._unanswered:.0f} s")
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        """Do something with the store beside the main thread."""
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def leave(self) -> bool:
+        """Keep in touch no longer.
+
+        Returns:
+            Whether nothing waits for the store any more. A thread that does while the program ends would abort it.
+        """
         self._left.set()
-        if self._thread.ident is not None:
-            self._thread.join(_SECONDS_BETWEEN_WORDS)
+        for thread in self._threads:
+            thread.join(_SECONDS_BETWEEN_WORDS)
+        return not any(thread.is_alive() for thread in self._threads)
 
     def agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         """Tell all nodes how the ranks of this one ended, and learn how the job ended.
@@ -172,17 +201,28 @@ class Meeting:
         """
         if self.nodes.count == 1:
             return judge([report])
+        found = Future[Verdict]()
+
+        def ask() -> None:
+            try:
+                found.set_result(self._agree(report, judge))
+            except BaseException as error:
+                found.set_exception(error)
+
+        if 0 not in self._lost:
+            self._begin(ask)
+        while not found.done() and 0 not in self._lost:
+            self.pause(SECONDS_BETWEEN_LOOKS)
         try:
-            return self._agree(report, judge)
-        except (RuntimeError, ValueError):
+            if found.done():
+                return found.result()
+        except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError
             self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
-            return Verdict(UNEXPECTED, f"{self._lost[0]}; all ranks of this node were stopped.")
+        self.speaks = True
+        return Verdict(UNEXPECTED, f"{self._lost[0]}; all ranks of this node were stopped. {KEPT}")
 
     def _agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         store, nodes = self._store, self.nodes
-        # A question to a launcher that is stopped is never answered, and cannot be taken back.
-        if nodes.rank > 0 and (0 in self._lost or time.monotonic() - self._answered > _SECONDS_TO_ANSWER):
-            raise RuntimeError
         store.set(f"report {nodes.rank}", json.dumps(asdict(report)))
         if report.cut_short:
             store.set("failed", "1")
@@ -195,7 +235,7 @@ class Meeting:
         missing = [node for node in range(nodes.count) if not store.check([f"report {node}"])]
         if missing and verdict.code != USER_ERROR:
             said = self._lost.get(missing[0], f"the launcher of node {missing[0]} ({self._hosts[missing[0]]}) was lost")
-            verdict = Verdict(UNEXPECTED, f"{said}; all ranks were stopped. The newest whole checkpoint is kept.")
+            verdict = Verdict(UNEXPECTED, f"{said}; all ranks were stopped. {KEPT}")
         store.set("verdict", json.dumps(asdict(verdict)))
         reading = [f"read {node}" for node in range(1, nodes.count) if node not in missing]
         self._until(lambda: not reading or store.check(reading), seconds=_SECONDS_FOR_REPORTS)
@@ -209,23 +249,21 @@ class Meeting:
                 self._store.set("failed", "1")
                 self._until(lambda: self._store.check(keys), seconds=_SECONDS_FOR_REPORTS)
                 break
-            time.sleep(0.1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         texts = [self._store.get(key) for key in keys if self._store.check([key])]
         return [_report_of(json.loads(text)) for text in texts]
 
     def _verdict(self) -> bytes:
-        """Wait for the word of node 0, as long as it lives. Other nodes may still be at work."""
+        """Wait for the word of node 0. Other nodes may still be at work."""
         while not self._store.check(["verdict"]):
-            if 0 in self._lost:
-                raise RuntimeError
-            time.sleep(0.1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         return bytes(self._store.get("verdict"))
 
     @staticmethod
     def _until(done: Callable[[], bool], *, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not done() and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _report_of(fields: dict[str, Any]) -> Report:
@@ -241,7 +279,7 @@ def _listen(nodes: Nodes) -> dist.TCPStore:
             nodes.port,
             is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=_SECONDS_TO_ANSWER),
+            timeout=timedelta(seconds=SECONDS_TO_ANSWER),
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -252,23 +290,23 @@ def _listen(nodes: Nodes) -> dist.TCPStore:
 
 def _reach(nodes: Nodes, deadline: float, minutes: float, wait: Callable[[float], None]) -> dist.TCPStore:
     """Find the store of node 0, which may be started later than this node."""
-    while True:
-        try:
-            socket.create_connection((nodes.host, nodes.port), timeout=5).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"node {nodes.rank} cannot reach node 0 at {nodes.endpoint} ({error.strerror or error}); it tried "
-                    f"for {minutes:g} minutes. Is node 0 started, and is this --rdzv-endpoint a name of its host?"
-                ) from error
-        wait(0.5)
+    try:
+        reach(nodes.host, nodes.port, deadline, wait)
+    except UnknownNameError as error:
+        raise UserError(
+            f"--rdzv-endpoint {nodes.endpoint}: there is no machine of this name; give the address of node 0's."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"node {nodes.rank} cannot reach node 0 at {nodes.endpoint} ({error.strerror or error}); it tried "
+            f"for {minutes:g} minutes. Is node 0 started, and is this --rdzv-endpoint a name of its host?"
+        ) from error
     try:
         return dist.TCPStore(
             nodes.host,
             nodes.port,
             is_master=False,
-            timeout=timedelta(seconds=_SECONDS_TO_ANSWER),
+            timeout=timedelta(seconds=SECONDS_TO_ANSWER),
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:

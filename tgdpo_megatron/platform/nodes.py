@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from tgdpo_megatron.errors import UserError
 
+SECONDS_TO_ANSWER = 30
+"""A store that can be reached and does not answer for so long is none of ours."""
+
 
 @dataclass(frozen=True)
 class Nodes:

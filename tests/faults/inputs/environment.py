@@ -124,6 +124,11 @@ ENTRIES = [
         RANK="-1",
     ),
     rank(
+        "RANK with two signs",
+        "RANK='--5' is not a whole number from 0 to 1; start ranks with torchrun, which sets it.",
+        RANK="--5",
+    ),
+    rank(
         "RANK beyond WORLD_SIZE",
         "RANK='5' is not a whole number from 0 to 1; start ranks with torchrun, which sets it.",
         RANK="5",
