@@ -138,6 +138,12 @@ def test_a_run_that_saves_weights_alone_and_is_stopped_goes_on(runs: Runs) -> No
     assert straight == stopped
 
 
+def test_moments_that_adam_has_not_made_yet_are_saved_as_zeros(checkpoint: Path) -> None:
+    """As where every step so far was skipped, with Transformer Engine's Adam."""
+    found = run_ranks("tests.support.saves", "without_moments", 1, folder=str(checkpoint))
+    assert found and all(saved == whole and largest == 0 for saved, whole, largest in found)
+
+
 def test_no_collective_waits_for_a_slow_disk(tmp_path: Path) -> None:
     """One that waits too long ends the job, and with it the last checkpoint of a run."""
     found = run_ranks("tests.support.saves", "save_slowly", 2, folder=str(tmp_path / "c"), seconds=3, patience=60)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,35 @@ def save_slowly(ranks: Ranks, *, folder: str, seconds: float, patience: float) -
     found: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(found, (longest, said))
     return [max(seconds for seconds, _ in found), [error for _, error in found]]
+
+
+def without_moments(ranks: Ranks, *, folder: str) -> list[list[float]]:
+    """What is saved of Adam before its first update, where Adam makes its moments only there.
+
+    Returns:
+        For each tensor: how many of its elements are saved, how many it has, and the largest of them.
+    """
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.checkpoint.shards import optimizer_shards
+    from tgdpo_megatron.checkpoint.state import megatron_layout, sharded_model_state
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.pair_losses import PreferenceLoss
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+
+    config = complete(load(RECIPES["dpo_tiny"](), {"train": {"train_iters": 1}}, where="test"), where="test")
+    initialize_model_parallel(config.parallel, seed=1)
+    engine = build_engine(config, describe(Path(folder)), loss=PreferenceLoss(config), start=Path(folder), frozen=[])
+    (only,) = engine.optimizer.chained_optimizers
+    for state in only.optimizer.state.values():
+        del state["exp_avg"], state["exp_avg_sq"]
+    shards, _ = optimizer_shards(engine.optimizer, sharded_model_state(engine.chunks)["0"], megatron_layout())
+    of_keys: dict[str, list[float]] = {}
+    for shard in shards:
+        if ".exp_avg" in shard.key:
+            found = of_keys.setdefault(shard.key, [0, math.prod(shard.shape), 0.0])
+            found[0] += shard.data.numel()
+            found[2] = max(found[2], float(shard.data.abs().max()))
+    return list(of_keys.values())
 
 
 def _cut(path: Path) -> None:

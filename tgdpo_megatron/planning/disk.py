@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tgdpo_megatron import run_folder
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
@@ -91,7 +92,9 @@ def _existing(path: Path) -> Path:
 
 
 def _bytes_below(folder: Path) -> int:
-    files = (Path(where) / name for where, _, names in os.walk(folder) for name in names)
+    """What the run has written there. Checkpoints that were found damaged do not count: they never make room."""
+    places = (Path(where) for where, _, _ in os.walk(folder) if run_folder.DAMAGED not in where)
+    files = (path for place in places for path in place.iterdir() if not path.is_dir() or path.is_symlink())
     return sum(path.lstat().st_size for path in files)
 
 
