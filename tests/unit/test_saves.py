@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from tgdpo_megatron.checkpoint.pickled import MAX_INSTRUCTIONS
 from tgdpo_megatron.checkpoint.sums import first_damage, read_sums, write_sums
 from tgdpo_megatron.checkpoint.torch_dist import StoredBox, write_index_of_boxes
 from tgdpo_megatron.config import Config, complete, load
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.planning.disk import check_disk, disk_need
+from tgdpo_megatron.platform import life
 from tgdpo_megatron.run_folder import checkpoint_folders, newest_checkpoint
-from tgdpo_megatron.saves import _link, best_checkpoint, kept
+from tgdpo_megatron.saves import Saves, _link, best_checkpoint, kept
 
 BYTES_8B = 8_030_261_248
 """Parameters of Llama-3-8B, as its authors count them."""
@@ -106,6 +108,7 @@ def test_the_disk_that_a_run_of_1050_steps_needs(
     need = disk_need(config, LLAMA_8B)
     assert need.checkpoint == bytes_each * BYTES_8B
     assert (need.checkpoints, need.exports) == (at_once, exports)
+    assert need.at_a_stop == (12 * BYTES_8B if train.get("save_optimizer") is False else 0)
     assert need.export == (4 if train.get("precision") == "fp32" else 2) * BYTES_8B
 
 
@@ -155,6 +158,34 @@ def test_the_link_to_the_best_goes_where_there_is_none(saved: Callable[..., list
     assert link.resolve() == only
     _link(tmp_path, None)
     assert not link.is_symlink()
+
+
+def test_that_a_checkpoint_is_kept_is_said_only_where_one_is(saved: Callable[..., list[Path]], tmp_path: Path) -> None:
+    saves = Saves(tmp_path, settings(), None, None)  # type: ignore[arg-type]  # neither is looked at
+    with pytest.raises(NonFiniteError, match="not saved; no checkpoint was saved"), saves._says_what_is_kept():
+        raise NonFiniteError("iter-0000001: the checkpoint was not saved.")
+    (only,) = saved([None])
+    with pytest.raises(NonFiniteError, match=f"the last good checkpoint is {only}"), saves._says_what_is_kept():
+        raise NonFiniteError("iter-0000002: the checkpoint was not saved.")
+
+
+def test_a_removal_that_does_not_end_is_left_to_itself(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, settings(rank_timeout_minutes=0.005), None, None)  # type: ignore[arg-type]
+    ends = threading.Event()
+    saves._removal = threading.Thread(target=ends.wait, daemon=True)
+    saves._removal.start()
+    saves.finish()
+    assert not ends.is_set() and saves._removal is None
+    ends.set()
+
+
+def test_a_rank_that_waits_for_a_save_is_not_watched_and_afterwards_is_where_it_was() -> None:
+    life.at("step 3, update", watched=True)
+    before = life._here
+    with pytest.raises(OSError), life.during("waiting for iter-0000003 to be written"):
+        assert not life._here.watched
+        raise OSError
+    assert life._here is before
 
 
 def test_the_longest_index_that_is_written_can_be_read(tmp_path: Path) -> None:

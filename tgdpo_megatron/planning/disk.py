@@ -21,18 +21,23 @@ class DiskNeed:
     Attributes:
         checkpoint: One checkpoint.
         checkpoints: How many there are at most at one time, the one that is being written included.
+        at_a_stop: What the last checkpoint of a run that is stopped takes more than the others, without
+            train.save_optimizer.
         export: One export.
         exports: How many there are in the end.
     """
 
     checkpoint: int
     checkpoints: int
+    at_a_stop: int
     export: int
     exports: int
 
     def sentence(self) -> str:
         """The same in words."""
         said = f"{_gigabytes(self.checkpoint)} for each of at most {self.checkpoints} checkpoints at a time"
+        if self.at_a_stop:
+            said += f", {_gigabytes(self.at_a_stop)} more for the optimizer's state where the run is stopped"
         return said + (f", and {_gigabytes(self.export)} for each of {self.exports} exports" if self.exports else "")
 
 
@@ -44,7 +49,8 @@ def disk_need(config: Config, description: ModelDescription) -> DiskNeed:
     train = config.train
     weight = 4 if train.precision == "fp32" else 2
     moments = 8 if weight == 4 and not config.optimizer.use_distributed_optimizer else 12  # with a copy of the weights
-    each = parameters(description) * (weight + (moments if train.save_optimizer else 0))
+    state = parameters(description) * moments
+    each = parameters(description) * weight + (state if train.save_optimizer else 0)
     steps = train.train_iters
     at_once = train.keep_last + 1 + (train.keep_best is not None)
     if steps is not None:
@@ -57,7 +63,8 @@ def disk_need(config: Config, description: ModelDescription) -> DiskNeed:
         if (train.export_interval and steps)
         else 0
     )
-    return DiskNeed(each, at_once, parameters(description) * weight, exports)
+    at_a_stop = 0 if train.save_optimizer else state
+    return DiskNeed(each, at_once, at_a_stop, parameters(description) * weight, exports)
 
 
 def check_disk(output: Path, config: Config, description: ModelDescription) -> None:
@@ -69,7 +76,8 @@ def check_disk(output: Path, config: Config, description: ModelDescription) -> N
     need = disk_need(config, description)
     wanted: dict[int, int] = {}
     places: dict[int, Path] = {}
-    for name, total in (("checkpoints", need.checkpoint * need.checkpoints), ("hf", need.export * need.exports)):
+    checkpoints = need.checkpoint * need.checkpoints + need.at_a_stop
+    for name, total in (("checkpoints", checkpoints), ("hf", need.export * need.exports)):
         place = _existing(output / name)
         device = place.stat().st_dev
         places.setdefault(device, place)
