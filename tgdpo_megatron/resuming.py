@@ -20,9 +20,6 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 
-DAMAGED = ".damaged"
-"""Ends the name of a checkpoint that was found damaged. It is moved out of the way, and never deleted."""
-
 _FIXED = {
     "loss": tuple(LossConfig.model_fields),
     "data": ("max_length", "shuffle", "weights"),
@@ -120,7 +117,7 @@ def _what_is_wrong(folder: Path) -> str | None:
         return "manifest.json is missing"
     has_sums = (folder / SUMS).is_file()
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, with_index=not has_sums)  # an index with a checksum is as it was saved
     except UserError as error:
         if has_sums:
             raise
@@ -134,11 +131,11 @@ def _what_is_wrong(folder: Path) -> str | None:
 
 def _move_aside(folder: Path, damage: str) -> str:
     """Rename a damaged checkpoint, and say so. Returns its new name."""
-    target = folder.with_name(folder.name + DAMAGED)
+    target = folder.with_name(folder.name + run_folder.DAMAGED)
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}{DAMAGED}-{number}")
+        target = folder.with_name(f"{folder.name}{run_folder.DAMAGED}-{number}")
     folder.rename(target)
     print(
         f"warning: {folder} is damaged ({damage}); it is now called {target.name}, and the run goes on from the "
@@ -167,7 +164,7 @@ def check_continues(
     """
     if start is None:
         return []
-    before = read_manifest(start)
+    before = read_manifest(start, with_index=False)
     if before.weights_only:
         raise UserError(
             f"{start}: holds weights alone (train.save_optimizer=false), so the run cannot go on; start a new run with "

@@ -162,7 +162,7 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
         first = 0
         if resumed_from is not None:
             load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
-            first = read_manifest(resumed_from).iteration or 0
+            first = read_manifest(resumed_from, with_index=False).iteration or 0
     training = Part(pairs, scores)
     saves = Saves(
         output,

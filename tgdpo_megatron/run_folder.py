@@ -47,6 +47,8 @@ ANSWERS = "answers.json"
 """Another: prompt, chosen answer, and the model's answers before and after training."""
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that was found damaged. It is moved out of the way, and never deleted."""
 EXPORTS = "hf"
 """Folder of a run's exports to HuggingFace."""
 

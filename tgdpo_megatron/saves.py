@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from tgdpo_megatron import run_folder
@@ -21,12 +20,11 @@ from tgdpo_megatron.checkpoint.saving import UNFINISHED, Save
 from tgdpo_megatron.checkpoint.state import begin_save
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.engine import Engine
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError
+from tgdpo_megatron.platform import life
 
 BEST = "best"
 """A link beside the checkpoints, to the one that train.keep_best keeps."""
-_PAUSE = 0.02
-"""Seconds between two questions whether all ranks have written their files."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,6 @@ class Saves:
 
     def __init__(self, output: Path, config: Config, engine: Engine, content: Content) -> None:
         self.output, self.config, self.engine, self.content = output, config, engine, content
-        self.seconds = 0.0
-        """How long this rank has waited for its saves."""
         self._saved_at = time.monotonic()
         self._under_way: Save | None = None
         self._removal: threading.Thread | None = None
@@ -71,12 +67,14 @@ class Saves:
         """Whether train.save_minutes have passed on this rank. Local."""
         return 0 < self.config.train.save_minutes * 60 <= time.monotonic() - self._saved_at
 
-    def save(self, done: int, held_out: Mapping[str, float], *, wait: bool) -> Path:
+    def save(self, done: int, held_out: Mapping[str, float], *, wait: bool, stop: bool) -> Path:
         """Save a checkpoint after `done` steps. It is current once `settle` or `finish` has found it whole.
 
         Args:
             held_out: Metrics of the held-out pairs after this step, which begin with `eval/`; empty without.
             wait: Whether to wait until it is current.
+            stop: Whether the run ends here before its last step. Its checkpoint then holds the optimizer's state
+                whatever train.save_optimizer says, since the run must be able to go on.
 
         Returns:
             The checkpoint's folder.
@@ -84,9 +82,10 @@ class Saves:
         Raises:
             NonFiniteError: A weight is not finite.
             NotWrittenError: The operating system refuses a file of this checkpoint, or of the one before.
+            StillWritingError: As `settle`.
         """
         self.finish()
-        began = time.monotonic()
+        wait = wait or not self.config.train.async_save
         train, content = self.config.train, self.content
         folder = self.output / run_folder.CHECKPOINTS / f"iter-{done:07d}"
         self._began = time.monotonic()
@@ -104,13 +103,12 @@ class Saves:
                     content.identity,
                     iteration=done,
                     held_out=dict(held_out) or None,
-                    weights_only=not train.save_optimizer,
+                    weights_only=not train.save_optimizer and not stop,
                 ),
-                background=train.async_save and not wait,
+                background=not wait,
+                patience=60 * train.rank_timeout_minutes,
             )
-        wait = wait or not train.async_save
         self._saved_at = time.monotonic()
-        self.seconds += self._saved_at - began
         if wait:
             self.finish()
         return folder
@@ -120,8 +118,9 @@ class Saves:
 
         Raises:
             NotWrittenError: The operating system refused one of the files.
+            StillWritingError: A rank has written nothing for train.rank_timeout_minutes, and is not done.
         """
-        if self._under_way is not None and not self._any_rank(self._under_way.is_writing):
+        if self._under_way is not None and not self._under_way.any_rank_writes():
             self._complete()
 
     def finish(self) -> None:
@@ -129,16 +128,15 @@ class Saves:
 
         Raises:
             NotWrittenError: The operating system refused one of its files.
+            StillWritingError: As `settle`.
         """
-        began = time.monotonic()
-        # Asked again and again, since a collective that waits for the slowest disk may take too long for a collective.
-        while self._under_way is not None and self._any_rank(self._under_way.is_writing):
-            time.sleep(_PAUSE)
         if self._under_way is not None:
             self._complete()
         if self._removal is not None:
-            self._removal.join()
-        self.seconds += time.monotonic() - began
+            with life.during("waiting until old checkpoints are removed"):
+                # The next save needs their room. A removal that does not end is left to itself.
+                self._removal.join(60 * self.config.train.rank_timeout_minutes)
+            self._removal = None
 
     def what_is_kept(self) -> str:
         """How an error that every rank raises says what is left of the run. A save under way is finished first."""
@@ -148,38 +146,30 @@ class Saves:
     def _complete(self) -> None:
         save, self._under_way = self._under_way, None
         assert save is not None
-        with self._says_what_is_kept():
+        with life.during(f"waiting for {save.folder.name} to be written"), self._says_what_is_kept():
             save.finish()
         self.longest = max(self.longest, time.monotonic() - self._began)
         if dist.get_rank() == 0:
             self._tidy()
 
-    def _any_rank(self, mine: bool) -> bool:
-        found = torch.tensor([float(mine)], device=self.engine.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found.item())
-
     @contextlib.contextmanager
     def _says_what_is_kept(self) -> Iterator[None]:
         try:
             yield
-        except NotWrittenError as error:
+        except (NotWrittenError, NonFiniteError) as error:
             said = str(error).removesuffix(".")
-            raise NotWrittenError(f"{said}; {run_folder.what_is_kept(self.output)}.") from error
+            raise type(error)(f"{said}; {run_folder.what_is_kept(self.output)}.") from error
 
     def _tidy(self) -> None:
         """Point at the best checkpoint, and remove those that are not kept any more, without waiting. First rank."""
         found = run_folder.whole_checkpoints(self.output)
         train = self.config.train
         best = best_checkpoint(found, train.keep_best)
-        if best is not None:
-            _link(best)
+        _link(self.output, best)
         unwanted = [folder for folder in found if folder not in kept(found, train.keep_last, best)]
         for folder in unwanted:
             with contextlib.suppress(OSError):  # at once none of the run's checkpoints any more
                 folder.rename(folder.with_name(folder.name + UNFINISHED))
-        if self._removal is not None:
-            self._removal.join()
         self._removal = threading.Thread(target=_remove, args=(unwanted,), name="removal", daemon=True)
         self._removal.start()
 
@@ -221,12 +211,15 @@ def _intervals(config: Config) -> tuple[int, int]:
     return config.train.save_interval, config.train.export_interval
 
 
-def _link(best: Path) -> None:
-    """Let checkpoints/best lead to a checkpoint, where the file system has links."""
-    link = best.parent / BEST
+def _link(output: Path, best: Path | None) -> None:
+    """Let checkpoints/best lead to a checkpoint, where the file system has links; to none where there is no best."""
+    link = output / run_folder.CHECKPOINTS / BEST
     part = link.with_name(BEST + UNFINISHED)
     with contextlib.suppress(OSError):
         part.unlink(missing_ok=True)
+        if best is None:
+            link.unlink(missing_ok=True)
+            return
         part.symlink_to(best.name)
         os.replace(part, link)
 

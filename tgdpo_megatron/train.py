@@ -236,7 +236,7 @@ def _save(run: Run, ranks: Ranks, done: int, picked: np.ndarray, held_out: dict[
     _check_finite(run.engine.forward(batches), f"the loss after step {done} ({run.training.pairs.names(picked)})", run)
     last = done == train.train_iters
     export = not stop and train.export_interval > 0 and (last or is_due(done, train.export_interval))
-    checkpoint = run.saves.save(done, held_out, wait=stop or last or export)
+    checkpoint = run.saves.save(done, held_out, wait=stop or last or export, stop=stop)
     if export:
         on_first_rank(ranks, partial(_export, checkpoint, run.output))
 

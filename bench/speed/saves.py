@@ -4,8 +4,9 @@
 
 The model and the steps are those of bench.speed.steps: fp32, where weights and optimizer state are 16 bytes for each
 parameter. The stall is what the training's own thread computes for a save: the forward pass that checks it, the
-fingerprint, the copy, and making it current. It is CPU time of that thread, because wall-clock time on a shared machine
-measures the others. The copy is timed alone, as copies of the same tensors.
+fingerprint, and the copy. Another thread writes, and makes the checkpoint current. The stall is CPU time of the
+training's thread, because wall-clock time on a shared machine measures the others. The copy is timed alone, as copies
+of the same tensors.
 """
 
 from __future__ import annotations

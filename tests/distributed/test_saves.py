@@ -59,6 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pairs_file:
         "full": job("full") | {"full_after": 30, "slow": 0.01},
         "weights only": job("weights only", save_optimizer=False),
         "weights only, resumed": job("weights only", save_optimizer=False, **go_on),
+        "weights only, stopped": job("stopped", save_optimizer=False, exit_after_minutes=1e-4),
+        "weights only, stopped, resumed": job("stopped", save_optimizer=False, resume=True),
         "undistributed": job("undistributed", **undistributed),
         "undistributed, killed": job("undistributed, killed", resume=True, **undistributed)
         | {"killed": str(folder / "undistributed")},
@@ -123,6 +125,38 @@ def test_weights_alone_take_a_quarter_of_the_disk_and_are_no_start_of_a_continue
         "holds weights alone (train.save_optimizer=false), so the run cannot go on"
         in runs.said["weights only, resumed"]
     )
+
+
+def test_a_run_that_saves_weights_alone_and_is_stopped_goes_on(runs: Runs) -> None:
+    """Its last checkpoint has the optimizer's state all the same, for it is told to go on with."""
+    assert runs.said["weights only, stopped"].startswith("stopped as asked after step 1 of 4, which is saved")
+    assert runs.said["weights only, stopped, resumed"] == ""
+    files = [f"checkpoints/{WHOLE}/weights/__{rank}_0.distcp" for rank in (0, 1)]
+    straight, stopped = (
+        [(runs.folder / name / file).read_bytes() for file in files] for name in ("weights only", "stopped")
+    )
+    assert straight == stopped
+
+
+def test_moments_that_adam_has_not_made_yet_are_saved_as_zeros(checkpoint: Path) -> None:
+    """As where every step so far was skipped, with Transformer Engine's Adam."""
+    found = run_ranks("tests.support.saves", "without_moments", 1, folder=str(checkpoint))
+    assert found and all(saved == whole and largest == 0 for saved, whole, largest in found)
+
+
+def test_no_collective_waits_for_a_slow_disk(tmp_path: Path) -> None:
+    """One that waits too long ends the job, and with it the last checkpoint of a run."""
+    found = run_ranks("tests.support.saves", "save_slowly", 2, folder=str(tmp_path / "c"), seconds=3, patience=60)
+    longest, said = found
+    assert said == ["", ""] and longest < 1.5
+    assert read_index(tmp_path / "c" / "weights")["row"].shape == (2, 4)
+
+
+def test_a_write_that_never_returns_ends_all_ranks_with_the_name_of_the_one_that_writes(tmp_path: Path) -> None:
+    found = run_ranks("tests.support.saves", "save_slowly", 2, folder=str(tmp_path / "c"), seconds=8, patience=1)
+    _, (first, second) = found
+    assert first == second and "rank 1 has written nothing of this checkpoint for " in first
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_run_that_is_continued_with_another_method_is_refused(runs: Runs) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 
 from recipes.settings import RECIPES
 from tgdpo_megatron.config import complete, load
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import StoppedError, UserError
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 
 
@@ -42,8 +43,8 @@ def train_on_disks(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> list[str]:
             with _disk(slow, full_after if ranks.rank == 1 else None):
                 train(complete(load(RECIPES["dpo_tiny"](), settings, where="test"), where="test"), ranks)
             said.append("")
-        except UserError as refusal:
-            said.append(str(refusal))
+        except (UserError, StoppedError) as end:
+            said.append(str(end))
         parallel_state.destroy_model_parallel()
     return said
 
@@ -76,6 +77,90 @@ def _disk(slow: float, full_after: int | None) -> Iterator[None]:
         torch.save = save
 
 
+def save_slowly(ranks: Ranks, *, folder: str, seconds: float, patience: float) -> list[Any]:
+    """Save a small tensor, of which each rank writes a row, and wait for it, while the second rank's disk is slow.
+
+    Args:
+        seconds: That the second rank takes.
+
+    Returns:
+        The longest time that a rank was in one collective, in seconds, and of each rank the error that it met, or "".
+    """
+    import torch.distributed as dist
+
+    from tgdpo_megatron.checkpoint.manifest import CheckpointManifest
+    from tgdpo_megatron.checkpoint.saving import Save
+    from tgdpo_megatron.checkpoint.shards import Shard
+
+    longest = 0.0
+
+    def clocked(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal longest
+            began = time.monotonic()
+            collective(*arguments, **options)
+            longest = max(longest, time.monotonic() - began)
+
+        return run
+
+    names = ("all_reduce", "all_gather_object", "gather_object")
+    before = {name: getattr(dist, name) for name in names}
+    dist.barrier()
+    for name in names:
+        setattr(dist, name, clocked(before[name]))
+    said = ""
+    try:
+        with _disk(seconds if ranks.rank == 1 else 0.0, None):
+            save = Save(
+                Path(folder),
+                [Shard("row", (2, 4), (ranks.rank, 0), torch.full((1, 4), float(ranks.rank)))],
+                {},
+                CheckpointManifest("", "float32", None, None),
+                add_files=lambda _: None,
+                background=False,
+                patience=patience,
+                device=ranks.device,
+            )
+            save.finish()
+    except UserError as error:
+        said = str(error)
+    finally:
+        for name in names:
+            setattr(dist, name, before[name])
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, (longest, said))
+    return [max(seconds for seconds, _ in found), [error for _, error in found]]
+
+
+def without_moments(ranks: Ranks, *, folder: str) -> list[list[float]]:
+    """What is saved of Adam before its first update, where Adam makes its moments only there.
+
+    Returns:
+        For each tensor: how many of its elements are saved, how many it has, and the largest of them.
+    """
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.checkpoint.shards import optimizer_shards
+    from tgdpo_megatron.checkpoint.state import megatron_layout, sharded_model_state
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.pair_losses import PreferenceLoss
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+
+    config = complete(load(RECIPES["dpo_tiny"](), {"train": {"train_iters": 1}}, where="test"), where="test")
+    initialize_model_parallel(config.parallel, seed=1)
+    engine = build_engine(config, describe(Path(folder)), loss=PreferenceLoss(config), start=Path(folder), frozen=[])
+    (only,) = engine.optimizer.chained_optimizers
+    for state in only.optimizer.state.values():
+        del state["exp_avg"], state["exp_avg_sq"]
+    shards, _ = optimizer_shards(engine.optimizer, sharded_model_state(engine.chunks)["0"], megatron_layout())
+    of_keys: dict[str, list[float]] = {}
+    for shard in shards:
+        if ".exp_avg" in shard.key:
+            found = of_keys.setdefault(shard.key, [0, math.prod(shard.shape), 0.0])
+            found[0] += shard.data.numel()
+            found[2] = max(found[2], float(shard.data.abs().max()))
+    return list(of_keys.values())
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -85,6 +170,14 @@ def _flip(path: Path, share: float) -> None:
     place = int(share * len(content))
     content[place : place + 4] = bytes(byte ^ 0xFF for byte in content[place : place + 4])
     path.write_bytes(content)
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+
+def _take_out(path: Path, word: str) -> None:
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if word not in line))
 
 
 def _change_step(path: Path, step: Any) -> None:
@@ -132,6 +225,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the checksums cut": (
         lambda folder: (folder / "SHA256SUMS").write_text("0" * 70),
         "SHA256SUMS has the line",
+    ),
+    "the checksums empty": (lambda folder: (folder / "SHA256SUMS").write_text(""), "SHA256SUMS does not name"),
+    "the checksums cut at the end of a line, and what they named deleted": (
+        lambda folder: [_keep_lines(folder / "SHA256SUMS", 3), (folder / OF_A_RANK).unlink()],
+        "SHA256SUMS does not name",
+    ),
+    "the line of a rank's file taken out of the checksums": (
+        lambda folder: _take_out(folder / "SHA256SUMS", OF_A_RANK),
+        f"SHA256SUMS does not name {OF_A_RANK}",
     ),
     "everything deleted": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], "manifest.json is missing"),
     "a copy of it under another step": (

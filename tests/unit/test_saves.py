@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import pickletools
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.test_memory import LLAMA_8B
+from tgdpo_megatron.checkpoint.index import MAX_BLOCKS, MAX_BYTES
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, write_manifest
+from tgdpo_megatron.checkpoint.pickled import MAX_INSTRUCTIONS
+from tgdpo_megatron.checkpoint.sums import first_damage, read_sums, write_sums
+from tgdpo_megatron.checkpoint.torch_dist import StoredBox, write_index_of_boxes
 from tgdpo_megatron.config import Config, complete, load
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import NonFiniteError, UserError
 from tgdpo_megatron.planning.disk import check_disk, disk_need
+from tgdpo_megatron.platform import life
 from tgdpo_megatron.run_folder import checkpoint_folders, newest_checkpoint
-from tgdpo_megatron.saves import best_checkpoint, kept
+from tgdpo_megatron.saves import Saves, _link, best_checkpoint, kept
 
 BYTES_8B = 8_030_261_248
 """Parameters of Llama-3-8B, as its authors count them."""
@@ -100,6 +108,7 @@ def test_the_disk_that_a_run_of_1050_steps_needs(
     need = disk_need(config, LLAMA_8B)
     assert need.checkpoint == bytes_each * BYTES_8B
     assert (need.checkpoints, need.exports) == (at_once, exports)
+    assert need.at_a_stop == (12 * BYTES_8B if train.get("save_optimizer") is False else 0)
     assert need.export == (4 if train.get("precision") == "fp32" else 2) * BYTES_8B
 
 
@@ -114,6 +123,84 @@ def test_a_run_whose_checkpoints_find_no_room_is_refused_and_what_is_there_count
     with (written / "__0_0.distcp").open("wb") as file:
         file.truncate(4 * 14 * BYTES_8B)
     check_disk(tmp_path / "run", many, LLAMA_8B)
+
+
+def test_damaged_checkpoints_make_no_room(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    many = settings(precision="bf16", train_iters=10**6, keep_last=free // (14 * BYTES_8B) + 1)
+    aside = tmp_path / "run" / "checkpoints" / "iter-0000001.damaged-2" / "weights"
+    aside.mkdir(parents=True)
+    with (aside / "__0_0.distcp").open("wb") as file:
+        file.truncate(4 * 14 * BYTES_8B)
+    with pytest.raises(UserError, match="GB more"):
+        check_disk(tmp_path / "run", many, LLAMA_8B)
+
+
+def test_the_sums_name_what_the_list_of_a_shared_folder_does_not_show_yet(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    write_sums(tmp_path, {"weights/__1_0.distcp": "0" * 64})
+    assert list(read_sums(tmp_path)) == ["manifest.json", "weights/__1_0.distcp"]
+
+
+def test_notes_beside_a_checkpoints_files_are_no_damage(tmp_path: Path) -> None:
+    for name in ("manifest.json", "weights/.metadata", "weights/metadata.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    write_sums(tmp_path, {})
+    (tmp_path / "NOTES.txt").touch()
+    assert first_damage(tmp_path) is None
+
+
+def test_the_link_to_the_best_goes_where_there_is_none(saved: Callable[..., list[Path]], tmp_path: Path) -> None:
+    (only,) = saved([0.5])
+    link = tmp_path / "checkpoints" / "best"
+    _link(tmp_path, only)
+    assert link.resolve() == only
+    _link(tmp_path, None)
+    assert not link.is_symlink()
+
+
+def test_that_a_checkpoint_is_kept_is_said_only_where_one_is(saved: Callable[..., list[Path]], tmp_path: Path) -> None:
+    saves = Saves(tmp_path, settings(), None, None)  # type: ignore[arg-type]  # neither is looked at
+    with pytest.raises(NonFiniteError, match="not saved; no checkpoint was saved"), saves._says_what_is_kept():
+        raise NonFiniteError("iter-0000001: the checkpoint was not saved.")
+    (only,) = saved([None])
+    with pytest.raises(NonFiniteError, match=f"the last good checkpoint is {only}"), saves._says_what_is_kept():
+        raise NonFiniteError("iter-0000002: the checkpoint was not saved.")
+
+
+def test_a_removal_that_does_not_end_is_left_to_itself(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, settings(rank_timeout_minutes=0.005), None, None)  # type: ignore[arg-type]
+    ends = threading.Event()
+    saves._removal = threading.Thread(target=ends.wait, daemon=True)
+    saves._removal.start()
+    saves.finish()
+    assert not ends.is_set() and saves._removal is None
+    ends.set()
+
+
+def test_a_rank_that_waits_for_a_save_is_not_watched_and_afterwards_is_where_it_was() -> None:
+    life.at("step 3, update", watched=True)
+    before = life._here
+    with pytest.raises(OSError), life.during("waiting for iter-0000003 to be written"):
+        assert not life._here.watched
+        raise OSError
+    assert life._here is before
+
+
+def test_the_longest_index_that_is_written_can_be_read(tmp_path: Path) -> None:
+    """Its blocks have long names and many axes; pickletools counts their instructions."""
+    shape, axes = (20, 100_000, 100_000, 100_000), range(20)
+    names = [f"optimizer.state.exp_avg_sq.decoder.layers.{layer}.mlp.experts.{'x' * 60}" for layer in range(10)]
+    stored = [
+        StoredBox(name, shape, (row, 0, 0, 0), (1, *shape[1:]), torch.float32, f"__{row}_0.distcp", 10**10, 10**10)
+        for name in names
+        for row in axes
+    ]
+    write_index_of_boxes(tmp_path, stored, {})
+    index = (tmp_path / ".metadata").read_bytes()
+    assert len(list(pickletools.genops(index))) / len(stored) < MAX_INSTRUCTIONS / MAX_BLOCKS
+    assert len(index) / len(stored) < MAX_BYTES / MAX_BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ ITEM_BYTES = {
     **{"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1},
 }
 """The dtypes that a checkpoint's tensors may have, and the bytes of a number."""
-_MAX_BYTES = 256 * 1024**2
+MAX_BYTES = 256 * 1024**2
 """Of an index. One of 60,000 blocks has 25 MB."""
+MAX_BLOCKS = 300_000
+"""Of an index that is written: it must be one that can be read. 100 instructions and 800 bytes of each are more than
+any has."""
 MAX_AXES = 16
 """Of a tensor."""
 _MAX_CUT_AXES = 3
@@ -80,8 +83,8 @@ def read_index(folder: Path) -> Index:
 def _pickled(path: Path) -> Any:
     if not path.is_file():
         raise ValueError("it is no file")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
     return read_pickle(path.read_bytes())
 
 

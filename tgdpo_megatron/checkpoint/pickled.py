@@ -13,8 +13,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_INSTRUCTIONS = 10_000_000
-"""More than the index of 60,000 stored blocks has. A reader needs some seconds for as many."""
+MAX_INSTRUCTIONS = 30_000_000
+"""More than the longest index has that is written; see MAX_BLOCKS in index.py. A reader needs some seconds for as many,
+and 2.6 GB for the worst of them."""
 _LARGEST_KEY = 2**31
 
 

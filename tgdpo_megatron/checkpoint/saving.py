@@ -3,20 +3,22 @@
 FOLDER.tmp/   while it is written; what a killed program leaves of it is removed by the next save
 FOLDER/       once every file is whole, on the disk, and named in SHA256SUMS
 
-With `background`, a rank copies its part into the host's memory and goes on training, while a thread writes the copy.
-A thread ends with its rank, whatever ends that. Megatron's own asynchronous saves fork a process of each rank: with a
-CUDA context and the threads of a communication library in it, and with a server for its results that outlives a rank
-that is killed.
+A thread of each rank writes. With `background`, a rank copies its part into the host's memory first and goes on
+training. Otherwise it asks the others again and again whether all have written: one collective that waits for the
+slowest disk could take too long for a collective. A thread ends with its rank, whatever ends that. Megatron's own
+asynchronous saves fork a process of each rank: with a CUDA context and the threads of a communication library in it,
+and with a server for its results that outlives a rank that is killed.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ from tgdpo_megatron.errors import LostRankError, UserError
 
 UNFINISHED = ".tmp"
 """Ends the name of a folder that is being written, or removed."""
+_PAUSE = 0.02
+"""Seconds between two questions whether all ranks have written their files."""
+
+
+class StillWritingError(UserError):
+    """A rank's write does not get on. Its files cannot be touched, nor those beside them."""
 
 
 class Save:
@@ -43,7 +51,10 @@ class Save:
         shards: What this rank writes.
         common: What is no tensor. The first rank's is written.
         add_files: Adds the other files to the folder that is worked in. Called on the first rank.
-        background: Whether to copy the shards and write the copies while this rank goes on.
+        background: Whether to copy the shards and write the copies while this rank goes on. Otherwise nothing may
+            change them until `finish` returns.
+        patience: Seconds that a rank may take without writing anything.
+        device: Where the ranks' collectives have their tensors.
 
     Raises:
         NotWrittenError: On every rank, if the operating system refuses the first rank the folder.
@@ -58,9 +69,11 @@ class Save:
         *,
         add_files: Callable[[Path], None],
         background: bool,
+        patience: float,
+        device: torch.device,
     ) -> None:
         self.folder, self.manifest = folder, manifest
-        self._add_files = add_files
+        self._add_files, self._patience, self._device = add_files, patience, device
         self._common = copy.deepcopy(common)  # it is written last, and the optimizer counts its steps in place
         self._work = folder.with_name(folder.name + UNFINISHED)
         self._written: list[StoredBox] = []
@@ -69,39 +82,70 @@ class Save:
         self._agree()
         # Without a background, each shard is copied when its turn has come, and takes no memory for longer.
         todo = _emptied(deque([shard.copied() for shard in shards])) if background else _copies(shards)
-        self._thread: threading.Thread | None = None
-        if background:
-            self._thread = threading.Thread(target=self._write, args=(todo,), name="save", daemon=True)
-            self._thread.start()
-        else:
-            self._write(todo)
+        self._begin_thread(partial(self._write, todo))
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether this rank still writes. Local."""
+        return self._thread.is_alive()
+
+    def any_rank_writes(self) -> bool:
+        """Whether a rank still writes. Collective.
+
+        Raises:
+            StillWritingError: On every rank, if one of them has written nothing for too long.
+        """
+        waited = torch.zeros(dist.get_world_size(), device=self._device)
+        if self.is_writing:
+            waited[dist.get_rank()] = 1 + time.monotonic() - self._moved  # 0 is for a rank that has written all
+        dist.all_reduce(waited)
+        seconds = [found - 1 for found in waited.tolist()]
+        longest = max(seconds)
+        if longest > self._patience:
+            raise StillWritingError(
+                f"{self.folder}: rank {seconds.index(longest)} has written nothing of this checkpoint for "
+                f"{longest:.0f} s, and is not done; look at the disk there, and go on with train.resume=true from the "
+                "checkpoint before, if there is one."
+            )
+        return longest >= 0
 
     def finish(self) -> CheckpointManifest:
         """Wait for every rank's files, and make the checkpoint current. Collective.
 
         Raises:
             NotWrittenError: On every rank, if the operating system refused one of them a file. Nothing is left then.
+            StillWritingError: As any_rank_writes.
         """
-        if self._thread is not None:
-            self._thread.join()
         try:
+            self._wait()
             self._agree()
             ranks = dist.get_world_size()
             parts: list[Any] | None = [None] * ranks if dist.get_rank() == 0 else None
             dist.gather_object((self._written, self._sums), parts)
             if parts is not None:
-                self._failure = self._complete(parts)
+                self._begin_thread(partial(self._complete, parts))
+            self._wait()
             self._agree()
+        except StillWritingError:
+            raise
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._work, ignore_errors=True)
             raise
         return self.manifest
+
+    def _begin_thread(self, work: Callable[[], None]) -> None:
+        self._moved = time.monotonic()
+        """When this rank last got on."""
+        self._thread = threading.Thread(target=work, name="save", daemon=True)
+        self._thread.start()
+
+    def _gets_on(self) -> None:
+        self._moved = time.monotonic()
+
+    def _wait(self) -> None:
+        while self.any_rank_writes():
+            time.sleep(_PAUSE)
 
     def _begin(self) -> BaseException | None:
         try:
@@ -117,7 +161,7 @@ class Save:
         name = f"__{dist.get_rank()}_0.distcp"
         try:
             with writable(f"{self.folder}: the checkpoint"), (self._work / WEIGHTS / name).open("wb") as file:
-                summed = SummedFile(file)
+                summed = SummedFile(file, self._gets_on)
                 for shard in shards:
                     first = summed.tell()
                     torch.save(shard.data, summed)  # type: ignore[arg-type]
@@ -125,14 +169,13 @@ class Save:
                     self._written.append(
                         StoredBox(shard.key, shard.shape, shard.offset, sizes, shard.data.dtype, name, first, length)
                     )
-                file.flush()
-                os.fsync(file.fileno())
+                summed.wait_for_disk()
                 self._sums[f"{WEIGHTS}/{name}"] = summed.hash.hexdigest()
         except BaseException as error:
             self._failure = error
 
-    def _complete(self, parts: list[tuple[list[StoredBox], dict[str, str]]]) -> BaseException | None:
-        """Add what one rank writes for all, and rename the folder. On the first rank."""
+    def _complete(self, parts: list[tuple[list[StoredBox], dict[str, str]]]) -> None:
+        """On the first rank: add what one writes for all, and rename the folder. A failure is kept for `finish`."""
         try:
             with writable(f"{self.folder}: the checkpoint"):
                 write_index_of_boxes(self._work / WEIGHTS, [box for boxes, _ in parts for box in boxes], self._common)
@@ -143,11 +186,11 @@ class Save:
                 for path in (*self._work.rglob("*"), self._work):
                     if str(path.relative_to(self._work)) not in known:  # their writers have waited already
                         wait_for_disk(path)
+                        self._gets_on()
                 self._work.rename(self.folder)
                 wait_for_disk(self.folder.parent)
         except BaseException as error:
-            return error
-        return None
+            self._failure = error
 
     def _agree(self) -> None:
         """Raise on every rank where one of them failed. Collective."""

@@ -101,7 +101,9 @@ def _owned_shards(optimizer: DistributedOptimizer, model_state: dict[str, Any]) 
                 for part in sharded_tensors({"weight": places[id(weight)]}):
                     if is_main_replica((*part.replica_id[:2], 0)):  # the data-parallel ranks own different elements
                         for name in _OWNED:
-                            yield from _within(part, weight, ranges["param"].start, name, states[name])
+                            # Transformer Engine's and apex's Adam make the moments in the first update.
+                            state = states.get(name, torch.zeros_like(states["param"]))
+                            yield from _within(part, weight, ranges["param"].start, name, state)
 
 
 def _within(part: ShardedTensor, weight: Tensor, owned: int, name: str, state: Tensor) -> Iterator[Shard]:

@@ -38,6 +38,7 @@ from tgdpo_megatron.checkpoint.sums import SUMS
 from tgdpo_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from tgdpo_megatron.errors import NonFiniteError, UserError, in_short
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.platform.processes import RANK_TIMEOUT_MINUTES
 
 
 def load_weights(chunks: Sequence[PreferenceGPT], folder: Path) -> None:
@@ -96,6 +97,7 @@ def begin_save(
     template: str | None = None,
     settings: str | None = None,
     background: bool = False,
+    patience: float = 60 * RANK_TIMEOUT_MINUTES,
 ) -> Save:
     """Begin to write weights and optimizer state. Collective.
 
@@ -105,7 +107,9 @@ def begin_save(
         manifest: The checkpoint's identity. Its fingerprints are filled in here.
         template: Text of a chat template that takes the place of the tokenizer's own.
         settings: Text of the run's config.yaml.
-        background: Whether to copy the state, and write the copy while this rank goes on.
+        background: Whether to copy the state, and write the copy while this rank goes on. Otherwise the state must
+            stay as it is until the save is finished.
+        patience: Seconds that a rank may take without writing anything.
 
     Raises:
         NonFiniteError: A weight is not finite. Nothing is written then.
@@ -115,9 +119,7 @@ def begin_save(
         weights = fingerprint(chunks)
         rounded = weights if chunks[0].config.bf16 else fingerprint(chunks, rounded_to=torch.bfloat16)
     except UserError as error:
-        raise NonFiniteError(
-            f"{folder}: {error}; the checkpoint was not saved, and the one before it is kept."
-        ) from None
+        raise NonFiniteError(f"{folder}: {error}; the checkpoint was not saved.") from None
     manifest = replace(manifest, weights=weights, weights_bf16=rounded, sums=SUMS)
     shards, common = model_shards(sharded_model_state(chunks)), {"iteration": manifest.iteration}
     if not manifest.weights_only:
@@ -131,7 +133,16 @@ def begin_save(
         if settings is not None:
             (work / SETTINGS).write_text(settings, encoding="utf-8")
 
-    return Save(folder, shards, common, manifest, add_files=add_files, background=background)
+    return Save(
+        folder,
+        shards,
+        common,
+        manifest,
+        add_files=add_files,
+        background=background,
+        patience=patience,
+        device=next(chunks[0].parameters()).device,
+    )
 
 
 def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer: Any, scheduler: Any) -> None:
@@ -151,7 +162,7 @@ def load_training_state(folder: Path, chunks: Sequence[PreferenceGPT], optimizer
         scheduler.load_state_dict(loaded["scheduler"])
     for group, chosen in zip(optimizer.param_groups, options, strict=True):
         group.update(chosen)
-    _check_fingerprint(chunks, read_manifest(folder), folder)
+    _check_fingerprint(chunks, read_manifest(folder, with_index=False), folder)
 
 
 _SET_BY_USERS = ("max_lr", "min_lr", "weight_decay", "betas", "eps")

@@ -25,12 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from tgdpo_megatron.checkpoint.index import MAX_BLOCKS
 from tgdpo_megatron.model.tensor_maps import Block
 
 CONTENT_METADATA = {"non_homogeneous_layers": True}
 """Tells Megatron that every layer has keys of its own, and that layers are not stacked under one key."""
 
-StoredBlock = tuple[str, int, str, int, int]
+WrittenBlock = tuple[str, int, str, int, int]
 """Where a block lies, in JSON types: key, first row, file, first byte, bytes."""
 
 
@@ -41,7 +42,7 @@ def write_blocks(
     dtypes: dict[str, torch.dtype],
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[Block], Tensor],
-) -> list[StoredBlock]:
+) -> list[WrittenBlock]:
     """Write one .distcp file, and wait for the disk.
 
     Args:
@@ -69,7 +70,7 @@ def write_index(
     blocks: Sequence[Block],
     dtypes: dict[str, torch.dtype],
     shapes: dict[str, tuple[int, ...]],
-    stored: Sequence[StoredBlock],
+    stored: Sequence[WrittenBlock],
 ) -> None:
     """Make a folder of .distcp files a checkpoint that Megatron loads."""
     sizes = {(block.tensor.key, block.first): block.tensor.shape for block in blocks}
@@ -114,6 +115,7 @@ def write_index_of_boxes(folder: Path, stored: Sequence[StoredBox], common: dict
         whole = TensorStorageMetadata(TensorProperties(dtype=box.dtype), torch.Size(box.shape), [])
         chunk = ChunkStorageMetadata(torch.Size(box.place), torch.Size(box.sizes))
         tensors.setdefault(box.key, whole).chunks.append(chunk)
+    assert len(stored) <= MAX_BLOCKS, f"an index of {len(stored):,} blocks could not be read again"
     for key, tensor in tensors.items():
         assert sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel(), f"{key} is not whole"
     results = [

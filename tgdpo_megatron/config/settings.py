@@ -424,8 +424,9 @@ class TrainConfig(_Group):
     """Whether training goes on while the files of a checkpoint are written. The state is copied into the memory of the
     hosts first, at most 16 bytes for each parameter of a rank."""
     save_optimizer: bool = True
-    """Whether a checkpoint holds the optimizer's state. Without it, the run cannot be continued, and a checkpoint takes
-    a seventh of the disk in bf16, a quarter in fp32."""
+    """Whether a checkpoint holds the optimizer's state. Without it, a checkpoint takes a seventh of the disk in bf16, a
+    quarter in fp32, and the run cannot be continued from it. A run that is asked to stop saves that state all the
+    same."""
     report: bool = True
     """Whether to write report.html into the folder of the run."""
     resume: bool = False

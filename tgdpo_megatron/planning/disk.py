@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tgdpo_megatron import run_folder
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
@@ -20,18 +21,23 @@ class DiskNeed:
     Attributes:
         checkpoint: One checkpoint.
         checkpoints: How many there are at most at one time, the one that is being written included.
+        at_a_stop: What the last checkpoint of a run that is stopped takes more than the others, without
+            train.save_optimizer.
         export: One export.
         exports: How many there are in the end.
     """
 
     checkpoint: int
     checkpoints: int
+    at_a_stop: int
     export: int
     exports: int
 
     def sentence(self) -> str:
         """The same in words."""
         said = f"{_gigabytes(self.checkpoint)} for each of at most {self.checkpoints} checkpoints at a time"
+        if self.at_a_stop:
+            said += f", {_gigabytes(self.at_a_stop)} more for the optimizer's state where the run is stopped"
         return said + (f", and {_gigabytes(self.export)} for each of {self.exports} exports" if self.exports else "")
 
 
@@ -43,7 +49,8 @@ def disk_need(config: Config, description: ModelDescription) -> DiskNeed:
     train = config.train
     weight = 4 if train.precision == "fp32" else 2
     moments = 8 if weight == 4 and not config.optimizer.use_distributed_optimizer else 12  # with a copy of the weights
-    each = parameters(description) * (weight + (moments if train.save_optimizer else 0))
+    state = parameters(description) * moments
+    each = parameters(description) * weight + (state if train.save_optimizer else 0)
     steps = train.train_iters
     at_once = train.keep_last + 1 + (train.keep_best is not None)
     if steps is not None:
@@ -56,7 +63,8 @@ def disk_need(config: Config, description: ModelDescription) -> DiskNeed:
         if (train.export_interval and steps)
         else 0
     )
-    return DiskNeed(each, at_once, parameters(description) * weight, exports)
+    at_a_stop = 0 if train.save_optimizer else state
+    return DiskNeed(each, at_once, at_a_stop, parameters(description) * weight, exports)
 
 
 def check_disk(output: Path, config: Config, description: ModelDescription) -> None:
@@ -68,7 +76,8 @@ def check_disk(output: Path, config: Config, description: ModelDescription) -> N
     need = disk_need(config, description)
     wanted: dict[int, int] = {}
     places: dict[int, Path] = {}
-    for name, total in (("checkpoints", need.checkpoint * need.checkpoints), ("hf", need.export * need.exports)):
+    checkpoints = need.checkpoint * need.checkpoints + need.at_a_stop
+    for name, total in (("checkpoints", checkpoints), ("hf", need.export * need.exports)):
         place = _existing(output / name)
         device = place.stat().st_dev
         places.setdefault(device, place)
@@ -91,7 +100,9 @@ def _existing(path: Path) -> Path:
 
 
 def _bytes_below(folder: Path) -> int:
-    files = (Path(where) / name for where, _, names in os.walk(folder) for name in names)
+    """What the run has written there. Checkpoints that were found damaged do not count: they never make room."""
+    places = (Path(where) for where, _, _ in os.walk(folder) if run_folder.DAMAGED not in where)
+    files = (path for place in places for path in place.iterdir() if not path.is_dir() or path.is_symlink())
     return sum(path.lstat().st_size for path in files)
 
 

@@ -66,6 +66,17 @@ def at(words: str, *, watched: bool = False) -> None:
     _here = _Here(words, watched)
 
 
+@contextlib.contextmanager
+def during(words: str) -> Iterator[None]:
+    """Say where this rank is while the block runs, unwatched; afterwards it is where it was before."""
+    global _here
+    before, _here = _here, _Here(words)
+    try:
+        yield
+    finally:
+        _here = before
+
+
 @dataclass(frozen=True)
 class Sign:
     """What a rank shows of itself.
