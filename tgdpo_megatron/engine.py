@@ -59,16 +59,20 @@ class Engine:
     loss: LossFunction
     clock: Clock
 
-    def forward_backward(self, batches: Sequence[Batch], votes: Mapping[str, float] | None = None) -> dict[str, float]:
+    def forward_backward(
+        self, batches: Sequence[Batch], votes: Callable[[], Mapping[str, float]] = dict
+    ) -> dict[str, float]:
         """Run this rank's micro-batches forward and backward, which adds gradients to the policy. Collective.
 
         Args:
-            votes: Numbers of this rank, under the same names on every rank, that are added up with the sums.
+            votes: Gives numbers of this rank, under the same names on every rank, that are added up with the sums. It
+                is called after the pass, so that what happens meanwhile still counts.
 
         Returns:
             The sums that the loss reports, over all micro-batches of all ranks, and the votes of all ranks.
         """
-        totals = self._run(batches, forward_only=False, votes={**(votes or {}), **self._time_to_add()})
+        spent = self._time_to_add()
+        totals = self._run(batches, forward_only=False, votes=lambda: {**votes(), **spent})
         self.clock.of_all_ranks = Spent.of(totals, dist.get_world_size())
         return totals
 
@@ -79,9 +83,11 @@ class Engine:
         Returns:
             The same sums as forward_backward.
         """
-        return self._run(batches, forward_only=True, votes={})
+        return self._run(batches, forward_only=True, votes=dict)
 
-    def _run(self, batches: Sequence[Batch], *, forward_only: bool, votes: Mapping[str, float]) -> dict[str, float]:
+    def _run(
+        self, batches: Sequence[Batch], *, forward_only: bool, votes: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
         sums = run_pipeline(
             self.policy,
             self.forward_step,
@@ -96,7 +102,7 @@ class Engine:
                 names=names_for(self.config.loss),
                 counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
                 device=self.device,
-                votes=votes,
+                votes=votes(),
             )
 
     def _time_to_add(self) -> dict[str, float]:

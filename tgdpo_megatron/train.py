@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
     engine.clock.restart()
     started = time.monotonic()
     done, stop = run.first, False
+    learned: np.ndarray | None = None  # the pairs of the last step that was done
     with interrupts.noticed() as asked:
         for iteration in progress:
             began = time.monotonic()
@@ -97,9 +99,9 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             with engine.clock.during(READING):
                 batches = run.training.micro_batches(picked, config, ranks.device)
             done = iteration + 1
-            overdue = ranks.is_first and run.saves.overdue
-            asks = asked.received is not None or (ranks.is_first and deadline.is_near())
-            metrics, stop, save = _step(run, picked, batches, done, stop=asks, save=overdue)
+            wishes = partial(_wishes, run, ranks, asked, ranks.is_first and deadline.is_near())
+            metrics, stop, save = _step(run, picked, batches, done, wishes)
+            learned = picked if "loss" in metrics else learned
             metrics |= pace.of_step(picked, time.monotonic() - began)
             for sentence in logger.new_warnings(config.loss, metrics):
                 progress.write(f"warning: step {done}: {sentence}")
@@ -121,8 +123,7 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             with engine.clock.during(SAVING):
                 run.saves.settle()
                 if save or run.saves.due(done, stop=stop):
-                    # A step that was skipped may have pairs that no weights suit; those of the next step show it.
-                    _save(run, ranks, done, run.pairs_of(iteration if "loss" in metrics else done), held_out, stop=stop)
+                    _save(run, ranks, done, learned, held_out, stop=stop)
             if stop:
                 progress.update()
                 break
@@ -142,8 +143,17 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         )
 
 
+def _wishes(run: Run, ranks: Ranks, asked: interrupts.Interrupts, near: bool) -> dict[str, float]:
+    """Whether this rank wants to stop, or to save, after the step that is under way.
+
+    Args:
+        near: Whether there is no time left for a step after this one.
+    """
+    return {"stop": near or asked.received is not None, "save": ranks.is_first and run.saves.overdue}
+
+
 def _step(
-    run: Run, picked: np.ndarray, batches: list[Batch], done: int, *, stop: bool, save: bool
+    run: Run, picked: np.ndarray, batches: list[Batch], done: int, wishes: Callable[[], Mapping[str, float]]
 ) -> tuple[dict[str, float], bool, bool]:
     """One optimizer step, which is skipped where its loss or gradient is not finite. Collective.
 
@@ -152,7 +162,7 @@ def _step(
 
     Args:
         picked: The pairs of the step, of which `batches` are this rank's micro-batches.
-        stop, save: Whether this rank wants to stop, or to save, after the step.
+        wishes: As _wishes.
 
     Returns:
         The step's metrics, without a loss where it was skipped, and whether any rank wants to stop, or to save.
@@ -163,7 +173,7 @@ def _step(
     set_for_step(settings.seed, done)
     engine.zero_grad()
     # What the ranks want is added up together with the sums, so that agreeing costs no reduction of its own.
-    totals = engine.forward_backward(batches, votes={"stop": stop, "save": save})
+    totals = engine.forward_backward(batches, wishes)
     stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
     run.incidents.keep_samples(done, picked)
     if done == 1 and run.start is not None and _is_finite(totals):
@@ -212,19 +222,24 @@ def _evaluate(engine: Engine, validation: Part, config: Config, ranks: Ranks) ->
     return totals
 
 
-def _save(run: Run, ranks: Ranks, done: int, picked: np.ndarray, held_out: dict[str, float], *, stop: bool) -> None:
+def _save(
+    run: Run, ranks: Ranks, done: int, learned: np.ndarray | None, held_out: dict[str, float], *, stop: bool
+) -> None:
     """Save a checkpoint, and export it where that is due. Collective.
 
     Args:
-        picked: Pairs whose loss is computed with the new weights. Finite weights can still give losses that are not
-            finite, and a forward pass tells so before they are saved.
+        learned: The pairs of the last step that was done; None where this process has skipped every step. Finite
+            weights can still give losses that are not finite, and a forward pass of these pairs, whose loss was
+            finite before the update, tells so before the weights are saved.
         held_out: Metrics of the held-out pairs after this step.
         stop: Whether the run ends here before its last step.
     """
     life.at(f"saving the checkpoint of step {done}")
     train = run.config.train
-    batches = run.training.micro_batches(picked, run.config, ranks.device)
-    _check_finite(run.engine.forward(batches), f"the loss after step {done} ({run.training.pairs.names(picked)})", run)
+    if learned is not None:
+        batches = run.training.micro_batches(learned, run.config, ranks.device)
+        what = f"the loss after step {done} ({run.training.pairs.names(learned)})"
+        _check_finite(run.engine.forward(batches), what, run)
     last = done == train.train_iters
     export = not stop and train.export_interval > 0 and (last or is_due(done, train.export_interval))
     checkpoint = run.saves.save(done, held_out, wait=stop or last or export)
