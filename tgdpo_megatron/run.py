@@ -111,8 +111,11 @@ class Run:
         return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
 
 
-def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
+def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
     """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
+
+    Returns:
+        The run; or its last checkpoint where it is finished already, and then no model was built.
 
     Raises:
         UserError: An input cannot be used. A run folder that was not there before is removed again.
@@ -150,6 +153,9 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
         if ranks.is_first:
             for change in changes:
                 print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
+        if resumed_from is not None and resuming.is_finished(resumed_from, config):
+            lock.release()
+            return resumed_from
         on_first_rank(ranks, partial(check_disk, output, config, models.description))
         initialize_model_parallel(config.parallel, config.train.seed)
         life.at("building and loading the models")

@@ -57,7 +57,7 @@ ROUNDING = {"fp32": 0.01, "bf16": 0.5, "fp8": 2.0}
 
 
 def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) -> None:
-    """Run one training job. Called on every rank.
+    """Run one training job. Called on every rank. A run that is finished already is told to be so, and left as it is.
 
     Raises:
         UserError: An input cannot be used. A folder that was not there before is removed again.
@@ -66,6 +66,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         StoppedError: A signal or the clock asked for the end. The step was finished, and a checkpoint saved.
     """
     run = prepare(config, ranks, loudness)
+    if isinstance(run, Path):
+        return on_first_rank(ranks, partial(_say_finished, run, config, ranks))
     config, engine = run.config, run.engine
     if ranks.is_first:
         _introduce(run, loudness)
@@ -284,6 +286,17 @@ def _introduce(run: Run, loudness: Loudness) -> None:
         print("warning: the run is far from one epoch of its pairs, which train.num_epochs=1 would be.", flush=True)
 
 
+def _say_finished(checkpoint: Path, config: Config, ranks: Ranks) -> None:
+    """Say that a run had done all its steps before, and make what an interruption of its end may have left out."""
+    output, longer = checkpoint.parent.parent, "train_iters" if config.train.num_epochs is None else "num_epochs"
+    print(f"{output}: this run is finished ({checkpoint.name}); raise train.{longer} to go on.", flush=True)
+    if config.train.export_interval:
+        _export(checkpoint, output)
+    report = output / run_folder.REPORT
+    if config.train.report and not report.is_file():
+        _report(output, ranks)
+
+
 def _export(checkpoint: Path, output: Path) -> None:
     """Write a checkpoint as a HuggingFace model into the folder of the run. A run goes on without its exports."""
     folder = output / run_folder.EXPORTS / checkpoint.name
@@ -312,7 +325,7 @@ def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> N
     """Write the report, and say what came out of the run."""
     checkpoint = run_folder.newest_checkpoint(run.output)
     assert checkpoint is not None
-    report = _report(run, ranks) if run.config.train.report else None
+    report = _report(run.output, ranks) if run.config.train.report else None
     lines = closing_lines(
         steps=done - run.first,
         finished=done == run.config.train.train_iters,
@@ -328,12 +341,12 @@ def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> N
     print("\n".join(lines), flush=True)
 
 
-def _report(run: Run, ranks: Ranks) -> Path | None:
+def _report(output: Path, ranks: Ranks) -> Path | None:
     """Write report.html. A run that is finished and saved does not fail by its report."""
     from tgdpo_megatron.report.run_report import write_run_report  # late: it loads matplotlib
 
     try:
-        return write_run_report(run.output, world_size=ranks.world_size, command=command_words())
+        return write_run_report(output, world_size=ranks.world_size, command=command_words())
     except Exception as error:
         if debugging():
             traceback.print_exc()

@@ -200,12 +200,6 @@ ENTRIES = [
     ),
     # Runs that go on.
     resumed(
-        "a run that is finished",
-        "run: this run is finished (iter-0000002); raise train.train_iters to go on.",
-        "train.train_iters=2",
-        late=True,
-    ),
-    resumed(
         "another loss in a run that goes on",
         "run/checkpoints/iter-0000002: the run has loss.beta=0.1, not 0.2; continue it as it was, or start a new run.",
         "loss.beta=0.2",
