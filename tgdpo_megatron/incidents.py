@@ -104,9 +104,10 @@ class Incidents:
         names = (SAMPLES, SKIPPED, SPIKES) if ranks.is_first else ()
         self.journals = {name: Journal(output / name, first=first) for name in names}
 
-    def keep_samples(self, step: int, picked: np.ndarray) -> None:
-        """Write down the pairs of a step."""
-        self._write(SAMPLES, step, {"pairs": self._ids(picked)})
+    @property
+    def refused(self) -> str | None:
+        """The sentence about a line that the operating system refused; None so far, and on ranks that do not write."""
+        return next((journal.refused for journal in self.journals.values() if journal.refused), None)
 
     def skip(self, step: int, what: str, picked: np.ndarray, batches: list[Batch]) -> dict[str, float]:
         """Count a step that is skipped, find the pairs that are the cause, and say so.
@@ -121,6 +122,7 @@ class Incidents:
             NonFiniteError: It is one too many.
         """
         self.history.skip()
+        self._write(SAMPLES, step, {"pairs": self._ids(picked)})
         causes = self._causes(what, picked, batches)
         self._write(SKIPPED, step, {"what": what, "pairs": self._ids(picked), "causes": self._ids(causes)})
         because = f", because of {_few([self.pairs.name(pair) for pair in causes])}" if causes else ""
@@ -146,9 +148,10 @@ class Incidents:
         worst = f"{self.pairs.name(ranked[0])} ({losses[ranked[0]]:.4g})"
         self._say(f"step {step}: the loss leaps to {loss:.4g} from {median:.4g}, most of all on {worst}; see {SPIKES}.")
 
-    def done(self, loss: float) -> dict[str, float]:
-        """Count a step that was done. Returns what the metrics say of the steps so far."""
+    def done(self, step: int, loss: float, picked: np.ndarray) -> dict[str, float]:
+        """Count a step that was done, and write down its pairs. Returns what the metrics say of the steps so far."""
         self.history.add(loss)
+        self._write(SAMPLES, step, {"pairs": self._ids(picked), "loss": loss})
         return self._counted()
 
     def _counted(self) -> dict[str, float]:
@@ -198,10 +201,7 @@ def history_of(output: Path, first: int) -> History:
     history = History(len(skipped))
     while first - history.in_a_row in skipped and history.in_a_row < first:
         history.in_a_row += 1
-    logged = _lines(output / "metrics.jsonl", first)
-    history.losses.extend(
-        line["loss"] for line in logged if "loss" in line and first - WINDOW < line["iteration"] <= first
-    )
+    history.losses.extend(line["loss"] for line in _lines(output / SAMPLES, first) if "loss" in line)
     return history
 
 

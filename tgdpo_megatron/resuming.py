@@ -146,6 +146,11 @@ def _move_aside(folder: Path, damage: str) -> str:
     return target.name
 
 
+def is_finished(start: Path | None, config: Config) -> bool:
+    """Whether a run has done all its steps by the checkpoint from which it would go on."""
+    return start is not None and run_folder.step_of(start) >= (config.train.train_iters or 0)
+
+
 def check_continues(
     start: Path | None, config: Config, identity: CheckpointManifest, description: ModelDescription | None = None
 ) -> list[str]:
@@ -160,19 +165,16 @@ def check_continues(
         What has changed, in words, where train.resume_with_changes accepts it.
 
     Raises:
-        UserError: Something has changed; or the run is finished, or has kept no optimizer state.
+        UserError: Something has changed; or the run is to go on, and has kept no optimizer state.
     """
     if start is None:
         return []
     before = read_manifest(start, with_index=False)
-    if before.weights_only:
+    if before.weights_only and not is_finished(start, config):
         raise UserError(
             f"{start}: holds weights alone (train.save_optimizer=false), so the run cannot go on; start a new run with "
             f"model.checkpoint={start}."
         )
-    if (before.iteration or 0) >= (config.train.train_iters or 0):
-        longer = "train.train_iters" if config.train.num_epochs is None else "train.num_epochs"
-        raise UserError(f"{start.parent.parent}: this run is finished ({start.name}); raise {longer} to go on.")
     if description is not None and (differs := description.differs_from(describe(start))):
         raise UserError(f"{start}: the run has a model of another shape ({', '.join(differs)}); start a new run.")
     saved, current = run_folder.kept_settings(start), config.model_dump(mode="json")

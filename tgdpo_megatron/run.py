@@ -65,6 +65,7 @@ class Run:
         mix: How often the pairs of each file are seen; None for once in each epoch.
         resumed_from: The checkpoint from which the run continues; None for a new run.
         first: Number of optimizer steps done before.
+        was_evaluated: Whether the checkpoint from which the run continues knows the metrics of the held-out pairs.
         start: What is known of the loss of the first step; None where nothing is.
         is_new: Whether the run made its folder.
         found: Role -> where each model was found, and how the user had named it.
@@ -81,6 +82,7 @@ class Run:
     validation: Part | None
     resumed_from: Path | None
     first: int
+    was_evaluated: bool
     start: Start | None
     is_new: bool
     found: dict[str, Source]
@@ -111,8 +113,11 @@ class Run:
         return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
 
 
-def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
+def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
     """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
+
+    Returns:
+        The run; or its last checkpoint where it is finished already, and then no model was built.
 
     Raises:
         UserError: An input cannot be used. A run folder that was not there before is removed again.
@@ -123,7 +128,7 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
     life.at("checking the inputs")
     on_first_rank(ranks, partial(preflight.check_services, config))
     output = preflight.required(config.train.output, "train.output", "a folder for this run")
-    is_new = ranks.is_first and not output.exists()
+    is_new = on_first_rank(ranks, lambda: not output.exists())
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         lock = RunLock(output)
         take_together(lock, ranks, partial(_open, output, lock, config))
@@ -149,6 +154,9 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
         if ranks.is_first:
             for change in changes:
                 print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
+        if resumed_from is not None and resuming.is_finished(resumed_from, config):
+            lock.release()
+            return resumed_from
         on_first_rank(ranks, partial(check_disk, output, config, models.description))
         initialize_model_parallel(config.parallel, config.train.seed)
         life.at("building and loading the models")
@@ -159,10 +167,10 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
             start=None if resumed_from else start_of_training(config),
             frozen=frozen,
         )
-        first = 0
+        before = read_manifest(resumed_from, with_index=False) if resumed_from else None
+        first = (before.iteration if before else None) or 0
         if resumed_from is not None:
             load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
-            first = read_manifest(resumed_from, with_index=False).iteration or 0
     training = Part(pairs, scores)
     saves = Saves(
         output,
@@ -179,6 +187,7 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run:
         validation=Part(validation, validation_scores) if validation is not None else None,
         resumed_from=resumed_from,
         first=first,
+        was_evaluated=before is not None and before.held_out is not None,
         start=start_of(config.loss) if models.policy.weights == models.reference.weights else None,
         is_new=is_new,
         found=found,

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 
 from tgdpo_megatron import run_folder
@@ -57,7 +58,7 @@ ROUNDING = {"fp32": 0.01, "bf16": 0.5, "fp8": 2.0}
 
 
 def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) -> None:
-    """Run one training job. Called on every rank.
+    """Run one training job. Called on every rank. A run that is finished already is told to be so, and left as it is.
 
     Raises:
         UserError: An input cannot be used. A folder that was not there before is removed again.
@@ -66,94 +67,169 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         StoppedError: A signal or the clock asked for the end. The step was finished, and a checkpoint saved.
     """
     run = prepare(config, ranks, loudness)
-    config, engine = run.config, run.engine
+    if isinstance(run, Path):
+        return on_first_rank(ranks, partial(_say_finished, run, config, ranks))
     if ranks.is_first:
         _introduce(run, loudness)
-    last = config.train.train_iters or 0
-    deadline = interrupts.Deadline(config.train.exit_after_minutes)
-    logger = Logger(run.output, config, active=ranks.is_first, first=run.first)
-    progress = tqdm(
-        range(run.first, last),
-        initial=run.first,
-        total=last,
-        desc=config.loss.type,
-        disable=not ranks.is_first or loudness == Loudness.QUIET,
-        unit="step",
-        mininterval=1,
-    )
-    if config.train.fp8_recipe == "delayed":
-        engine.find_scales(run.training.micro_batches(run.pairs_of(run.first), config, ranks.device))
+    last = run.config.train.train_iters or 0
+    with Logger(run.output, run.config, active=ranks.is_first, first=run.first) as logger:
+        _begin(run, ranks, logger)
+        started = time.monotonic()
+        with interrupts.noticed() as asked:  # until all is written: a signal that comes then has come too late
+            done = _do_steps(run, ranks, loudness, logger, asked)
+            life.at("ending the run")
+            seconds, went = time.monotonic() - started, where_time_went(run.engine.time_spent())
+            _check_written(run, ranks, logger)
+            if done == last:
+                _answer(run, ranks, "after")
+            on_first_rank(ranks, partial(_conclude, run, ranks, done, seconds, went))
+            run.lock.release()
+            if done == last:
+                logger.close()
+        if done < last:
+            raise StoppedError(
+                f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
+                "train.resume=true.",
+                code_of([asked.received] if asked.received else []),
+            )
+
+
+def _begin(run: Run, ranks: Ranks, logger: Logger) -> None:
+    """What comes before the first step of this process. Collective."""
+    train = run.config.train
+    if train.fp8_recipe == "delayed":
+        run.engine.find_scales(run.training.micro_batches(run.pairs_of(run.first), run.config, ranks.device))
     if run.first == 0:
         if held_out := _held_out(run, ranks, "before the first step"):
             logger.log(0, held_out)
         _answer(run, ranks, "before")
-    pace = run.pace(ranks)
-    engine.clock.restart()
-    started = time.monotonic()
-    done, stop = run.first, False
-    with interrupts.noticed() as asked:
-        for iteration in progress:
-            began = time.monotonic()
-            picked = run.pairs_of(iteration)
-            with engine.clock.during(READING):
-                batches = run.training.micro_batches(picked, config, ranks.device)
-            done = iteration + 1
-            wishes = partial(_wishes, run, ranks, asked, ranks.is_first and deadline.is_near(run.saves.longest))
-            metrics, stop, save = _step(run, picked, batches, done, wishes)
-            metrics |= pace.of_step(picked, time.monotonic() - began)
-            for sentence in logger.new_warnings(config.loss, metrics):
-                progress.write(f"warning: step {done}: {sentence}")
-            # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
-            stop = stop and done < last
-            due = not stop and (done == last or is_due(done, config.train.eval_interval))
-            held_out = _held_out(run, ranks, f"after step {done}") if due else {}
-            metrics |= held_out
-            if held_out and done < last and ranks.is_first and loudness > Loudness.QUIET:
-                progress.write(f"step {done}: held out: {result_words(held_out, 'eval/')}")
-            told = "loss" in metrics or held_out  # little is known of a skipped step
-            if told and (due or stop or is_due(done, config.train.log_interval)):
-                metrics |= pace.since_last_line(engine.clock.of_all_ranks)
-                logger.log(done, metrics)
-                if "loss" in metrics:
-                    progress.set_postfix_str(progress_words(metrics), refresh=False)
-                if ranks.is_first and loudness == Loudness.VERBOSE:
-                    progress.write(json.dumps({"iteration": done, **metrics}))
-            with engine.clock.during(SAVING):
-                run.saves.settle()
-                if save or run.saves.due(done, stop=stop):
-                    # A step that was skipped may have pairs that no weights suit; those of the next step show it.
-                    _save(run, ranks, done, run.pairs_of(iteration if "loss" in metrics else done), held_out, stop=stop)
-            if stop:
-                progress.update()
-                break
-    life.at("ending the run")
-    logger.close()
-    progress.close()
-    seconds, went = time.monotonic() - started, where_time_went(engine.time_spent())
-    if done == last:
-        _answer(run, ranks, "after")
-    on_first_rank(ranks, partial(_conclude, run, ranks, done, seconds, went))
-    run.lock.release()
-    if done < last:
-        raise StoppedError(
-            f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
-            "train.resume=true.",
-            code_of([asked.received] if asked.received else []),
+    elif is_due(run.first, train.eval_interval) and not run.was_evaluated:  # a run that is stopped leaves it out
+        logger.complete(run.first, _held_out(run, ranks, f"after step {run.first}"))
+    run.engine.clock.restart()
+
+
+def _do_steps(run: Run, ranks: Ranks, loudness: Loudness, logger: Logger, asked: interrupts.Interrupts) -> int:
+    """Do the steps that are left, or as many until a rank wants to stop. Collective.
+
+    Returns:
+        The number of steps that are done, with those before this process.
+    """
+    config, engine = run.config, run.engine
+    last, done = config.train.train_iters or 0, run.first
+    deadline = interrupts.Deadline(config.train.exit_after_minutes)
+    account = _Account(run, ranks, loudness, logger)
+    learned: np.ndarray | None = None  # the pairs of the last step that was done
+    for iteration in account.bar:
+        began, done = time.monotonic(), iteration + 1
+        life.at(f"step {done}, reading its pairs", watched=done > run.first + 1)
+        picked = run.pairs_of(iteration)
+        with engine.clock.during(READING):
+            batches = run.training.micro_batches(picked, config, ranks.device)
+        wishes = partial(_wishes, run, ranks, logger, asked, ranks.is_first and deadline.is_near(run.saves.longest))
+        metrics, wanted = _step(run, picked, batches, done, wishes)
+        learned = picked if "loss" in metrics else learned
+        if wanted["refused"]:
+            _check_written(run, ranks, logger)
+        # A run that is stopped has little time left, and saves first of all; after its last step it is done anyway.
+        stop = wanted["stop"] and done < last
+        evaluates = not stop and (done == last or is_due(done, config.train.eval_interval))
+        seconds = time.monotonic() - began
+        held_out = _held_out(run, ranks, f"after step {done}") if evaluates else {}
+        life.at(f"logging step {done}")
+        account.tell(done, metrics | account.pace.of_step(picked, seconds), held_out)
+        life.at(f"settling the checkpoint before step {done + 1}")
+        with engine.clock.during(SAVING):
+            run.saves.settle()
+            if wanted["save"] or run.saves.due(done, stop=stop):
+                _save(run, ranks, done, learned, held_out, stop=stop)
+        if stop:
+            account.bar.update()
+            break
+    account.bar.close()
+    return done
+
+
+class _Account:
+    """What a run tells of its steps: to its logger, and on the terminal.
+
+    Attributes:
+        bar: The steps that are left, counted from 0, with a bar on the terminal.
+        pace: Measures the speed of each.
+    """
+
+    def __init__(self, run: Run, ranks: Ranks, loudness: Loudness, logger: Logger) -> None:
+        self.run, self.loudness, self.logger = run, loudness, logger
+        self.pace = run.pace(ranks)
+        self.last = run.config.train.train_iters or 0
+        self.bar = tqdm(
+            range(run.first, self.last),
+            initial=run.first,
+            total=self.last,
+            desc=run.config.loss.type,
+            disable=not logger.active or loudness == Loudness.QUIET,
+            unit="step",
+            mininterval=1,
         )
 
+    def tell(self, done: int, metrics: dict[str, float], held_out: dict[str, float]) -> None:
+        """Log a step where that is due, and warn of it.
 
-def _wishes(run: Run, ranks: Ranks, asked: interrupts.Interrupts, near: bool) -> dict[str, float]:
-    """Whether this rank wants to stop, or to save, after the step that is under way.
+        Args:
+            metrics: Of the step; without a loss where it was skipped.
+            held_out: Of the held-out pairs after it; empty where they were not evaluated.
+        """
+        for sentence in self.logger.new_warnings(self.run.config.loss, metrics):
+            self.bar.write(f"warning: step {done}: {sentence}")
+        if held_out and done < self.last and self.logger.active and self.loudness > Loudness.QUIET:
+            self.bar.write(f"step {done}: held out: {result_words(held_out, 'eval/')}")
+        train = self.run.config.train
+        due = done == self.last or is_due(done, train.eval_interval) or is_due(done, train.log_interval)
+        if not due or not ("loss" in metrics or held_out):  # little is known of a skipped step
+            return
+        metrics = metrics | held_out | self.pace.since_last_line(self.run.engine.clock.of_all_ranks)
+        self.logger.log(done, metrics)
+        if "loss" in metrics:
+            self.bar.set_postfix_str(progress_words(metrics), refresh=False)
+        if self.logger.active and self.loudness == Loudness.VERBOSE:
+            self.bar.write(json.dumps({"iteration": done, **metrics}))
+
+
+def _wishes(run: Run, ranks: Ranks, logger: Logger, asked: interrupts.Interrupts, near: bool) -> dict[str, float]:
+    """Whether this rank wants to stop, or to save, after the step that is under way, or was refused a line of a file.
 
     Args:
         near: Whether there is no time left for a step after this one.
     """
-    return {"stop": near or asked.received is not None, "save": ranks.is_first and run.saves.overdue}
+    return {
+        "stop": near or asked.received is not None,
+        "save": ranks.is_first and run.saves.overdue,
+        "refused": _refusal(run, logger) is not None,
+    }
+
+
+def _refusal(run: Run, logger: Logger) -> str | None:
+    """The sentence about a line of the run's files that the operating system refused this rank; None so far."""
+    return run.incidents.refused or logger.refused
+
+
+def _check_written(run: Run, ranks: Ranks, logger: Logger) -> None:
+    """End the run where a line of its files could not be written. A save under way is finished first. Collective.
+
+    Raises:
+        UserError: The operating system refused a line.
+    """
+    kept = run.saves.what_is_kept()
+
+    def check() -> None:
+        if refusal := _refusal(run, logger):
+            raise UserError(f"{refusal.removesuffix('.')}; {kept}.")
+
+    on_first_rank(ranks, check)
 
 
 def _step(
     run: Run, picked: np.ndarray, batches: list[Batch], done: int, wishes: Callable[[], Mapping[str, float]]
-) -> tuple[dict[str, float], bool, bool]:
+) -> tuple[dict[str, float], dict[str, bool]]:
     """One optimizer step, which is skipped where its loss or gradient is not finite. Collective.
 
     The step number gives the schedule of the learning rate and the order of the pairs, so that both move on in a step
@@ -164,7 +240,7 @@ def _step(
         wishes: As _wishes.
 
     Returns:
-        The step's metrics, without a loss where it was skipped, and whether any rank wants to stop, or to save.
+        The step's metrics, without a loss where it was skipped, and what any rank wishes.
     """
     engine, settings = run.engine, run.config.train
     watched = done > run.first + 1  # the first may compile
@@ -173,22 +249,21 @@ def _step(
     engine.zero_grad()
     # What the ranks want is added up together with the sums, so that agreeing costs no reduction of its own.
     totals = engine.forward_backward(batches, wishes)
-    stop, save = totals.pop("stop") > 0, totals.pop("save") > 0
-    run.incidents.keep_samples(done, picked)
+    wanted = {wish: totals.pop(wish) > 0 for wish in ("stop", "save", "refused")}
     if done == 1 and run.start is not None and _is_finite(totals):
         _check_start(totals["loss"] / totals["pairs"], run.start, run)
     if not _is_finite(totals):
         engine.advance_schedule()
-        return run.incidents.skip(done, "loss", picked, batches), stop, save
+        return run.incidents.skip(done, "loss", picked, batches), wanted
     loss = totals["loss"] / totals["pairs"]
     run.incidents.look_for_leap(done, loss, batches)
     life.at(f"step {done}, update", watched=watched)
     grad_norm, learning_rate = engine.update()
     if not math.isfinite(grad_norm):
-        return run.incidents.skip(done, "gradient", picked, batches), stop, save
+        return run.incidents.skip(done, "gradient", picked, batches), wanted
     metrics = (
         averages(totals)
-        | run.incidents.done(loss)
+        | run.incidents.done(done, loss, picked)
         | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -197,7 +272,7 @@ def _step(
             "num_padding_tokens": totals["padding"],
         }
     )
-    return metrics, stop, save
+    return metrics, wanted
 
 
 def _held_out(run: Run, ranks: Ranks, when: str) -> dict[str, float]:
@@ -221,19 +296,24 @@ def _evaluate(engine: Engine, validation: Part, config: Config, ranks: Ranks) ->
     return totals
 
 
-def _save(run: Run, ranks: Ranks, done: int, picked: np.ndarray, held_out: dict[str, float], *, stop: bool) -> None:
+def _save(
+    run: Run, ranks: Ranks, done: int, learned: np.ndarray | None, held_out: dict[str, float], *, stop: bool
+) -> None:
     """Save a checkpoint, and export it where that is due. Collective.
 
     Args:
-        picked: Pairs whose loss is computed with the new weights. Finite weights can still give losses that are not
-            finite, and a forward pass tells so before they are saved.
+        learned: The pairs of the last step that was done; None where this process has skipped every step. Finite
+            weights can still give losses that are not finite, and a forward pass of these pairs, whose loss was
+            finite before the update, tells so before the weights are saved.
         held_out: Metrics of the held-out pairs after this step.
         stop: Whether the run ends here before its last step.
     """
     life.at(f"saving the checkpoint of step {done}")
     train = run.config.train
-    batches = run.training.micro_batches(picked, run.config, ranks.device)
-    _check_finite(run.engine.forward(batches), f"the loss after step {done} ({run.training.pairs.names(picked)})", run)
+    if learned is not None:
+        batches = run.training.micro_batches(learned, run.config, ranks.device)
+        what = f"the loss after step {done} ({run.training.pairs.names(learned)})"
+        _check_finite(run.engine.forward(batches), what, run)
     last = done == train.train_iters
     export = not stop and train.export_interval > 0 and (last or is_due(done, train.export_interval))
     checkpoint = run.saves.save(done, held_out, wait=stop or last or export, stop=stop)
@@ -251,7 +331,7 @@ def _check_start(found: float, start: Start, run: Run) -> None:
     precision = "fp8" if run.config.train.fp8 else run.config.train.precision
     if abs(found - start.value) <= ROUNDING[precision] * start.slope:
         return
-    if run.is_new:
+    if run.is_new and dist.get_rank() == 0:
         shutil.rmtree(run.output, ignore_errors=True)
     raise UserError(
         f"the loss of the first step is {found:.4f}, but policy and reference are the same model, where "
@@ -276,6 +356,17 @@ def _introduce(run: Run, loudness: Loudness) -> None:
         print(f"warning: {run.output} holds no checkpoint to go on from, so the run starts anew.", flush=True)
     if unusual:
         print("warning: the run is far from one epoch of its pairs, which train.num_epochs=1 would be.", flush=True)
+
+
+def _say_finished(checkpoint: Path, config: Config, ranks: Ranks) -> None:
+    """Say that a run had done all its steps before, and make what an interruption of its end may have left out."""
+    output, longer = checkpoint.parent.parent, "train_iters" if config.train.num_epochs is None else "num_epochs"
+    print(f"{output}: this run is finished ({checkpoint.name}); raise train.{longer} to go on.", flush=True)
+    if config.train.export_interval:
+        _export(checkpoint, output)
+    report = output / run_folder.REPORT
+    if config.train.report and not report.is_file():
+        _report(output, ranks)
 
 
 def _export(checkpoint: Path, output: Path) -> None:
@@ -306,7 +397,7 @@ def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> N
     """Write the report, and say what came out of the run."""
     checkpoint = run_folder.newest_checkpoint(run.output)
     assert checkpoint is not None
-    report = _report(run, ranks) if run.config.train.report else None
+    report = _report(run.output, ranks) if run.config.train.report else None
     lines = closing_lines(
         steps=done - run.first,
         finished=done == run.config.train.train_iters,
@@ -322,12 +413,12 @@ def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> N
     print("\n".join(lines), flush=True)
 
 
-def _report(run: Run, ranks: Ranks) -> Path | None:
+def _report(output: Path, ranks: Ranks) -> Path | None:
     """Write report.html. A run that is finished and saved does not fail by its report."""
     from tgdpo_megatron.report.run_report import write_run_report  # late: it loads matplotlib
 
     try:
-        return write_run_report(run.output, world_size=ranks.world_size, command=command_words())
+        return write_run_report(output, world_size=ranks.world_size, command=command_words())
     except Exception as error:
         if debugging():
             traceback.print_exc()

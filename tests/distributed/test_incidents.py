@@ -18,14 +18,23 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_continued_run_skips_draws_and_takes_the_pairs_of_the_run_that_was_never_stopped(
     checkpoint: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """Its loss draws random numbers and is not finite for the third pair. Six pairs, four to a step, on two ranks."""
+    """Its loss draws random numbers and is not finite for the third pair. Six pairs, four to a step, on two ranks.
+
+    A checkpoint is saved after every step, the skipped ones too.
+    """
     whole, again = tmp_path / "whole", tmp_path / "again"
     job = {
         "model": {"checkpoint": str(checkpoint)},
         "data": {"train": str(pairs_file)},
         "optimizer": {"lr": 1e-3},
         "train": {
-            **{"train_iters": STEPS, "global_batch_size": BATCH, "micro_batch_size": 1, "save_interval": 6},
+            **{
+                "train_iters": STEPS,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 1,
+                "save_interval": 1,
+                "keep_last": 0,
+            },
             **{"max_skipped_steps": STEPS, "report": False, "save_minutes": 0},
         },
     }
@@ -41,6 +50,9 @@ def test_a_continued_run_skips_draws_and_takes_the_pairs_of_the_run_that_was_nev
     with_bad = [step["iteration"] for step in lines(whole / "samples.jsonl") if BAD + 1 in step["pairs"]]
     skipped = lines(whole / "skipped.jsonl")
     assert [step["iteration"] for step in skipped] == with_bad and 2 < len(with_bad) < STEPS
+    assert any(step + 1 in with_bad for step in with_bad), "a step that is skipped is saved before another such step"
+    saved = sorted(path.name for path in (whole / "checkpoints").glob("iter-*"))
+    assert saved == [f"iter-{step:07d}" for step in range(1, STEPS + 1)]
     assert all(step["causes"] == [BAD + 1] and step["what"] == "loss" for step in skipped)
     logged = [line for line in lines(whole / "metrics.jsonl") if "loss" in line]
     assert sorted([*with_bad, *(line["iteration"] for line in logged)]) == list(range(1, STEPS + 1))

@@ -94,6 +94,8 @@ def runs(
         "altered start": job("altered start", start=folder / "altered"),
         "altered run": job("still", train_iters=6, resume=True, **still)
         | {"altered": str(folder / "still/checkpoints/iter-0000005")},
+        "finished": job("bf16", start=folder / "stepped/checkpoints/iter-0000004", precision="bf16", resume=True)
+        | {"lost": str(folder / "bf16/report.html")},
         "disk full": job("full") | {"no_room_for": "manifest.json"},
     }
     said = run_ranks("tests.support.jobs", "train_each", 1, recipe="dpo_tiny", jobs=list(jobs.values()))
@@ -194,10 +196,13 @@ def test_a_bf16_run_starts_from_the_checkpoint_of_an_fp32_run(runs: Runs) -> Non
 
 @pytest.mark.parametrize(
     ("name", "output", "what"),
-    [("explodes", "explodes", "loss"), ("explodes, validated", "validated", "validation loss")],
+    [
+        ("explodes", "explodes", "the loss after step 1 (rows "),
+        ("explodes, validated", "validated", "the validation loss after step 1 is "),
+    ],
 )
 def test_weights_under_which_a_loss_is_not_finite_are_not_kept(name: str, output: str, what: str, runs: Runs) -> None:
-    assert runs.refusals[name].startswith(f"the {what} after step 1 (rows ")
+    assert runs.refusals[name].startswith(what)
     assert runs.refusals[name].endswith("is not finite; no checkpoint was saved.")
     assert runs.checkpoints(output) == []
 
@@ -206,6 +211,15 @@ def test_a_checkpoint_whose_manifest_cannot_be_written_is_none_and_leaves_nothin
     assert "No space left on device" in runs.refusals["disk full"]
     assert runs.refusals["disk full"].endswith("; no checkpoint was saved.")
     assert runs.checkpoints("full") == []
+
+
+def test_a_finished_run_that_is_started_again_ends_well_changes_nothing_and_makes_the_report_that_was_lost(
+    runs: Runs,
+) -> None:
+    assert runs.refusals["finished"] == ""
+    assert (runs.folder / "bf16/report.html").is_file()
+    assert runs.checkpoints("bf16") == ["iter-0000001"]
+    assert [line["iteration"] for line in runs.metrics("bf16")] == [1]
 
 
 def test_one_flipped_bit_of_a_checkpoint_that_a_run_starts_from_is_refused(runs: Runs) -> None:

@@ -34,8 +34,8 @@ def train_all(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[
 def train_each(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list[str]:
     """Run training jobs one after another, refused ones too; return the sentence each was refused with, or "".
 
-    Beside its settings a job may have `altered`, a checkpoint in which one bit is flipped first, and `no_room_for`, the
-    name of a file that finds the disk full.
+    Beside its settings a job may have `altered`, a checkpoint in which one bit is flipped first, `lost`, a file that is
+    deleted first, and `no_room_for`, the name of a file that finds the disk full.
     """
     from megatron.core import parallel_state
 
@@ -46,6 +46,8 @@ def train_each(ranks: Ranks, *, recipe: str, jobs: list[dict[str, Any]]) -> list
         settings = dict(job)
         if altered := settings.pop("altered", None):
             flip_a_bit(Path(altered))
+        if lost := settings.pop("lost", None):
+            Path(lost).unlink()
         try:
             with _full_disk(settings.pop("no_room_for", None)):
                 train(load(RECIPES[recipe](), settings, where="test"), ranks)

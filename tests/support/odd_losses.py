@@ -35,7 +35,7 @@ def train_and_continue(ranks: Ranks, *, job: dict[str, Any], whole: str, again: 
     if ranks.is_first:
         shutil.copytree(whole, again)
         for checkpoint in Path(again).glob("checkpoints/iter-*"):
-            if checkpoint.name != kept:
+            if checkpoint.name > kept:
                 shutil.rmtree(checkpoint)
     torch.distributed.barrier()
     train_all(ranks, recipe="dpo_tiny", jobs=[job | {"train": job["train"] | {"output": again, "resume": True}}])

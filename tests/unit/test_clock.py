@@ -77,6 +77,26 @@ def test_a_block_that_fails_ends_its_activity(now: list[float]) -> None:
     assert taken(clock) == {READING: 1, OTHER: 2}
 
 
+def test_an_error_of_the_device_is_not_hidden_by_what_its_events_then_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """torch.cuda.Event of a device that has failed once the block is entered."""
+
+        works = True
+
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            if not self.works:
+                raise RuntimeError("CUDA error: the launch timed out and was terminated")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="an illegal memory access was encountered"), clock.during(POLICY):
+        Event.works = False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def test_what_was_before_a_restart_does_not_count(now: list[float]) -> None:
     clock = Clock(CPU)
     now[0] += 5

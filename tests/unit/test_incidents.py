@@ -67,13 +67,53 @@ def test_no_pair_is_blamed_where_only_all_together_are_bad() -> None:
 
 def test_a_continued_run_remembers_what_its_files_say_up_to_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "skipped.jsonl").write_text("".join(f'{{"iteration": {step}}}\n' for step in (3, 9, 10, 11)))
-    lines = [{"iteration": step, "loss": float(step)} for step in range(1, 12) if step not in (3, 9, 10, 11)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"iteration": 0}, *lines]))
+    skipped = (3, 9, 10, 11)
+    lines = [{"iteration": step} | ({"loss": float(step)} if step not in skipped else {}) for step in range(1, 12)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = history_of(tmp_path, 10)
     assert (found.skipped, found.in_a_row) == (3, 2)
     assert list(found.losses) == [1, 2, 4, 5, 6, 7, 8]
     assert history_of(tmp_path, 8).in_a_row == 0
     assert history_of(tmp_path, 0) == History()
+
+
+def test_a_continued_run_measures_leaps_against_the_same_losses_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    """Also where steps among the last were skipped: as many losses are remembered, from further back."""
+    steps, history = 2 * WINDOW, History()
+    with (tmp_path / "samples.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            loss = {} if step % 7 == 0 else {"loss": 1 / step}
+            file.write(json.dumps({"iteration": step, "pairs": [step]} | loss) + "\n")
+            history.add(loss["loss"]) if loss else history.skip()
+    assert history_of(tmp_path, steps).losses == history.losses and len(history.losses) == WINDOW
+
+
+def test_a_line_that_the_system_refuses_is_told_with_the_name_of_its_file_and_nothing_follows_it(
+    tmp_path: Path,
+) -> None:
+    """The folder is gone for a while, as one over a network may be."""
+    folder = tmp_path / "run"
+    journal = Journal(folder / "samples.jsonl", first=0)
+    journal.write(1, {})
+    assert journal.refused is not None and journal.refused.startswith(f"{folder}/samples.jsonl: this file of the run")
+    assert "No such file or directory" in journal.refused
+    folder.mkdir()
+    journal.write(2, {})
+    assert not journal.path.exists()
+
+
+def test_the_line_of_the_step_from_which_a_run_goes_on_is_completed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step, line in (
+        (2, '{"iteration": 2, "loss": 0.5, "eval/loss": 0.25}'),
+        (3, '{"iteration": 3, "eval/loss": 0.25}'),
+    ):
+        path.write_text('{"iteration": 1, "loss": 1}\n{"iteration": 2, "loss": 0.5}\n')
+        journal = Journal(path, first=step)
+        journal.complete(step, {"eval/loss": 0.25})
+        journal.write(step + 1, {"loss": 0.1})
+        *_, completed, last = path.read_text().splitlines()
+        assert (completed, last) == (line, f'{{"iteration": {step + 1}, "loss": 0.1}}')
 
 
 def test_a_journal_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tgdpo_megatron.config import Config, ReportConfig
-from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.errors import StoppedError, UserError
 from tgdpo_megatron.preflight import check_services
 from tgdpo_megatron.report import loggers
 from tgdpo_megatron.report.loggers import Logger
@@ -100,6 +101,7 @@ class StandIn:
         self.opened: list[dict[str, Any]] = []
         self.taken: list[dict[str, float]] = []
         self.finished = 0
+        self.codes: list[int] = []
         self.fails_at: int | None = None
 
     def init(self, **settings: Any) -> Any:
@@ -113,8 +115,9 @@ class StandIn:
                 steps.append(step)
                 self.taken.append(data)
 
-            def finish(_) -> None:
+            def finish(_, exit_code: int) -> None:
                 self.finished += 1
+                self.codes.append(exit_code)
 
         return Run()
 
@@ -168,6 +171,28 @@ def test_a_service_that_never_answers_holds_up_neither_a_step_nor_for_long_the_e
     assert len(log(tmp_path, range(1, 100), config=WANDB)) == 99
     assert time.monotonic() - began < 2
     assert "Weights & Biases has not taken all metrics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (UserError("the loss is not finite"), 1), (StoppedError("stopped"), 75), (StoppedError("", 130), 130)],
+)
+def test_however_a_run_ends_a_service_gets_its_last_metrics_and_is_told_how(
+    wandb: StandIn, tmp_path: Path, error: Exception | None, code: int
+) -> None:
+    with contextlib.suppress(UserError, StoppedError), Logger(tmp_path, WANDB, active=True) as logger:
+        logger.log(1, {"loss": 0.5})
+        if error:
+            raise error
+    assert (wandb.taken, wandb.codes) == ([{"train/loss": 0.5}], [code])
+
+
+def test_held_out_metrics_of_the_step_from_which_a_run_goes_on_reach_a_service(wandb: StandIn, tmp_path: Path) -> None:
+    log(tmp_path, range(1, 3), config=WANDB)
+    with Logger(tmp_path, WANDB, active=True, first=2) as logger:
+        logger.complete(2, {"eval/loss": 0.25})
+        logger.log(3, {"loss": 0.5})
+    assert list(wandb.runs.values()) == [[1, 2, 2, 3]] and wandb.taken[2] == {"eval/loss": 0.25}
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, write_manifest
+from tgdpo_megatron.checkpoint.manifest import WEIGHTS, CheckpointManifest, read_manifest, write_manifest
 from tgdpo_megatron.config import Config, OptimizerConfig, load
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.resuming import check_continues
+from tgdpo_megatron.resuming import check_continues, is_finished
 from tgdpo_megatron.run_folder import check_output, keep_settings, newest_checkpoint
 
 IDENTITY = CheckpointManifest(
@@ -208,11 +208,22 @@ def test_a_checkpoint_that_was_not_finished_is_not_the_newest(stopped: tuple[Pat
     assert newest_checkpoint(folder.parent.parent) == folder
 
 
-@pytest.mark.parametrize("train_iters", [1, 2])
-def test_a_run_that_has_all_its_steps_is_said_to_be_finished(stopped: tuple[Path, Config], train_iters: int) -> None:
+@pytest.mark.parametrize(("train_iters", "finished"), [(1, True), (2, True), (3, False)])
+def test_a_run_that_has_all_its_steps_is_finished(
+    stopped: tuple[Path, Config], train_iters: int, finished: bool
+) -> None:
     folder, config = stopped
     config.train.resume, config.train.train_iters = True, train_iters
-    with pytest.raises(UserError, match=r"this run is finished \(iter-0000002\); raise train.train_iters to go on"):
+    assert is_finished(folder, config) == finished
+
+
+def test_a_finished_run_may_have_kept_weights_alone(stopped: tuple[Path, Config]) -> None:
+    folder, config = stopped
+    write_manifest(folder, replace(read_manifest(folder), weights_only=True))
+    config.train.resume, config.train.train_iters = True, 2
+    check_continues(folder, config, IDENTITY)
+    config.train.train_iters = 3
+    with pytest.raises(UserError, match="holds weights alone"):
         check_continues(folder, config, IDENTITY)
 
 

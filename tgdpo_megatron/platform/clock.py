@@ -113,8 +113,11 @@ class Clock:
         self._begin(activity)
         try:
             yield
-        finally:
-            self._end()
+        except BaseException:
+            with contextlib.suppress(Exception):  # an event raises again what the device met, and would hide the first
+                self._end()
+            raise
+        self._end()
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:
         """One of Megatron's timers."""

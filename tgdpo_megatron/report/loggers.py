@@ -7,6 +7,7 @@ from the environment, as their own documentation says.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,19 +19,22 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
 from tgdpo_megatron.cache import write_json
 from tgdpo_megatron.config import Config, LossConfig
-from tgdpo_megatron.errors import in_short
-from tgdpo_megatron.report.journal import lines_until
+from tgdpo_megatron.errors import INTERRUPTED, REQUEUE, UNEXPECTED, StoppedError, in_short
+from tgdpo_megatron.report.journal import Journal
 from tgdpo_megatron.report.metrics import warnings
 
 Metrics = Mapping[str, float]
 PATIENCE = 60
 """Seconds that a service has at the end of a run for what it has not sent yet."""
+LITTLE_PATIENCE = 10
+"""The same where the run was stopped, or failed, and has little time left."""
 
 
 class Sink(Protocol):
@@ -38,11 +42,16 @@ class Sink(Protocol):
 
     def log(self, iteration: int, metrics: Metrics) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, code: int) -> None:
+        """Flush and close.
+
+        Args:
+            code: The exit code of the run, which is 0 where it has done all its steps.
+        """
 
 
 class Logger:
-    """All sinks of a run. Only one rank writes.
+    """All sinks of a run. Only one rank writes. As a context, it closes them, however the block ends.
 
     Args:
         output: Folder of the run.
@@ -54,19 +63,44 @@ class Logger:
         self.active = active
         self.warned: set[str] = set()
         self.sinks: list[Sink] = []
+        self.lines: Journal | None = None
         if not active:
             return
-        lines = _Lines(output, first)
-        self.sinks.append(lines)
+        (output / "metrics.jsonl").touch()  # a folder that holds it is known as that of a run
+        self.lines = Journal(output / "metrics.jsonl", first=first)
         if importlib.util.find_spec("tensorboard"):
             self.sinks.append(_TensorBoard(output, first))
         for service, setting in ((_WandB, config.report.wandb_project), (_MLflow, config.report.mlflow_experiment)):
             if setting is not None:
                 open_it = partial(service, setting, output, config)
-                self.sinks.append(_InBackground(service.title, output / service.file, open_it, lines.before))
+                before = [json.loads(line) for line in self.lines.before]
+                self.sinks.append(_InBackground(service.title, output / service.file, open_it, before, first))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, Exception):  # not where a second Ctrl-C ends all at once
+            self.close(0 if error is None else error.code if isinstance(error, StoppedError) else UNEXPECTED)
+
+    @property
+    def refused(self) -> str | None:
+        """The sentence about a line that the operating system refused; None so far, and on ranks that do not write."""
+        return self.lines.refused if self.lines else None
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         """Record the metrics of an optimizer step, counted from 1; 0 is before the first."""
+        if self.lines:
+            self.lines.write(iteration, metrics)
+        for sink in self.sinks:
+            sink.log(iteration, metrics)
+
+    def complete(self, iteration: int, metrics: Metrics) -> None:
+        """Add metrics, which may be none, to those of the step from which the run goes on."""
+        if not metrics:
+            return
+        if self.lines:
+            self.lines.complete(iteration, metrics)
         for sink in self.sinks:
             sink.log(iteration, metrics)
 
@@ -76,38 +110,21 @@ class Logger:
         self.warned |= found.keys()
         return list(found.values()) if self.active else []
 
-    def close(self) -> None:
-        """Flush and close everything."""
-        for sink in self.sinks:
-            sink.close()
+    def close(self, code: int = 0) -> None:
+        """Flush and close everything, once.
 
-
-class _Lines:
-    """metrics.jsonl: a line of JSON for each step.
-
-    Attributes:
-        before: What earlier processes logged, up to the step from which the run goes on.
-    """
-
-    def __init__(self, output: Path, first: int) -> None:
-        path = output / "metrics.jsonl"
-        kept = lines_until(first, path)
-        self.before: list[dict[str, float]] = [json.loads(line) for line in kept]
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)  # a run that is killed now keeps its lines
-        self.file = path.open("a", encoding="utf-8")
-
-    def log(self, iteration: int, metrics: Metrics) -> None:
-        self.file.write(json.dumps({"iteration": iteration, **metrics}, allow_nan=False) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+        Args:
+            code: The exit code of the run.
+        """
+        while self.sinks:
+            self.sinks.pop().close(code)
 
 
 class _TensorBoard:
-    """The folder tensorboard. What an interrupted run wrote after the step from which it goes on is hidden."""
+    """The folder tensorboard. What an interrupted run wrote after the step from which it goes on is hidden.
+
+    A full disk is passed over here: metrics.jsonl, of which this is a copy, meets it too.
+    """
 
     def __init__(self, output: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -115,11 +132,13 @@ class _TensorBoard:
         self.writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
 
     def log(self, iteration: int, metrics: Metrics) -> None:
-        for name, value in _tagged(metrics).items():
-            self.writer.add_scalar(name, value, iteration)
+        with contextlib.suppress(OSError):
+            for name, value in _tagged(metrics).items():
+                self.writer.add_scalar(name, value, iteration)
 
-    def close(self) -> None:
-        self.writer.close()
+    def close(self, code: int) -> None:
+        with contextlib.suppress(OSError):
+            self.writer.close()
 
 
 def _tagged(metrics: Metrics) -> dict[str, float]:
@@ -138,6 +157,7 @@ class _InBackground:
         kept: File for the id and the step.
         open_it: Opens the service, given the id of the run to go on with, or None.
         before: Lines of metrics of earlier processes.
+        first: The step from which the run goes on. Its metrics may be completed.
     """
 
     def __init__(
@@ -146,11 +166,12 @@ class _InBackground:
         kept: Path,
         open_it: Callable[[str | None], _Service],
         before: Iterable[Mapping[str, float]],
+        first: int,
     ) -> None:
-        self.title, self.kept, self.open_it = title, kept, open_it
-        self.steps: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
-        for line in before:
-            self.steps.put((int(line["iteration"]), {name: line[name] for name in line if name != "iteration"}))
+        self.title, self.kept, self.open_it, self.first = title, kept, open_it, first
+        self.before = [(int(line["iteration"]), {**line}) for line in before]
+        self.steps: SimpleQueue[tuple[int, Metrics] | int] = SimpleQueue()
+        """Steps, and then an exit code."""
         self.thread = Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -158,11 +179,12 @@ class _InBackground:
         if self.thread.is_alive():  # else the service has failed, and this was said
             self.steps.put((iteration, metrics))
 
-    def close(self) -> None:
-        self.steps.put(None)
-        self.thread.join(PATIENCE)
+    def close(self, code: int) -> None:
+        patience = LITTLE_PATIENCE if code else PATIENCE
+        self.steps.put(code)
+        self.thread.join(patience)
         if self.thread.is_alive():
-            self._warn(f"{self.title} has not taken all metrics after {PATIENCE} s")
+            self._warn(f"{self.title} has not taken all metrics after {patience} s")
 
     def _work(self) -> None:
         try:
@@ -173,12 +195,19 @@ class _InBackground:
     def _send(self) -> None:
         run, sent = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.is_file() else (None, -1)
         service = self.open_it(run)
-        while (step := self.steps.get()) is not None:
-            iteration, metrics = step
+
+        def send(iteration: int, metrics: Metrics) -> None:
+            # First: a step that is lost is better than one twice.
+            write_json(self.kept, (service.run, max(iteration, sent)))
+            service.log(iteration, _tagged(metrics))
+
+        for iteration, line in self.before:
             if iteration > sent:
-                write_json(self.kept, (service.run, iteration))  # first: a step that is lost is better than one twice
-                service.log(iteration, _tagged(metrics))
-        service.close()
+                send(iteration, {name: line[name] for name in line if name != "iteration"})
+        while not isinstance(step := self.steps.get(), int):
+            if step[0] > sent or 0 < step[0] == self.first:
+                send(*step)
+        service.close(step)
 
     def _warn(self, words: str) -> None:
         tqdm.write(f"warning: {words}; metrics.jsonl has them all.", file=sys.stderr)
@@ -214,8 +243,8 @@ class _WandB:
     def log(self, iteration: int, metrics: Metrics) -> None:
         self.writer.log(dict(metrics), step=iteration, commit=True)
 
-    def close(self) -> None:
-        self.writer.finish()
+    def close(self, code: int) -> None:
+        self.writer.finish(exit_code=code)
 
 
 class _MLflow:
@@ -250,5 +279,6 @@ class _MLflow:
             self.run, metrics=[self.metric(name, value, now, iteration) for name, value in metrics.items()]
         )
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, code: int) -> None:
+        ends = {0: "FINISHED", REQUEUE: "SCHEDULED", INTERRUPTED: "KILLED"}
+        self.client.set_terminated(self.run, status=ends.get(code, "FAILED"))
