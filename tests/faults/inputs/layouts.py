@@ -23,7 +23,8 @@ ENTRIES = [
     BadInput(
         "a word for a number of processes",
         train("--nproc-per-node=all"),
-        "command line: argument --nproc-per-node: invalid int value: 'all'; see python -m recipes.train --help.",
+        "command line: --nproc-per-node 'all' is refused: it should be a whole number; "
+        "see python -m recipes.train --help.",
     ),
     BadInput(
         "a million processes",
