@@ -306,7 +306,15 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
             1,
             ["virtual_pipeline_model_parallel_size needs", "pipeline_model_parallel_size > 1"],
         ),
-        (["parallel.tensor_model_parallel_size=2"], 3, ["3 processes", "copies of 2", "--nproc-per-node"]),
+        (["parallel.tensor_model_parallel_size=2"], 3, ["3 processes are no multiple of the 2 ", "--nproc-per-node"]),
+        (
+            ["parallel.tensor_model_parallel_size=3", "cluster.nodes=2", "cluster.gpus_per_node=8"],
+            16,
+            [
+                "16 processes are no multiple of the 3 ",
+                "change cluster.nodes=2, cluster.gpus_per_node=8 or these sizes",
+            ],
+        ),
         (["train.global_batch_size=30"], 1, ["global_batch_size=30", "4 × 1 = 4"]),
         (["train.global_batch_size=4"], 2, ["global_batch_size=4", "4 × 2 = 8"]),
         (["train.train_iters=5", "optimizer.lr_warmup_iters=5"], 1, ["lr_warmup_iters=5", "the 5"]),
@@ -321,7 +329,7 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
         ),
         (["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"], 1, ["optimizer.min_lr", "optimizer.lr"]),
     ],
-    ids=["context", "sequence", "virtual", "world", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
+    ids=["context", "sequence", "virtual", "world", "cluster", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
 )
 def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], processes: int, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
