@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -66,7 +67,22 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose complaint is a UserError, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        for pattern, words in _ARGPARSE.items():
+            message = re.sub(pattern, words, message)
         raise UserError(f"command line: {message}; see {self.prog} --help.")
+
+
+_ARGPARSE = {
+    r"^argument (.*?): invalid int value: (.*)": r"\1 \2 is refused: it should be a whole number",
+    r"^argument (.*?): invalid float value: (.*)": r"\1 \2 is refused: it should be a number",
+    r"^argument (.*?): invalid choice: (.*) \(choose from (.*)\)": r"\1 \2 is refused: it should be one of \3",
+    r"^argument (.*?): expected one argument": r"\1 needs a value",
+    r"^argument (.*?): expected at least one argument": r"\1 needs a value",
+    r"^argument (.*?): ignored explicit argument (.*)": r"\1 takes no value, but \2 was given",
+    r"^the following arguments are required: (.*)": r"\1 must be given",
+    r"^unrecognized arguments: (.*)": r"\1 is not known here",
+}
+"""What argparse says -> the same in plain words."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

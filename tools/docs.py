@@ -1,12 +1,14 @@
 """Write the tables of docs/ that are derived from the code: losses, token rewards, metrics of single losses, and the
-names of other programs' settings.
+names of other programs' settings. And the one of the faults that were tried, which is derived from their results.
 
 A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ def tables() -> dict[str, dict[str, str]]:
     return {
         "methods.md": {"losses": _losses(), "token rewards": _token_rewards()},
         "metrics.md": {"metrics of losses": _metrics()},
+        "faults.md": {"faults": faults(ROOT / "results" / "faults.json")},
         "coming-from.md": {tool: _foreign(tool) for tool in (TRL, LLAMA_FACTORY, SWIFT, NEMO, MEGATRON)},
     }
 
@@ -58,6 +61,15 @@ def _losses() -> str:
     ]
     headings = ("`loss.type`", "meaning", "loss of a pair", "options and defaults", "token rewards", "source")
     return _table(headings, rows)
+
+
+def faults(results: Path) -> str:
+    """How many faults of each subject were tried, and how many ended as they must."""
+    if not results.is_file():
+        return "There are no results of this version yet."
+    rows = [row for part in json.loads(results.read_text(encoding="utf-8")).values() for row in part]
+    tried, passed = (Counter(row["subject"] for row in some) for some in (rows, [row for row in rows if row["passed"]]))
+    return _table(("subject", "rows", "as they must"), [(name, str(tried[name]), str(passed[name])) for name in tried])
 
 
 def _rewards(source: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,6 +156,16 @@ def test_a_checkpoint_is_saved_when_the_time_is_over_and_the_newest_are_kept(run
 
 def test_metrics_are_logged_every_so_many_steps_and_after_the_last(runs: Runs) -> None:
     assert [line["iteration"] for line in runs.metrics("still")] == [0, 2, 4, 5]
+
+
+def test_every_number_that_a_run_writes_is_explained(runs: Runs) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE))  # the first column of every table
+    written = {
+        name.removeprefix("eval/") for folder in ("stepped", "still") for line in runs.metrics(folder) for name in line
+    }
+    assert {"epoch", "loss", "perf/seconds"} <= written
+    assert written - set(re.findall(r"`(.*?)`", rows)) == set()
 
 
 def test_held_out_pairs_are_evaluated_before_the_first_step(runs: Runs) -> None:

@@ -71,7 +71,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 
 def test_an_unknown_option_is_one_sentence() -> None:
-    assert refusal("--reciep=x").startswith("command line: unrecognized arguments: --reciep=x;")
+    assert refusal("--reciep=x").startswith("command line: --reciep=x is not known here;")
 
 
 def test_yaml_that_does_not_parse_names_the_line(tmp_path: Path) -> None:
@@ -306,7 +306,15 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
             1,
             ["virtual_pipeline_model_parallel_size needs", "pipeline_model_parallel_size > 1"],
         ),
-        (["parallel.tensor_model_parallel_size=2"], 3, ["3 processes", "copies of 2", "--nproc-per-node"]),
+        (["parallel.tensor_model_parallel_size=2"], 3, ["3 processes are no multiple of the 2 ", "--nproc-per-node"]),
+        (
+            ["parallel.tensor_model_parallel_size=3", "cluster.nodes=2", "cluster.gpus_per_node=8"],
+            16,
+            [
+                "16 processes are no multiple of the 3 ",
+                "change cluster.nodes=2, cluster.gpus_per_node=8 or these sizes",
+            ],
+        ),
         (["train.global_batch_size=30"], 1, ["global_batch_size=30", "4 × 1 = 4"]),
         (["train.global_batch_size=4"], 2, ["global_batch_size=4", "4 × 2 = 8"]),
         (["train.train_iters=5", "optimizer.lr_warmup_iters=5"], 1, ["lr_warmup_iters=5", "the 5"]),
@@ -321,7 +329,7 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
         ),
         (["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"], 1, ["optimizer.min_lr", "optimizer.lr"]),
     ],
-    ids=["context", "sequence", "virtual", "world", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
+    ids=["context", "sequence", "virtual", "world", "cluster", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
 )
 def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], processes: int, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
@@ -452,6 +460,37 @@ def test_columns_are_a_setting_and_not_a_group() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("loss.beta=abc", "loss.beta='abc' is refused: it should be a number."),
+        ("loss.beta=.nan", "loss.beta=nan is refused: it should be a finite number."),
+        ("loss.beta=0", "loss.beta=0 is refused: it should be more than 0."),
+        ("train.global_batch_size=null", "train.global_batch_size=null is refused: it should be a whole number."),
+        ("train.global_batch_size=2.5", "train.global_batch_size=2.5 is refused: it should be a whole number."),
+        (
+            "train.rank_timeout_minutes=99999",
+            "train.rank_timeout_minutes=99999 is refused: it should be at most 10080.",
+        ),
+        ("data.max_length=7", "data.max_length=7 is refused: it should be at least 8."),
+        ("data.validation_share=1", "data.validation_share=1 is refused: it should be less than 1."),
+        ("train.resume=perhaps", "train.resume='perhaps' is refused: it should be true or false."),
+        ("train.precision=fp16", "train.precision='fp16' is refused: it should be 'auto', 'bf16' or 'fp32'."),
+        ("data.weights=2", "data.weights=2 is refused: it should be a list, such as [1, 2]."),
+        (
+            "data.columns=prompt",
+            "data.columns='prompt' is refused: it should be a mapping, such as {prompt: question}.",
+        ),
+        ("data.train=3", "data.train=3 is refused: it should be a path; one that looks like a number or a list is "),
+        ("data.train=[a,3]", "data.train.1=3 is refused: it should be a path; "),
+        ("data.template=3", "data.template=3 is refused: it should be a text; one that looks like a number, "),
+        ("report.wandb_project=''", "report.wandb_project='' is refused: it should not be empty."),
+    ],
+)
+def test_a_refused_value_is_told_in_plain_words_what_it_should_be(change: str, sentence: str) -> None:
+    assert refusal(change).startswith(f"command line: {sentence}")
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         (
@@ -459,15 +498,15 @@ def test_columns_are_a_setting_and_not_a_group() -> None:
             "data.weights has 1 numbers and data.train 2 files; give one number",
         ),
         (["data.train=a", "data.weights=[1,2]"], "data.weights has 2 numbers and data.train 1 files"),
-        (["data.train=a", "data.weights=[0]"], "data.weights.0=0 is refused: input should be greater than 0"),
+        (["data.train=a", "data.weights=[0]"], "data.weights.0=0 is refused: it should be more than 0"),
         (["data.validation=a", "data.validation_share=0.1"], "so data.validation_share=0.1 is not read; leave one"),
-        (["data.validation_share=1"], "data.validation_share=1 is refused: input should be less than 1"),
+        (["data.validation_share=1"], "data.validation_share=1 is refused: it should be less than 1"),
         (
             ["data.train=[a,b]", "loss.token_rewards=file", "scores.reward_file=r.jsonl"],
             "scores.reward_file numbers the rows of one file, and data.train names 2",
         ),
         (["data.columns=prompt"], "data.columns='prompt' is refused"),
-        (["data.columns={rejected: no}"], "data.columns.rejected=False is refused"),
+        (["data.columns={rejected: no}"], "data.columns.rejected=false is refused"),
     ],
 )
 def test_files_of_pairs_that_do_not_fit_their_settings_are_refused(changes: list[str], words: str) -> None:

@@ -24,7 +24,7 @@ from tgdpo_megatron.hub import model_id
 from tgdpo_megatron.losses import LOSSES
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 from tgdpo_megatron.report.metrics import averages, names_for
-from tools.docs import tables, written
+from tools.docs import faults, tables, written
 from tools.marked_pairs import make_splits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,6 +275,13 @@ def test_the_tables_that_are_written_by_a_program_are_up_to_date(page: str) -> N
     """Methods with their options, defaults and files; token rewards with theirs; metrics of single losses."""
     path = ROOT / "docs" / page
     assert text(path) == written(text(path), tables()[page], page), "python -m tools.docs writes them"
+
+
+def test_the_table_of_faults_counts_what_was_tried_and_what_passed(tmp_path: Path) -> None:
+    results = tmp_path / "faults.json"
+    kills = [{"subject": "kills", "passed": True}, {"subject": "kills", "passed": False}]
+    results.write_text(json.dumps({"inputs": [{"subject": "data", "passed": True}], "runs": kills}))
+    assert faults(results).splitlines()[2:] == ["| data | 1 | 1 |", "| kills | 2 | 1 |"]
 
 
 def test_the_first_page_names_losses_that_exist() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tgdpo_megatron.errors import UserError, in_short, lost_a_rank, refusal
+from tgdpo_megatron.errors import CommandLine, UserError, in_short, lost_a_rank, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -179,3 +179,27 @@ def test_a_program_without_standard_output_works() -> None:
 def test_a_pipe_that_broke_elsewhere_is_still_an_error() -> None:
     done = run("raise BrokenPipeError(32, 'Broken pipe')")
     assert done.returncode == 2 and "the operating system refused with 'Broken pipe'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--ranks", "two", "a"], "--ranks 'two' is refused: it should be a whole number"),
+        (["--share", "abc", "a"], "--share 'abc' is refused: it should be a number"),
+        (["--kind", "c", "a"], "--kind 'c' is refused: it should be one of 'x', 'y'"),
+        (["a", "--ranks"], "--ranks needs a value"),
+        (["a", "--fast=1"], "--fast takes no value, but '1' was given"),
+        ([], "FILE must be given"),
+        (["a", "--rank", "2"], "--rank 2 is not known here"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused_in_plain_words(arguments: list[str], sentence: str) -> None:
+    parser = CommandLine(prog="program", allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--kind", choices=("x", "y"))
+    parser.add_argument("--fast", action="store_true")
+    with pytest.raises(UserError) as refused:
+        parser.parse_args(arguments)
+    assert str(refused.value) == f"command line: {sentence}; see program --help."

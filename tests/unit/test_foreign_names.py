@@ -88,6 +88,16 @@ def test_trl_itself_has_the_names_that_are_said_to_be_its() -> None:
         (["policy.megatron_cfg.optimizer.lr=1e-6"], "'policy.megatron_cfg.optimizer.lr' is NeMo-RL's name; "),
         (["data.train.data_path=pairs.jsonl"], "here it is data.train: write data.train=pairs.jsonl."),
         (["model=some/model"], "'model' is ms-swift's name; here it is model.checkpoint: "),
+        (
+            ["metric_for_best_model=eval_loss"],
+            "here it is train.keep_best: write train.keep_best=… (a metric of the ",
+        ),
+        (["--exit-duration-in-mins", "230"], "write train.exit_after_minutes=230."),
+        (
+            ["--save_only_model", "true"],
+            "write train.save_optimizer=… (the other way round: true there is false here).",
+        ),
+        (["--exit-signal-handler"], "nothing is set for it here: SIGTERM and SIGUSR1 always let a training save "),
         (["--bf16"], "here it is train.precision: write train.precision=…"),
         (["--nproc_per_node", "2"], "is torchrun's name; nothing is set for it here: write --nproc-per-node N."),
         (["--loss.beta", "0.2"], "'--loss.beta': a setting is written without dashes: write loss.beta=0.2."),

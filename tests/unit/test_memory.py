@@ -225,7 +225,7 @@ NOWHERE = "nowhere: no such folder; a model on a hub is named ORGANISATION/NAME 
         (["--memory", "inf"], "--memory must be a number of GiB above 0, not inf."),
         ([], "model.checkpoint is not set; set it, or give --model with a HuggingFace model."),
         (["--model", "nowhere"], NOWHERE),
-        (["--memry", "80"], "command line: unrecognized arguments: --memry; see python -m tools.plan --help."),
+        (["--memry", "80"], "command line: --memry is not known here; see python -m tools.plan --help."),
         (["model.checkpoint=nowhere"], NOWHERE),
     ],
 )

@@ -347,7 +347,7 @@ def test_ties_are_told_from_losses(margins: float, accuracies: float, chosen: fl
     metrics |= {"rewards/chosen": chosen, "rewards/rejected": chosen - margins}
     assert all_tie(metrics) == tied
     assert all_tie({f"eval/{name}": value for name, value in metrics.items()}, "eval/") == tied
-    assert ("all pairs tie" in result_words({"loss": 0.7, **metrics})) == tied
+    assert ("chosen and rejected rewards equal" in result_words({"loss": 0.7, **metrics})) == tied
     assert not all_tie({"loss": 0.5})
 
 

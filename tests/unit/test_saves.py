@@ -206,15 +206,24 @@ def test_the_longest_index_that_is_written_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train": {"save_interval": 10}}, "needs held-out pairs; set data.validation"),
-        ({"train": {}, "data": {"validation": "v.jsonl"}}, "chooses among checkpoints; set train.save_interval"),
+        (
+            {"train": {}},
+            "needs held-out pairs: set data.validation or data.validation_share; and checkpoints with an evaluation at "
+            "each: set train.save_interval and train.eval_interval.$",
+        ),
+        (
+            {"train": {"save_interval": 10, "export_interval": 15}},
+            "set data.validation or data.validation_share; and an evaluation at every checkpoint of "
+            "train.save_interval=10 and train.export_interval=15: set train.eval_interval=5, not 0.$",
+        ),
+        ({"train": {}, "data": {"validation": "v.jsonl"}}, "needs checkpoints with an evaluation at each: set train"),
         (
             {"train": {"save_interval": 10, "eval_interval": 4}, "data": {"validation": "v.jsonl"}},
-            "train.save_interval=10 is no multiple of train.eval_interval=4; set train.eval_interval=10",
+            "every checkpoint of train.save_interval=10: set train.eval_interval=10, not 4",
         ),
         (
             {"train": {"save_interval": 8, "eval_interval": 0}, "data": {"validation": "v.jsonl"}},
-            "no multiple of train.eval_interval=0",
+            "set train.eval_interval=8, not 0",
         ),
         (
             {

@@ -29,7 +29,7 @@ def test_lists_and_columns_are_shown_as_they_are_typed() -> None:
 
 def test_before_the_first_step_every_pair_ties() -> None:
     step_0 = {"loss": 0.6931, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
-    assert result_words(step_0) == "loss 0.6931, all pairs tie"
+    assert result_words(step_0) == "loss 0.6931, chosen and rejected rewards equal"
     wrong = {"loss": 0.8, "rewards/accuracies": 0.0, "rewards/margins": -0.1}
     assert result_words(wrong) == "loss 0.8, accuracy 0.0%, margin -0.1"
     assert result_words({"eval/loss": 1.5}, "eval/") == "loss 1.5"
@@ -71,7 +71,7 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_what_to_do_next() -> None
     assert lines == [
         "done: 40 steps in 1.2 min",
         "time        100% the policy",
-        "held out    loss 0.6931, all pairs tie (step 0)  →  "
+        "held out    loss 0.6931, chosen and rejected rewards equal (step 0)  →  "
         "loss 0.6, accuracy 74.5%, margin 0.12 (step 40), 100 pairs",
         "checkpoint  runs/tgdpo/checkpoints/iter-0000040",
         "export      python -m tools.convert_megatron_to_hf runs/tgdpo/checkpoints/iter-0000040 runs/tgdpo/hf",
@@ -81,7 +81,7 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_what_to_do_next() -> None
 def test_without_held_out_pairs_a_run_ends_without_such_a_line() -> None:
     lines = closing_lines(
         steps=1,
-        finished=False,
+        finished=True,
         went="100% the policy",
         seconds=3,
         held_out=[],
@@ -90,5 +90,20 @@ def test_without_held_out_pairs_a_run_ends_without_such_a_line() -> None:
         exported=Path("a/hf/b"),
         report=Path("a/report.html"),
     )
-    assert lines[0] == "stopped: 1 step in 3 s"
+    assert lines[0] == "done: 1 step in 3 s"
     assert lines[2:] == ["checkpoint  a/checkpoints/b", "report      a/report.html", "exported    a/hf/b"]
+
+
+def test_a_run_that_was_stopped_names_its_checkpoint_and_no_export() -> None:
+    lines = closing_lines(
+        steps=1,
+        finished=False,
+        went="100% the policy",
+        seconds=3,
+        held_out=[],
+        held_out_pairs=0,
+        checkpoint=Path("a/checkpoints/b"),
+        exported=None,
+        report=None,
+    )
+    assert lines == ["stopped: 1 step in 3 s", "time        100% the policy", "checkpoint  a/checkpoints/b"]

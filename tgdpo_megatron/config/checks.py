@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tgdpo_megatron.config.constants import FP8_FORMATS
@@ -133,23 +134,26 @@ def _check_keep_best(config: Config, where: str) -> None:
     train, metric = config.train, config.train.keep_best
     if metric is None:
         return
-    if not config.data.holds_out:
-        raise UserError(f"{where}: train.keep_best={metric} needs held-out pairs; set data.validation.")
     if metric.startswith("eval/rewards/") and not config.loss.method.compares:
         raise UserError(
             f"{where}: loss.type={config.loss.type} has no {metric}, because it does not compare two responses; set "
             "train.keep_best=eval/loss."
         )
+    missing = []
+    if not config.data.holds_out:
+        missing.append("held-out pairs: set data.validation or data.validation_share")
     intervals = {"save_interval": train.save_interval, "export_interval": train.export_interval}
-    if not any(intervals.values()):
-        raise UserError(f"{where}: train.keep_best={metric} chooses among checkpoints; set train.save_interval.")
-    for name, interval in intervals.items():
-        if interval and (not train.eval_interval or interval % train.eval_interval):
-            raise UserError(
-                f"{where}: train.keep_best={metric} needs an evaluation at every checkpoint, but "
-                f"train.{name}={interval} is no multiple of train.eval_interval={train.eval_interval}; set "
-                f"train.eval_interval={interval}."
-            )
+    intervals = {f"train.{name}": steps for name, steps in intervals.items() if steps}
+    often = math.gcd(*intervals.values())
+    if not intervals:
+        missing.append("checkpoints with an evaluation at each: set train.save_interval and train.eval_interval")
+    elif not train.eval_interval or often % train.eval_interval:
+        saved = " and ".join(f"{name}={steps}" for name, steps in intervals.items())
+        missing.append(
+            f"an evaluation at every checkpoint of {saved}: set train.eval_interval={often}, not {train.eval_interval}"
+        )
+    if missing:
+        raise UserError(f"{where}: train.keep_best={metric} needs {'; and '.join(missing)}.")
 
 
 def check_layout(config: Config, *, world_size: int) -> int:
@@ -175,10 +179,10 @@ def check_layout(config: Config, *, world_size: int) -> int:
         )
     if world_size % parallel.model_parallel_size:
         raise UserError(
-            f"{world_size} process{'' if world_size == 1 else 'es'} cannot be split into model copies of "
-            f"{parallel.model_parallel_size} "
-            f"(tensor {tensor} × pipeline {parallel.pipeline_model_parallel_size}); "
-            "change --nproc-per-node or the parallel sizes."
+            f"{world_size} process{' is' if world_size == 1 else 'es are'} no multiple of the "
+            f"{parallel.model_parallel_size} that one copy of the model takes (parallel.tensor_model_parallel_size="
+            f"{tensor} × parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}); change "
+            f"{_where_processes_come_from(config, world_size)} or these sizes."
         )
     if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
         causes = [f"FP8's {config.fp8_multiple}"] if train.fp8 else []
@@ -192,6 +196,13 @@ def check_layout(config: Config, *, world_size: int) -> int:
             f"{-(-train.micro_batch_tokens // config.token_multiple) * config.token_multiple}."
         )
     return world_size // parallel.model_parallel_size
+
+
+def _where_processes_come_from(config: Config, world_size: int) -> str:
+    """The settings that gave the number of processes, as far as it shows."""
+    nodes, each = config.cluster.nodes or 1, config.cluster.gpus_per_node
+    per_node = f"cluster.gpus_per_node={each}" if each and each * nodes == world_size else "--nproc-per-node"
+    return f"cluster.nodes={nodes}, {per_node}" if nodes > 1 else per_node
 
 
 def check_batch_layout(config: Config, *, world_size: int) -> int:

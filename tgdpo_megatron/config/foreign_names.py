@@ -65,6 +65,11 @@ _FULL = "all weights are trained, and adapters are not supported"
 _UNQUANTISED = "weights are not quantised"
 _SPLIT = "the parallel settings split the model, optimizer.use_distributed_optimizer the optimizer's state"
 _BEST_KEPT = "one is kept beside the newest: the best by a metric, which train.keep_best names"
+_METRIC = (
+    "a metric of the held-out pairs; eval_loss is eval/loss here, and checkpoints/best is a link to the checkpoint"
+)
+_OTHER_WAY_ROUND = "the other way round: true there is false here"
+_MINUTES = "in minutes, such as 230; the run then saves a checkpoint and ends"
 _METRICS = "metrics go to metrics.jsonl in train.output, and to tensorboard/ there where TensorBoard is installed"
 _SERVICES = "the name of a project, or report.mlflow_experiment; tensorboard is written where it is installed"
 _NAMED = "the name of a project switches it on"
@@ -142,7 +147,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("dataset_shuffle", (SWIFT,), "data.shuffle", ""),
     ("interleave_probs", (LLAMA_FACTORY,), "data.weights", _WEIGHTS),
     ("interleave_prob", (SWIFT,), "data.weights", _WEIGHTS),
-    ("disable_shuffling", (LLAMA_FACTORY,), "data.shuffle", "the other way round: true there is false here"),
+    ("disable_shuffling", (LLAMA_FACTORY,), "data.shuffle", _OTHER_WAY_ROUND),
     ("data_seed", TRAINER, "train.seed", "the order of the pairs is all that it decides"),
     ("tokenized_path", (LLAMA_FACTORY,), "data.train", _PREPARED),
     ("cached_dataset", (SWIFT,), "data.train", _PREPARED),
@@ -368,6 +373,9 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("save_interval", MCORE, "train.save_interval", ""),
     ("checkpointing.save_period", (NEMO,), "train.save_interval", ""),
     ("save_total_limit", TRAINER, "train.keep_last", ""),
+    ("save_only_model", TRAINER, "train.save_optimizer", _OTHER_WAY_ROUND),
+    ("no_save_optim", MCORE, "train.save_optimizer", _OTHER_WAY_ROUND),
+    ("async_save", MCORE, "train.async_save", ""),
     ("checkpointing.keep_top_k", (NEMO,), None, _BEST_KEPT),
     ("eval_steps", TRAINER, "train.eval_interval", ""),
     ("eval_strategy", TRAINER, "train.eval_interval", "always in steps"),
@@ -375,6 +383,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
     ("dpo.val_period", (NEMO,), "train.eval_interval", ""),
     ("logging_steps", TRAINER, "train.log_interval", ""),
     ("log_interval", MCORE, "train.log_interval", ""),
+    ("log_throughput", (MEGATRON,), None, "perf/tflops_per_rank is in every line of metrics.jsonl"),
     ("report_to", TRAINER, "report.wandb_project", _SERVICES),
     ("logging_dir", TRAINER, None, _METRICS),
     ("tensorboard_dir", MCORE, None, _METRICS),
@@ -402,8 +411,15 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
         "a run is never overwritten; choose another train.output, or continue the run with train.resume=true",
     ),
     ("finetune", MCORE, None, "a run begins at step 0 unless train.resume=true"),
-    ("load_best_model_at_end metric_for_best_model", TRAINER, None, "the last checkpoint is the result"),
-    ("checkpointing.metric_name", (NEMO,), None, "the last checkpoint is the result"),
+    ("ignore_data_skip", TRAINER, None, "a continued run always takes the pairs that come next"),
+    ("exit_duration_in_mins", (MEGATRON,), "train.exit_after_minutes", ""),
+    ("max_time_per_run exp_manager.max_time_per_run", ("NeMo",), "train.exit_after_minutes", _MINUTES),
+    ("checkpointing.checkpoint_must_save_by", (NEMO,), "train.exit_after_minutes", _MINUTES),
+    ("exit_signal_handler", (MEGATRON,), None, "SIGTERM and SIGUSR1 always let a training save a checkpoint and end"),
+    ("load_best_model_at_end metric_for_best_model", TRAINER, "train.keep_best", _METRIC),
+    ("checkpointing.metric_name", (NEMO,), "train.keep_best", _METRIC),
+    ("greater_is_better", TRAINER, None, "the metric that train.keep_best names decides it"),
+    ("checkpointing.higher_is_better", (NEMO,), None, "the metric that train.keep_best names decides it"),
     ("push_to_hub", TRAINER, None, "nothing is uploaded; tools.convert_megatron_to_hf writes a HuggingFace folder"),
     ("do_train do_eval", TRAINER, None, "recipes.train trains, and evaluates where there are held-out pairs"),
 )

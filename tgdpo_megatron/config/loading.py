@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_origin
@@ -41,9 +43,13 @@ def load(base: Config, changes: Mapping[str, Any], *, where: str) -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}={shown(first['input'])} is refused: {_reason(first)}.") from None
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a list, the value within it
+        key = ".".join(str(part) for part in found["loc"] if not _KIND.match(str(part)))
+        raise UserError(f"{where}: {key}={_value(found['input'])} is refused: {_reason(found)}.") from None
+
+
+_KIND = re.compile(r"(lax-or-strict|list)?\[")
+"""What pydantic puts into a place where a value may be of several kinds."""
 
 
 ALTERNATIVES = (
@@ -54,8 +60,37 @@ ALTERNATIVES = (
 
 
 def _reason(error: Any) -> str:
+    """What pydantic says of a value, in plain words where it is one of the common mistakes."""
+    if words := _WORDS.get(error["type"]) or _WORDS.get(error["type"].partition("_")[0]):
+        return words.format(**error.get("ctx", {}))
     text: str = error["msg"].removeprefix("Value error, ")
     return text[0].lower() + text[1:]
+
+
+_WORDS = {
+    "int": "it should be a whole number",
+    "float": "it should be a number",
+    "finite_number": "it should be a finite number",
+    "bool": "it should be true or false",
+    "literal_error": "it should be {expected}",
+    "greater_than": "it should be more than {gt:.12g}",
+    "greater_than_equal": "it should be at least {ge:.12g}",
+    "less_than": "it should be less than {lt:.12g}",
+    "less_than_equal": "it should be at most {le:.12g}",
+    "path": "it should be a path; one that looks like a number or a list is written in quotes",
+    "string_type": "it should be a text; one that looks like a number, or yes or no, is written in quotes",
+    "string_too_short": "it should not be empty",
+    "string_unicode": "it should be text in UTF-8",
+    "list": "it should be a list, such as [1, 2]",
+    "dict": "it should be a mapping, such as {{prompt: question}}",
+    "invalid-json-value": "it should be a text, a number, true, false, null, or a list of these",
+}
+"""Kind of a mistake, or its first word, as pydantic calls it -> what is said of it."""
+
+
+def _value(value: Any) -> str:
+    """A value in an error, as YAML has it where Python has another word."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 RENAMED = {"data.layout": "data.format"}
@@ -84,7 +119,7 @@ def _overlay(
                 raise UserError(f"{where}: '{key}' is a group of settings, not {shown(value)}; write {key}.NAME=VALUE.")
             _overlay(target[name], value, inner, prefix=f"{key}.", where=where)
         elif isinstance(value, bool) and inner not in (bool, bool | None):
-            raise UserError(f"{where}: {key}={str(value).lower()} is refused: input should not be true or false.")
+            raise UserError(f"{where}: {key}={_value(value)} is refused: it should not be true or false.")
         else:
             target[name] = value
 

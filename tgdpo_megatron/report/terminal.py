@@ -90,11 +90,14 @@ def all_tie(metrics: Mapping[str, float], prefix: str = "") -> bool:
 
 
 def result_words(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """Loss, accuracy and margin of pairs in a few words. Says so where every pair ties, as before the first step."""
+    """Loss, accuracy and margin of pairs in a few words; before the first step the rewards of all pairs are equal."""
     words = [f"loss {metrics[f'{prefix}loss']:.4g}"]
     if (accuracy := metrics.get(f"{prefix}rewards/accuracies")) is not None:
         margin = metrics[f"{prefix}rewards/margins"]
-        words += ["all pairs tie"] if all_tie(metrics, prefix) else [f"accuracy {accuracy:.1%}", f"margin {margin:.4g}"]
+        equal = all_tie(metrics, prefix)
+        words += (
+            ["chosen and rejected rewards equal"] if equal else [f"accuracy {accuracy:.1%}", f"margin {margin:.4g}"]
+        )
     return ", ".join(words)
 
 
@@ -116,7 +119,7 @@ def closing_lines(
     report: Path | None,
     best: Path | None = None,
 ) -> list[str]:
-    """The result of a run, and what to do with it.
+    """The result of a run, and what to do with it. One that is stopped goes on, and is not exported yet.
 
     Args:
         steps: Steps that were done now.
@@ -150,6 +153,8 @@ def closing_lines(
         lines.append(f"report      {report}")
     if exported is not None:
         return [*lines, f"exported    {exported}"]
+    if not finished:
+        return lines
     export = ["python", "-m", "tools.convert_megatron_to_hf", str(checkpoint), str(checkpoint.parent.parent / "hf")]
     return [*lines, f"export      {shlex.join(export)}"]
 

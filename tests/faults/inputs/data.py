@@ -249,7 +249,7 @@ ENTRIES = [
         "a format that is not known",
         "p.jsonl",
         4 * GOOD,
-        "command line: data.format='sharegpt' is refused: input should be 'trl', 'trl_messages', "
+        "command line: data.format='sharegpt' is refused: it should be 'trl', 'trl_messages', "
         "'trl_implicit_prompt', 'trl_implicit_prompt_messages', 'llama_factory', "
         "'llama_factory_sharegpt', 'llama_factory_openai', 'ultrafeedback_binarized', 'nemo_rl', "
         "'nemo_rl_binary', 'hh_rlhf', 'hh_rlhf_prompt', 'pairs', 'pairs_of_conversations', "

@@ -389,8 +389,7 @@ ENTRIES = [
     BadInput(
         "an ASCII locale and a setting that is not",
         train("loss.type=größe"),
-        "command line: loss.type='gr\\udcc3\\udcb6\\udcc3\\udc9fe' is refused: input should be a valid "
-        "string, unable to parse raw data as a unicode string.",
+        "command line: loss.type='gr\\udcc3\\udcb6\\udcc3\\udc9fe' is refused: it should be text in UTF-8.",
         environment=ASCII_LOCALE,
         fresh=True,
     ),

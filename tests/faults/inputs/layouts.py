@@ -10,20 +10,23 @@ ENTRIES = [
     BadInput(
         "one process for two tensor-parallel ranks",
         train(f"{TP}=2"),
-        "1 process cannot be split into model copies of 2 (tensor 2 × pipeline 1); change "
-        "--nproc-per-node or the parallel sizes.",
+        "1 process is no multiple of the 2 that one copy of the model takes "
+        "(parallel.tensor_model_parallel_size=2 × parallel.pipeline_model_parallel_size=1); change "
+        "--nproc-per-node or these sizes.",
     ),
     BadInput(
         "three processes for a pipeline of two",
         train("--nproc-per-node=3", f"{PP}=2"),
-        "3 processes cannot be split into model copies of 2 (tensor 1 × pipeline 2); change "
-        "--nproc-per-node or the parallel sizes.",
+        "3 processes are no multiple of the 2 that one copy of the model takes "
+        "(parallel.tensor_model_parallel_size=1 × parallel.pipeline_model_parallel_size=2); change "
+        "--nproc-per-node or these sizes.",
     ),
     BadInput("no process", train("--nproc-per-node=0"), "--nproc-per-node must be at least 1, not 0."),
     BadInput(
         "a word for a number of processes",
         train("--nproc-per-node=all"),
-        "command line: argument --nproc-per-node: invalid int value: 'all'; see python -m recipes.train --help.",
+        "command line: --nproc-per-node 'all' is refused: it should be a whole number; "
+        "see python -m recipes.train --help.",
     ),
     BadInput(
         "a million processes",
@@ -86,7 +89,8 @@ ENTRIES = [
     BadInput(
         "scoring with a layout that one process cannot have",
         score(f"{PP}=2"),
-        "1 process cannot be split into model copies of 2 (tensor 1 × pipeline 2); change "
-        "--nproc-per-node or the parallel sizes.",
+        "1 process is no multiple of the 2 that one copy of the model takes "
+        "(parallel.tensor_model_parallel_size=1 × parallel.pipeline_model_parallel_size=2); change "
+        "--nproc-per-node or these sizes.",
     ),
 ]
