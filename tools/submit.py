@@ -14,8 +14,8 @@ prepare (the pairs), convert (the models), guidance (its training), score, train
 settings make unnecessary are left out. The scripts in slurm/ hold what each asks for; cluster.nodes and
 cluster.gpus_per_node say how many GPUs. Queued again, a stage that was stopped goes on where it was.
 
-What sbatch asks of everyone, such as an account, is given in variables: SBATCH_ACCOUNT, SBATCH_PARTITION,
-SBATCH_TIMELIMIT. Prints the id and the log of each job, and keeps the ids in jobs.json in the output folder.
+What sbatch asks of everyone, such as an account, is given in variables: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS
+(docs/cluster.md). Prints the id and the log of each job, and keeps the ids in jobs.json in the output folder.
 """
 
 from __future__ import annotations

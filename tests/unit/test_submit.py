@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from recipes.settings import Command, read_command_line
+from tests.support import hub
+from tests.support.public_models import PUBLIC_MODELS
 from tests.unit.test_align import inputs as _inputs
 from tgdpo_megatron.errors import UserError
 from tools.submit import STAGES
@@ -123,6 +126,22 @@ def test_a_large_recipe_asks_for_its_own_nodes() -> None:
     assert list(jobs) == ["prepare", "convert", "guidance", "score", "train", "export"]
     assert {"--nodes=8", "--gpus-per-node=8"} <= set(jobs["train"])
     assert "--recipe=dpo_qwen25_72b_8x8" in jobs["guidance"]
+
+
+def test_the_70b_commands_of_the_page_run_where_the_hub_is_cached(tmp_path: Path) -> None:
+    """With the model's own config.json in the cache; nothing else is read, and no hub is asked."""
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    section = page[page.index("\n## A 70B model\n") : page.index("\n## Watching\n")]
+    planned, submitted = re.findall("^```\npython (.+?)\n```$", section, flags=re.MULTILINE | re.DOTALL)
+    shape, _ = PUBLIC_MODELS["Llama-3.3-70B"]  # the sizes of Llama-3-70B
+    files = {"config.json": json.dumps(shape).encode(), "tokenizer.json": b"{}"}
+    hub.put_into_cache(hub.Repo("meta-llama/Meta-Llama-3-70B-Instruct", files), tmp_path / "hf" / "hub")
+    shown = hub.run(*shlex.split(planned), env=hub.environment(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert "52.7 GiB of 80.0 GiB: fits" in shown.stdout and "987.8 GB for each of at most 3 checkpoints" in shown.stdout
+    queued = hub.run(*shlex.split(submitted), "--dry-run", env=hub.environment(tmp_path))
+    assert queued.returncode == 0, queued.stderr
+    assert queued.stdout.count("--nodes=4 --gpus-per-node=8") == 3  # guidance, score, train
 
 
 def test_without_slurm_it_says_so_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path) -> None:
