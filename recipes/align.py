@@ -100,14 +100,23 @@ def check_early(command: Command, stages: Sequence[Stage]) -> None:
     Raises:
         UserError: As the programs of the stages.
     """
+    check_layouts(stages)
+    find_and_check_models(command.config)
+    check_pairs(command.config, batch=command.config.train.global_batch_size)
+
+
+def check_layouts(stages: Sequence[Stage]) -> None:
+    """Check that the number of ranks of every stage fits its layout and its batches.
+
+    Raises:
+        UserError: As the programs of the stages.
+    """
     for stage in stages:
         if stage.module in ("recipes.train", "recipes.score"):
             given = read_command_line(stage.module, "", stage.arguments)
             check_layout(given.config, world_size=given.ranks)
             if stage.module == "recipes.train":
                 check_batch_layout(given.config, world_size=given.ranks)
-    find_and_check_models(command.config)
-    check_pairs(command.config, batch=command.config.train.global_batch_size)
 
 
 def stages_of(command: Command, of_guidance: Sequence[str], output: Path) -> list[Stage]:

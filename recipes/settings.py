@@ -82,6 +82,10 @@ UNREAD = {
 file, and left out of --help."""
 
 
+STARTS_NO_LAUNCHERS = {"recipes.align", "recipes.convert", "tools.plan", "tools.submit"}
+"""Programs that are started once, on one node, and take no place among several."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A program's command line.
@@ -163,11 +167,13 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         metavar="N",
         help="number of ranks to start on this machine (default: cluster.gpus_per_node, else 1)",
     )
-    several = parser.add_argument_group("several machines, on each of which the same command is given with its number")
-    several.add_argument("--nnodes", type=int, default=1, metavar="N", help="number of machines (default: %(default)s)")
-    several.add_argument("--node-rank", type=int, metavar="I", help="number of this machine, 0 to N-1")
-    several.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="machine 0, and a port that is free there")
-    several.add_argument("--rdzv-id", metavar="ID", help="name of the job, the same on all machines")
+    if program not in STARTS_NO_LAUNCHERS:
+        several = parser.add_argument_group("several nodes, on each of which the same command is given with its number")
+        several.add_argument("--nnodes", type=int, metavar="N", help="number of nodes (default: 1)")
+        several.add_argument("--node-rank", type=int, metavar="I", help="number of this node, 0 to N-1")
+        several.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="node 0, and a port that is free there")
+        several.add_argument("--rdzv-id", metavar="ID", help="name of the job, the same on all nodes")
+    parser.set_defaults(nnodes=1, node_rank=None, rdzv_endpoint=None, rdzv_id=None)
     loudness = options.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="say nothing but warnings and the result")
     loudness.add_argument("--verbose", action="store_true", help="show every setting and every line of metrics")

@@ -3,19 +3,26 @@
 python -m tools.submit (--recipe NAME | --conf FILE) model.checkpoint=MODEL data.train=PAIRS [train.output=FOLDER]
                        [--from STAGE] [--until STAGE] [--dry-run] [key=value ...] [guidance.key=value ...]
 
-The stages are those of recipes.align, with the same settings and in the same folders, after two that need no GPU:
-prepare (the pairs), convert (the models), guidance (its training), score, train, export. Those that the settings make
-unnecessary are left out. The scripts in slurm/ hold what each asks for; cluster.nodes and cluster.gpus_per_node say how
-many GPUs. Queued again, a stage that was stopped goes on where it was; --from leaves out those that are finished.
+  --from STAGE           leave out the stages before this one, which have finished
+  --until STAGE          leave out the stages after this one
+  --alphas 0.25,0.5,1    in place of train and export a stage sweep: an array of jobs, one for each α and β,
+  --betas 0.05,0.1       all from the same scores
+  --dry-run              check settings and local files, print the sbatch commands, and queue nothing
 
---alphas 0.25,0.5,1 --betas 0.05,0.1 trains once for each pair of values, from the same scores, in an array of jobs
-(stage sweep, in place of train and export). What sbatch asks of everyone, such as an account, is given in variables:
-SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT. Prints the id and the log of each job.
+The stages are those of recipes.align, with the same settings and in the same folders, after two that need no GPU:
+prepare (the pairs), convert (the models), guidance (its training), score, train (or sweep), export. Those that the
+settings make unnecessary are left out. The scripts in slurm/ hold what each asks for; cluster.nodes and
+cluster.gpus_per_node say how many GPUs. Queued again, a stage that was stopped goes on where it was.
+
+What sbatch asks of everyone, such as an account, is given in variables: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS
+(docs/cluster.md). Prints the id and the log of each job, and keeps the ids in jobs.json in the output folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -24,17 +31,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes.align import Stage, check_early, stages_of
+from recipes.align import Stage, check_early, check_layouts, stages_of
 from recipes.settings import Command, changed, read_command_line
+from tgdpo_megatron.checkpoint import sources
 from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.hub_splits import hub_split
 from tgdpo_megatron.data.prepare import is_prepared
+from tgdpo_megatron.data.read import source_files
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.hub import model_id
 from tgdpo_megatron.run_folder import check_writable
 
 STAGES = ("prepare", "convert", "guidance", "score", "train", "sweep", "export")
 """In the order in which they run."""
 _NAMES = {"guidance": "guidance", "scores": "score", "policy": "train", "hf": "export"}
 """Name of a stage in recipes.align -> its name here."""
+JOBS = "jobs.json"
+"""File in the output folder: id -> stage of the jobs that were queued last."""
 _SCRIPTS = {"guidance": "train"}
 """Stage -> the script that runs it, where that is not called after it."""
 _ON_GPUS = ("guidance", "score", "train", "sweep")
@@ -97,13 +110,13 @@ def jobs_of(
         return jobs
     values = [_swept(command, "alpha", alphas), _swept(command, "beta", betas)]
     (trained,) = (job for job in jobs if job.stage == "train")
-    tasks = len(values[0].split(",")) * len(values[1].split(","))
-    sweep = Job("sweep", (*values, str(output / "sweep"), *trained.arguments), tasks)
+    arguments = (*map(",".join, values), str(output / "sweep"), *trained.arguments)
+    sweep = Job("sweep", arguments, tasks=len(values[0]) * len(values[1]))
     return [job for job in jobs if job.stage not in ("train", "export")] + [sweep]
 
 
-def _swept(command: Command, name: str, given: str | None) -> str:
-    """The values of an option of the loss, separated by commas; without a sweep over it, the one that is set.
+def _swept(command: Command, name: str, given: str | None) -> list[str]:
+    """The values of an option of the loss; without a sweep over it, the one that is set.
 
     Raises:
         UserError: The loss has no such option, or does not take one of the values.
@@ -111,9 +124,27 @@ def _swept(command: Command, name: str, given: str | None) -> str:
     loss = command.config.loss
     if name not in loss.method.options:
         raise UserError(f"loss.type={loss.type} has no {name}; a sweep is over α and β of losses that have both.")
-    values = given or str(getattr(loss, name))
-    for value in values.split(","):
+    values = _numbers(f"--{name}s", str(getattr(loss, name)) if given is None else given)
+    for value in values:
         changed(command.config, [f"loss.{name}={value}"])
+    return values
+
+
+def _numbers(option: str, given: str) -> list[str]:
+    """Numbers separated by commas, each in one form, such as 0.5 for .50: they name the folders of the runs.
+
+    Raises:
+        UserError: One is empty, or no number, or given twice.
+    """
+    values: list[str] = []
+    for text in given.split(","):
+        try:
+            value = repr(float(text)).removesuffix(".0")
+        except ValueError:
+            raise UserError(f"{option} '{given}': '{text}' is no number; give numbers such as 0.5,1.") from None
+        if value in values:
+            raise UserError(f"{option} '{given}': {value} is given twice; each pair of values is one run.")
+        values.append(value)
     return values
 
 
@@ -155,16 +186,75 @@ def selected(jobs: Sequence[Job], first: str, last: str, command: Command, outpu
     """The jobs of the stages from `first` to `last`. They read prepared pairs where these are, or will be, there.
 
     Raises:
-        UserError: None is left.
+        UserError: None is left, or the sweep is asked for without its values or left out with them.
     """
+    sweeps = any(job.stage == "sweep" for job in jobs)
+    for option, stage in (("--from", first), ("--until", last)):
+        if stage == "sweep" and not sweeps:
+            raise UserError(f"{option} sweep: a sweep needs --alphas or --betas.")
     chosen = [job for job in jobs if STAGES.index(first) <= STAGES.index(job.stage) <= STAGES.index(last)]
     if not chosen:
         there = ", ".join(dict.fromkeys(job.stage for job in jobs))
         raise UserError(f"--from {first} --until {last} leaves no stage; those of these settings are {there}.")
+    if sweeps and chosen[-1].stage != "sweep":
+        raise UserError(
+            f"--alphas and --betas are for the sweep, which --until {last} leaves out; leave one of them out."
+        )
     folders = _folders(command, output)
     if chosen[0].stage != "prepare" and not all(map(is_prepared, folders.values())):
         return chosen
     return [_with_prepared(job, command, folders) if job.stage in _ON_GPUS else job for job in chosen]
+
+
+def check_here(command: Command, of_guidance: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Refuse what settings and the names of local files show. Nothing is read, and no hub is asked.
+
+    Raises:
+        UserError: A layout does not fit the GPUs, a local file is missing, or a setting is not the user's here.
+    """
+    for text in (*command.changes, *of_guidance):
+        if text.partition("=")[0] == "train.resume":
+            raise UserError(
+                f"{text}: a queued training always goes on from its newest checkpoint, and starts in an empty folder; "
+                "leave train.resume out, and choose another train.output to start anew."
+            )
+    check_layouts(stages)
+    model, data = command.config.model, command.config.data
+    for given in (model.checkpoint, model.reference, model.guidance):
+        if given is not None and model_id(str(given)) is None:
+            sources.find(given, needs="config")
+    for source in (*data.sources, *([] if data.validation is None else [data.validation])):
+        if hub_split(source) is None and not is_prepared(source):
+            source_files(source)
+
+
+def check_not_queued(output: Path) -> None:
+    """Refuse a folder that jobs in the queue are going to write.
+
+    Raises:
+        UserError: Some are, or Slurm does not say.
+    """
+    path = output / JOBS
+    if not path.is_file():
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove it once squeue --me shows no job of this folder.") from None
+    done = subprocess.run(["squeue", "--me", "--noheader", "--format=%F"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"squeue does not say whether jobs of {output} are queued: {_last_line(done.stderr)}")
+    if still := [job for job in known if job in done.stdout.split()]:
+        shown = ", ".join(f"{job} ({known[job]})" for job in still)
+        raise UserError(
+            f"{output}: jobs for this folder are queued already: {shown}; wait for their end, or cancel them with "
+            f"scancel {' '.join(still)}."
+        )
+
+
+def _last_line(said: str) -> str:
+    """What a command of Slurm says last: the reason, after its warnings."""
+    return (said.strip().splitlines() or ["it says nothing"])[-1].rpartition("error: ")[2]
 
 
 def submit(jobs: Sequence[Job], command: Command, output: Path) -> None:
@@ -173,26 +263,46 @@ def submit(jobs: Sequence[Job], command: Command, output: Path) -> None:
     Raises:
         UserError: Slurm refuses a job.
     """
-    check_writable(output / "logs")
-    queued: list[str] = []
+    logs = output / "logs"
+    made = [folder for folder in (logs, output) if not folder.exists()]
+    check_writable(logs)
+    queued: dict[str, str] = {}
     for job in jobs:
-        words = job.sbatch(command, output, after=queued[-1] if queued else None)
+        words = job.sbatch(command, output, after=next(reversed(queued), None))
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             if queued:
                 subprocess.run(["scancel", *queued])
-            raise UserError(f"Slurm refused the stage {job.stage}, so nothing is queued: {done.stderr.strip()}")
-        queued.append(done.stdout.strip().partition(";")[0])
-        log = str(job.log(output)).replace("%j", queued[-1]).replace("%A", queued[-1])
-        print(f"{queued[-1]:<9} {job.stage:<9} {log}", flush=True)
+                (output / JOBS).unlink()
+            with contextlib.suppress(OSError):  # a job that had begun has written there
+                for folder in made:
+                    folder.rmdir()
+            raise UserError(f"Slurm refused the stage {job.stage}, so nothing is queued: {_last_line(done.stderr)}")
+        number = done.stdout.strip().partition(";")[0]
+        queued[number] = job.stage
+        _keep(queued, output)
+        log = str(job.log(output)).replace("%j", number).replace("%A", number)
+        print(f"{number:<9} {job.stage:<9} {log}", flush=True)
     print(f"watch: squeue --me      cancel: scancel {' '.join(queued)}")
+
+
+def _keep(queued: dict[str, str], output: Path) -> None:
+    """Write the ids at once, so that they are known whenever this program is stopped."""
+    part = output / f"{JOBS}.tmp"
+    part.write_text(json.dumps(queued, indent=2), encoding="utf-8")
+    os.replace(part, output / JOBS)
+
+
+def _stage(text: str) -> str:
+    """A stage by its name here or in recipes.align."""
+    return _NAMES.get(text, text)
 
 
 def main() -> None:
     with one_sentence_errors():
         own = CommandLine(prog="python -m tools.submit", add_help=False, allow_abbrev=False)
-        own.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0])
-        own.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1])
+        own.add_argument("--from", dest="first", type=_stage, choices=STAGES, default=STAGES[0])
+        own.add_argument("--until", dest="last", type=_stage, choices=STAGES, default=STAGES[-1])
         own.add_argument("--alphas")
         own.add_argument("--betas")
         own.add_argument("--dry-run", action="store_true")
@@ -207,6 +317,7 @@ def main() -> None:
         stages = stages_of(command, of_guidance, output)
         jobs = jobs_of(command, stages, output, alphas=mine.alphas, betas=mine.betas)
         jobs = selected(jobs, mine.first, mine.last, command, output)
+        check_here(command, of_guidance, stages)
         if mine.dry_run:
             befores = [None, *(f"<{job.stage}>" for job in jobs)]
             for job, before in zip(jobs, befores, strict=False):
@@ -214,6 +325,7 @@ def main() -> None:
             return
         if shutil.which("sbatch") is None:
             raise UserError("sbatch is not on this machine; submit from a login node of the cluster.")
+        check_not_queued(output)
         check_early(command, stages)
         submit(jobs, command, output)
 

@@ -169,7 +169,7 @@ def test_a_script_without_the_nodes_of_the_settings_is_refused(slurm: Slurm, cha
 def test_a_sweep_trains_once_for_each_pair_of_values_from_the_same_scores(slurm: Slurm, chain: dict[str, str]) -> None:
     scores = slurm.folder / "runs" / "small" / "scores"
     before = {path: path.stat().st_mtime_ns for path in scores.rglob("*")}
-    (command,) = blocks("Sweeps over α and β")
+    command, compare, export = blocks("Sweeps over α and β")
     jobs = submitted(small(slurm, command))
     assert list(jobs) == ["sweep"]
     for task in (0, 1):
@@ -177,3 +177,6 @@ def test_a_sweep_trains_once_for_each_pair_of_values_from_the_same_scores(slurm:
     runs = [slurm.folder / "runs" / "small" / "sweep" / f"alpha-{alpha}-beta-0.1" for alpha in ("0.5", "1")]
     assert len({weights(run) for run in runs}) == 2
     assert {path: path.stat().st_mtime_ns for path in scores.rglob("*")} == before
+    assert slurm.run(compare).count("/alpha-") == 2
+    slurm.run(export)
+    assert (slurm.folder / "runs" / "small" / "best-hf" / "config.json").is_file()

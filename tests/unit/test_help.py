@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from recipes.settings import RECIPES, UNREAD, read_command_line
+from recipes.settings import RECIPES, STARTS_NO_LAUNCHERS, UNREAD, read_command_line
 from tgdpo_megatron.config import Config, complete
 
 USAGE = "Do something.\n\npython -m program (--recipe NAME | --conf FILE)\n"
@@ -77,3 +77,26 @@ def test_a_mistake_is_refused_before_anything_is_shown() -> None:
 
     with pytest.raises(UserError, match="did you mean 'loss.beta'"):
         read_command_line("recipes.train", USAGE, ["loss.betta=1", "--help"])
+
+
+PLACE = ["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=node-0:29400", "--rdzv-id=17"]
+
+
+def test_training_and_scoring_take_a_place_among_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    for program in ("recipes.train", "recipes.score"):
+        text = shown(capsys, program)
+        assert all(option.partition("=")[0] in text for option in PLACE)
+        assert read_command_line(program, USAGE, PLACE).nodes.rank == 1
+
+
+@pytest.mark.parametrize("program", sorted(STARTS_NO_LAUNCHERS))
+def test_a_program_that_starts_no_launchers_shows_and_takes_none(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tgdpo_megatron.errors import UserError
+
+    text = shown(capsys, program)
+    for option in PLACE:
+        assert option.partition("=")[0] not in text
+        with pytest.raises(UserError, match="unrecognized arguments: --"):
+            read_command_line(program, USAGE, [option])

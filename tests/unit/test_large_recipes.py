@@ -11,7 +11,8 @@ from recipes.settings import RECIPES
 from tests.support.public_models import PUBLIC_MODELS
 from tgdpo_megatron.config import Config, complete, load, on_device
 from tgdpo_megatron.model.description import ModelDescription, check_model_layout
-from tgdpo_megatron.model.families import FAMILIES
+from tgdpo_megatron.model.families import FAMILIES, parameters
+from tgdpo_megatron.planning.disk import disk_need
 from tgdpo_megatron.planning.memory import GIB, ROOM, plan
 from tgdpo_megatron.planning.remedies import layouts
 
@@ -55,6 +56,28 @@ def test_the_page_says_of_a_recipe_what_the_planner_says(name: str) -> None:
     in_fp8 = plan(config, description, world_size=ranks, transformer_engine=True).bytes
     (row,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
     assert row.endswith(f"| {in_bf16 / GIB:.1f} GiB | {in_fp8 / GIB:.1f} GiB |")
+
+
+def test_the_page_says_how_much_disk_the_whole_chain_takes() -> None:
+    """The guidance keeps its checkpoints while the policy writes one more than it keeps."""
+    config, description, _ = read("tgdpo_llama3_70b_4x8")
+    need, model = disk_need(config, description), parameters(description) * 2
+    assert need.checkpoints == config.train.keep_last + 1 == 3
+    amounts = [model, model, 2 * need.checkpoint, 3 * need.checkpoint, model]
+    section = PAGE.read_text(encoding="utf-8").partition("| what | where | GB |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|")[-1].strip().replace(",", "") for line in section.splitlines()[2:]]
+    assert rows == [f"{amount / 1e9:.0f}" for amount in (*amounts, sum(amounts))]
+
+
+def test_the_page_says_how_much_host_memory_a_save_takes() -> None:
+    """Weights and optimizer state of the fullest rank, for every GPU of a node."""
+    at_most = []
+    for name in ("tgdpo_llama3_70b_4x8", "tgdpo_llama3_70b_8x8"):
+        config, description, ranks = read(name)
+        parts = plan(config, description, world_size=ranks).phase("weights and optimizer").parts
+        at_most.append((parts["policy weights"] + parts["optimizer state"]) * (config.cluster.gpus_per_node or 1) / 1e9)
+    said = f"memory: at most {at_most[0]:.0f} GB on 4 nodes, and {at_most[1]:.0f} GB on 8."
+    assert said in " ".join(PAGE.read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("dpo_")])

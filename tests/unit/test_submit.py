@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from recipes.settings import Command, read_command_line
+from tests.support import hub
+from tests.support.public_models import PUBLIC_MODELS
 from tests.unit.test_align import inputs as _inputs
 from tgdpo_megatron.errors import UserError
+from tools.submit import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 inputs = _inputs
@@ -77,7 +82,8 @@ def test_a_part_of_the_chain_reads_the_pairs_as_they_are_while_they_are_not_prep
 
 
 def test_a_sweep_is_an_array_with_a_task_for_each_pair_of_values(inputs: tuple[str, str]) -> None:
-    jobs = dry_run(*inputs, "train.output=runs/x", "model.guidance=g", "--alphas", "0.25,0.5,1", "--betas", "0.1,0.2")
+    guidance = inputs[0].replace("checkpoint", "guidance")
+    jobs = dry_run(*inputs, "train.output=runs/x", guidance, "--alphas", "0.25,.50, 1.0", "--betas", "1e-1,0.2")
     assert list(jobs) == ["prepare", "convert", "score", "sweep"]
     assert "--array=0-5" in jobs["sweep"]
     script = jobs["sweep"].index("slurm/sweep.sbatch")
@@ -87,7 +93,22 @@ def test_a_sweep_is_an_array_with_a_task_for_each_pair_of_values(inputs: tuple[s
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--alphas", "1,much"], "loss.alpha='much' is refused"),
+        (["--alphas", "1,much"], "--alphas '1,much': 'much' is no number"),
+        (["--alphas", "0.5,"], "--alphas '0.5,': '' is no number"),
+        (["--alphas", ""], "--alphas '': '' is no number"),
+        (["--alphas", "1,nan"], "loss.alpha='nan' is refused"),
+        (["--betas", "0.5,1,.50"], "--betas '0.5,1,.50': 0.5 is given twice"),
+        (["--from", "sweep"], "--from sweep: a sweep needs --alphas or --betas"),
+        (["--until", "sweep"], "--until sweep: a sweep needs --alphas or --betas"),
+        (["--alphas", "1,2", "--until", "train"], "the sweep, which --until train leaves out"),
+        (["train.resume=false"], "train.resume=false: a queued training always goes on from its newest checkpoint"),
+        (["guidance.train.resume=false"], "train.resume=false: a queued training always"),
+        (
+            ["cluster.gpus_per_node=3", "parallel.tensor_model_parallel_size=2"],
+            "3 processes cannot be split into model copies of 2",
+        ),
+        (["model.guidance=/no/such"], "/no/such: no such folder"),
+        (["data.validation=nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         (["--betas", "0.1,-1"], "loss.beta=-1 is refused"),
         (["loss.type=dpo", "--betas", "0.1"], "loss.type=dpo has no alpha"),
         (["--from", "train", "--until", "score"], "leaves no stage; those of these settings are prepare, convert"),
@@ -107,12 +128,88 @@ def test_a_large_recipe_asks_for_its_own_nodes() -> None:
     assert "--recipe=dpo_qwen25_72b_8x8" in jobs["guidance"]
 
 
+def test_the_70b_commands_of_the_page_run_where_the_hub_is_cached(tmp_path: Path) -> None:
+    """With the model's own config.json in the cache; nothing else is read, and no hub is asked."""
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    section = page[page.index("\n## A 70B model\n") : page.index("\n## Watching\n")]
+    planned, submitted = re.findall("^```\npython (.+?)\n```$", section, flags=re.MULTILINE | re.DOTALL)
+    shape, _ = PUBLIC_MODELS["Llama-3.3-70B"]  # the sizes of Llama-3-70B
+    files = {"config.json": json.dumps(shape).encode(), "tokenizer.json": b"{}"}
+    hub.put_into_cache(hub.Repo("meta-llama/Meta-Llama-3-70B-Instruct", files), tmp_path / "hf" / "hub")
+    shown = hub.run(*shlex.split(planned), env=hub.environment(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert "52.7 GiB of 80.0 GiB: fits" in shown.stdout and "987.8 GB for each of at most 3 checkpoints" in shown.stdout
+    queued = hub.run(*shlex.split(submitted), "--dry-run", env=hub.environment(tmp_path))
+    assert queued.returncode == 0, queued.stderr
+    assert queued.stdout.count("--nodes=4 --gpus-per-node=8") == 3  # guidance, score, train
+
+
 def test_without_slurm_it_says_so_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = submit(*inputs, "model.guidance=" + inputs[0].partition("=")[2], f"train.output={output}", PATH="/nowhere")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "sbatch is not on this machine; submit from a login node of the cluster" in done.stderr
     assert not output.exists()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Variables with which a Slurm is found that counts jobs from 1 and writes down how its commands were called.
+
+    sbatch refuses a job once there is a file `full`; squeue shows the ids in the file `queue`.
+    """
+    refusal = "echo 'sbatch: warning: slow' >&2; echo 'sbatch: error: Batch job submission failed: No account' >&2"
+    answers = {
+        "sbatch": f'[[ -e full && -s calls ]] && {{ {refusal}; exit 1; }}; echo "$*" >>calls; wc -l <calls',
+        "squeue": "cat queue",
+        "scancel": 'echo "scancel $*" >>calls',
+    }
+    (commands := tmp_path / "slurm").mkdir()
+    for name, answer in answers.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\ncd {commands}\n{answer}\n")
+        (commands / name).chmod(0o755)
+    (commands / "queue").touch()
+    return {"PATH": f"{commands}:{os.environ['PATH']}"}
+
+
+def test_a_folder_that_queued_jobs_will_write_is_queued_once(
+    inputs: tuple[str, str], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = [*inputs, inputs[0].replace("checkpoint", "guidance"), f"train.output={tmp_path / 'out'}"]
+    first = submit(*arguments, **slurm)
+    assert first.returncode == 0, first.stderr
+    stages = ["prepare", "convert", "score", "train", "export"]
+    ids = {str(place): stage for place, stage in enumerate(stages, start=1)}
+    assert json.loads((tmp_path / "out" / "jobs.json").read_text()) == ids
+    (tmp_path / "slurm" / "queue").write_text("4\n5\n77\n")
+    again = submit(*arguments, "--from", "hf", **slurm)
+    assert again.returncode == 2 and "are queued already: 4 (train), 5 (export);" in again.stderr
+    (tmp_path / "slurm" / "queue").write_text("77\n")
+    after = submit(*arguments, "--from", "hf", **slurm)
+    assert after.returncode == 0 and after.stdout.startswith("6 ")
+
+
+def test_where_slurm_refuses_a_job_the_others_are_cancelled_and_nothing_is_left(
+    inputs: tuple[str, str], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "slurm" / "full").touch()  # after the first job
+    done = submit(*inputs, inputs[0].replace("checkpoint", "guidance"), f"train.output={tmp_path / 'out'}", **slurm)
+    assert done.returncode == 2
+    assert done.stderr.endswith("stage convert, so nothing is queued: Batch job submission failed: No account\n")
+    assert "warning" not in done.stderr
+    assert (tmp_path / "slurm" / "calls").read_text().splitlines()[1:] == ["scancel 1"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("scores", "score"), ("policy", "train"), ("hf", "export")])
+def test_stages_have_their_names_of_recipes_align_as_well(theirs: str, ours: str, inputs: tuple[str, str]) -> None:
+    assert list(dry_run(*inputs, "--from", theirs, "--until", theirs)) == [ours]
+
+
+def test_help_begins_with_its_own_options_and_the_stages() -> None:
+    shown = submit("--help").stdout
+    own = shown.partition("--recipe NAME |")[2].partition("arguments:")[0]
+    assert all(word in own for word in ("--from", "--until", "--alphas", "--betas", "--dry-run", *STAGES))
 
 
 def command(*arguments: str) -> Command:
