@@ -275,8 +275,7 @@ ENTRIES = [
     ),
     closed(
         "a manifest that may not be read",
-        "megatron/manifest.json: the operating system refused with 'Permission denied'; TGDPO_DEBUG=1 "
-        "shows at which line of the program.",
+        "megatron/manifest.json: cannot be read (Permission denied).",
         "megatron/manifest.json",
         train(),
     ),
