@@ -77,9 +77,7 @@ def align(arguments: Sequence[str]) -> None:
     others = [text for text in arguments if not text.startswith("guidance.")]
     command = read_command_line("recipes.align", __doc__, others)
     if command.ranks > command.processes:
-        raise UserError(
-            "recipes.align runs on one machine; on several, tools.submit queues its stages (docs/cluster.md)."
-        )
+        raise UserError("recipes.align runs on one node; on several, tools.submit queues its stages (docs/cluster.md).")
     output = command.config.train.output or Path("runs") / command.recipe
     stages = stages_of(command, of_guidance, output)
     check_early(command, stages)

@@ -92,8 +92,8 @@ class Command:
 
     Attributes:
         config: The complete configuration.
-        processes: How many ranks to start on this machine.
-        nodes: This machine's place among those of the job.
+        processes: How many ranks to start on this node.
+        nodes: This node's place among those of the job.
         recipe: Name of the recipe.
         conf: The experiment file; None without one.
         experiment: The settings in it, by group.
@@ -112,11 +112,11 @@ class Command:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks on all machines of the job."""
+        """Number of ranks on all nodes of the job."""
         return (self.config.cluster.nodes or self.nodes.count) * self.processes
 
     def check_machines(self) -> None:
-        """Check that the job has the machines that the settings ask for.
+        """Check that the job has the nodes that the settings ask for.
 
         Raises:
             UserError: It has another number of them, or GPUs that no rank would use.
@@ -130,7 +130,7 @@ class Command:
         given = os.environ.get("SLURM_GPUS_ON_NODE", "")
         if cluster.gpus_per_node == self.processes and given.isdigit() and int(given) > self.processes:
             raise UserError(
-                f"cluster.gpus_per_node={self.processes}, but Slurm gave this job {given} of each machine, some of "
+                f"cluster.gpus_per_node={self.processes}, but Slurm gave this job {given} of each node, some of "
                 f"them for nothing; submit with --gpus-per-node={self.processes}, or set cluster.gpus_per_node={given}."
             )
 
@@ -165,7 +165,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         "--nproc-per-node",
         type=int,
         metavar="N",
-        help="number of ranks to start on this machine (default: cluster.gpus_per_node, else 1)",
+        help="number of ranks to start on this node (default: cluster.gpus_per_node, else 1)",
     )
     if program not in STARTS_NO_LAUNCHERS:
         several = parser.add_argument_group("several nodes, on each of which the same command is given with its number")

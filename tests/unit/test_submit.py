@@ -227,7 +227,7 @@ def test_a_program_starts_as_many_ranks_as_the_settings_say_unless_its_command_s
     ("arguments", "gpus", "sentence"),
     [
         (["cluster.nodes=4"], "", "cluster.nodes=4, but this job is started on 1;"),
-        (["cluster.gpus_per_node=2"], "8", "cluster.gpus_per_node=2, but Slurm gave this job 8 of each machine"),
+        (["cluster.gpus_per_node=2"], "8", "cluster.gpus_per_node=2, but Slurm gave this job 8 of each node"),
     ],
 )
 def test_a_job_on_other_machines_than_its_settings_say_is_refused(
