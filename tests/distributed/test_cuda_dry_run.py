@@ -49,6 +49,7 @@ def jobs(
         "plain": job(),
         "more micro-batches": job(train={"micro_batch_size": 1}),
         "more steps": job(train={"train_iters": 3}),
+        "saved on the way": job(train={"save_interval": 1}),
         "divergence": job(loss={"type": "tdpo2"}, model=without_guidance, train={"recompute": "full"}),
         "scoring": job(scores=scores),
         "cached": job(scores=scores | {"source": "cached"}, train=packed | {"recompute": "selective"}),
@@ -68,7 +69,8 @@ def jobs(
 
 @pytest.fixture(scope="module")
 def one_rank(jobs: Jobs) -> Jobs:
-    names = ["plain", "more micro-batches", "more steps", "divergence", "cached", "gemma2", "gemma3_text"]
+    names = ["plain", "more micro-batches", "more steps", "saved on the way", "divergence", "cached"]
+    names += ["gemma2", "gemma3_text"]
     found = on_a_pretended_gpu("run", 1, jobs=[jobs[name] for name in names], scoring=[jobs["scoring"]])
     return dict(zip(names, found, strict=True))
 
@@ -124,9 +126,11 @@ def test_a_step_waits_for_the_device_three_times(one_rank: Jobs) -> None:
 def test_saving_takes_no_optimizer_state_back_to_the_device(one_rank: Jobs) -> None:
     """It would need room for all of it there at once."""
     of_a_save = ("shards.py", "saving.py", "distrib_optimizer.py")
-    waits = [wait for wait in one_rank["plain"]["waits"] if wait.startswith(of_a_save)]
+    # The last save copies in its writing thread, where nothing is watched; the one before copies at once, all the same.
+    waits = [wait for wait in one_rank["saved on the way"]["waits"] if wait.startswith(of_a_save)]
     assert any(wait.startswith("shards.py") for wait in waits), "the copies of what the rank owns"
-    assert {wait.rpartition(": ")[2] for wait in waits} == {"copied to the host"}
+    votes = "a list is read"  # how far each rank has written: one number of each
+    assert {wait.rpartition(": ")[2] for wait in waits} - {votes} == {"copied to the host"}
 
 
 def test_attention_builds_no_plan_for_each_length() -> None:

@@ -98,5 +98,5 @@ def test_a_program_that_starts_no_launchers_shows_and_takes_none(
     text = shown(capsys, program)
     for option in PLACE:
         assert option.partition("=")[0] not in text
-        with pytest.raises(UserError, match="unrecognized arguments: --"):
+        with pytest.raises(UserError, match="not known here"):
             read_command_line(program, USAGE, [option])

@@ -105,7 +105,7 @@ def test_a_sweep_is_an_array_with_a_task_for_each_pair_of_values(inputs: tuple[s
         (["guidance.train.resume=false"], "train.resume=false: a queued training always"),
         (
             ["cluster.gpus_per_node=3", "parallel.tensor_model_parallel_size=2"],
-            "3 processes cannot be split into model copies of 2",
+            "3 processes are no multiple of the 2 that one copy of the model takes",
         ),
         (["model.guidance=/no/such"], "/no/such: no such folder"),
         (["data.validation=nowhere.jsonl"], "nowhere.jsonl: no such data file"),
