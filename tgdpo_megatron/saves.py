@@ -52,9 +52,8 @@ class Saves:
         self._saved_at = time.monotonic()
         self._under_way: Save | None = None
         self._removal: threading.Thread | None = None
-        self.longest = (
-            0.0  # seconds that a save has taken at most on this rank, from its beginning until it was current
-        )
+        self.longest = 0.0
+        """Seconds that a save has taken at most on this rank, from its beginning until it was current."""
         self._began = 0.0
 
     def due(self, done: int, *, stop: bool) -> bool:

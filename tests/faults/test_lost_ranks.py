@@ -57,13 +57,16 @@ def errors(job: Job) -> list[str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_the_job_in_one_sentence(rank: int, long_run: list[str], tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_the_job_in_one_sentence_that_says_where_it_was(
+    rank: int, long_run: list[str], tmp_path: Path
+) -> None:
     with started(*long_run, folder=tmp_path) as job:
         wait_for(trains(tmp_path), seconds=120, job=job.launcher)
         job.rank(rank).kill()
         assert job.launcher.wait(timeout=SOON) == 1
     (error,) = errors(job)
     assert error.startswith(f"error: rank {rank} was ended by SIGKILL; all ranks were stopped.")
+    assert re.search(r"It was last at: step \d+, [a-z ,]+\.", error), error
     assert "Traceback" not in job.err.read_text()
 
 

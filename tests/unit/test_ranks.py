@@ -54,6 +54,13 @@ def test_what_the_failed_rank_left_is_said(failures: list[tuple[int, str]], code
     assert verdict.sentence.startswith(said)
 
 
+def test_a_rank_that_was_killed_is_named_with_the_place_where_it_was() -> None:
+    failure = Failure(1, "host", KILLED, place="step 12, forward and backward")
+    sentence = judge([Report((failure,), cut_short=True)]).sentence
+    assert "rank 1 was ended by SIGKILL;" in sentence and "last at: step 12, forward and backward." in sentence
+    assert "memory" in sentence
+
+
 def test_the_cause_is_found_on_any_node_and_its_host_named() -> None:
     second = Report((Failure(2, "node-b", KILLED),), cut_short=True)
     verdict = judge([ended((RANK_DIED, "lost"), (ABORTED, None)), second])

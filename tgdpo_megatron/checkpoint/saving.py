@@ -194,7 +194,7 @@ class Save:
 
     def _agree(self) -> None:
         """Raise on every rank where one of them failed. Collective."""
-        sentence = None if self._failure is None else str(self._failure) if _is_refusal(self._failure) else ""
+        sentence = None if self._failure is None else str(self._failure) if isinstance(self._failure, UserError) else ""
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, sentence)
         if self._failure is not None:
@@ -203,10 +203,6 @@ class Save:
             raise NotWrittenError(sentence)
         if "" in said:
             raise LostRankError("another rank could not write its part of a checkpoint; this one stops too.")
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, UserError)
 
 
 def _copies(shards: list[Shard]) -> Iterator[Shard]:

@@ -32,6 +32,7 @@ from tgdpo_megatron.errors import (
     code_of,
 )
 from tgdpo_megatron.platform.interrupts import FINISH, LAUNCHED, STARTED, asking
+from tgdpo_megatron.platform.life import PLACE
 from tgdpo_megatron.platform.meeting import KEPT, SECONDS_BETWEEN_LOOKS, Failure, Meeting, Report, Verdict
 from tgdpo_megatron.platform.nodes import Nodes
 from tgdpo_megatron.platform.parents import PARENT
@@ -197,12 +198,17 @@ def _watch(launcher: _Launcher, meeting: Meeting) -> Report:
     while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline and not launcher.at_once:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     failed = [(rank, code) for rank in ranks if (code := rank.process.poll())]
-    failures = tuple(Failure(rank.number, socket.gethostname(), code, _last_words(rank)) for rank, code in failed)
+    host = socket.gethostname()
+    failures = tuple(
+        Failure(rank.number, host, code, _left(rank.words), _left(rank.words.with_name(rank.words.name + PLACE)))
+        for rank, code in failed
+    )
     return Report(failures, tuple(launcher.asked), cut_short=True)
 
 
-def _last_words(rank: _Rank) -> str | None:
-    return rank.words.read_text(encoding="utf-8") if rank.words.is_file() else None
+def _left(file: Path) -> str | None:
+    """What a rank left in a file, if anything."""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
 
 
 def judge(reports: Sequence[Report]) -> Verdict:
@@ -237,7 +243,11 @@ def judge(reports: Sequence[Report]) -> Verdict:
             "were stopped. The run folder is kept, and the newest whole checkpoint in it.",
         )
     how = _name_of(-cause.exitcode) if cause.exitcode < 0 else f"failed with exit code {cause.exitcode}"
-    return Verdict(UNEXPECTED, f"{name} {how}; all ranks were stopped. {KEPT}")
+    where = f" It was last at: {cause.place}." if cause.place else ""
+    killed = (
+        " Where nobody killed it, its machine may have run out of memory." if cause.exitcode == -signal.SIGKILL else ""
+    )
+    return Verdict(UNEXPECTED, f"{name} {how}; all ranks were stopped. {KEPT}{where}{killed}")
 
 
 _CONSEQUENCES = (

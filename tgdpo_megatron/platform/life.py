@@ -11,6 +11,7 @@ The traffic is small: three short words in five seconds of each rank, however ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 from tgdpo_megatron.errors import RANK_SILENT, in_short, leave_word
 from tgdpo_megatron.platform.environment import reach
+from tgdpo_megatron.platform.interrupts import LAUNCHED
 from tgdpo_megatron.platform.nodes import SECONDS_TO_ANSWER
 
 _MOST_SECONDS_BETWEEN_SIGNS = 5.0
@@ -54,6 +56,9 @@ class _Here:
 
 
 _here = _Here()
+PLACE = ".place"
+"""Ends the name of the file beside a rank's last words where it leaves its place: a killed rank cannot say it."""
+_BYTES_OF_A_PLACE = 200
 
 
 def at(words: str, *, watched: bool = False) -> None:
@@ -62,19 +67,34 @@ def at(words: str, *, watched: bool = False) -> None:
     Args:
         watched: Whether a rank that does not move here is stuck if no other moves either.
     """
-    global _here
-    _here = _Here(words, watched)
+    _move_to(_Here(words, watched))
 
 
 @contextlib.contextmanager
 def during(words: str) -> Iterator[None]:
     """Say where this rank is while the block runs, unwatched; afterwards it is where it was before."""
-    global _here
-    before, _here = _here, _Here(words)
+    before = _here
+    _move_to(_Here(words))
     try:
         yield
     finally:
-        _here = before
+        _move_to(before)
+
+
+def _move_to(place: _Here) -> None:
+    global _here
+    _here = place
+    if (file := _file_of_places()) is not None:
+        os.pwrite(file, place.words.encode()[:_BYTES_OF_A_PLACE].ljust(_BYTES_OF_A_PLACE), 0)
+
+
+@functools.cache
+def _file_of_places() -> int | None:
+    """The file for this rank's launcher; None where no launcher of ours started this process."""
+    try:
+        return os.open(os.environ[LAUNCHED] + PLACE, os.O_WRONLY | os.O_CREAT, 0o600)
+    except (KeyError, OSError):
+        return None
 
 
 @dataclass(frozen=True)

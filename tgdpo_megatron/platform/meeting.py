@@ -35,12 +35,14 @@ class Failure:
     Attributes:
         exitcode: As in subprocess: the negative number of a signal that ended it.
         message: What it left to be said.
+        place: Where it was last, in words.
     """
 
     rank: int
     host: str
     exitcode: int
     message: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
