@@ -23,6 +23,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.data.tokenizer import hash_of, template_of
 from tgdpo_megatron.engine import Engine, build_engine
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.incidents import Incidents
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.planning.disk import check_disk
@@ -31,7 +32,7 @@ from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.pace import Pace
 from tgdpo_megatron.report.terminal import Loudness
-from tgdpo_megatron.run_lock import RunLock, take_together
+from tgdpo_megatron.run_lock import InUseError, RunLock, take_together
 from tgdpo_megatron.saves import Content, Saves
 
 
@@ -137,11 +138,19 @@ class _Inputs:
     template: str | None
 
 
-def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that had done all its steps before: its last checkpoint, and the lock of its folder, which is held."""
+
+    checkpoint: Path
+    lock: RunLock
+
+
+def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | FinishedRun:
     """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
 
     Returns:
-        The run; or its last checkpoint where it is finished already, and then no model was built.
+        The run; or a finished one, for which no model was built.
 
     Raises:
         UserError: An input cannot be used. A run folder that was not there before is removed again.
@@ -158,8 +167,7 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
         take_together(lock, ranks, partial(_open, output, lock, config))
         inputs = _checked(config, output, ranks, quiet=loudness == Loudness.QUIET)
         if inputs.resumed_from is not None and resuming.is_finished(inputs.resumed_from, inputs.config):
-            lock.release()
-            return inputs.resumed_from
+            return FinishedRun(inputs.resumed_from, lock)
         return _built(inputs, output, ranks, lock, is_new=is_new)
 
 
@@ -262,13 +270,18 @@ def _open(output: Path, lock: RunLock, config: Config) -> None:
     """Take the folder of the run for this job. Called on the first rank.
 
     Raises:
-        UserError: As check_output, or another job works there.
+        InUseError: Another job works there, or has used the folder.
+        UserError: As check_output.
     """
-    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
+    if not lock.path.exists():  # a folder that is no run's is left as it was
+        run_folder.check_output(output, config)
         lock.take()
-    run_folder.check_output(output, config)
-    lock.take()
-    run_folder.check_output(output, config)  # again: a job that held the lock until now may have used the folder
+    else:
+        lock.take()  # first: that a run is under way is said before anything else
+    try:
+        run_folder.check_output(output, config)  # once more: a job that has just ended may have used the folder
+    except UserError as error:
+        raise InUseError(str(error)) from None  # so that nobody removes what is another job's
 
 
 def start_of_training(config: Config) -> Path:

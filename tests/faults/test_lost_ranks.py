@@ -168,7 +168,7 @@ def test_a_first_node_that_is_lost_is_named_by_the_others_which_end(number: sign
     ranks[0].kill()  # a training's would have ended with its launcher
     launchers[0].kill()
     launchers[0].communicate()
-    assert launchers[1].returncode == 1
+    assert launchers[1].returncode == 75  # on another node the job can go on
     (error,) = (line for line in said.splitlines() if line.startswith("error: "))
     how = r"has not answered at \S+ for \d+ s" if number == signal.SIGSTOP else r"does not answer at \S+ any more"
     assert re.match(rf"error: the launcher of node 0 \(\S+\) {how}; all ranks of this node were stopped\.", error), said
