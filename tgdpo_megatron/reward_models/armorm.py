@@ -4,9 +4,9 @@
     gate    = softmax(MLP(h_prompt) / 10) · scale          19 weights, from the state where the prompt ends
     score   = Σ gate · (rewards M)                         M takes the length out of the rewards
 
-h_prompt is the state of the first token of the last `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n`. The
-code that is published with the weights does not load in transformers 5; this is written from its description. The heads
-compute in fp32, whatever the dtype of the weights.
+h_prompt is the state of the first token of the last `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n`.
+The code that is published with the weights does not load in transformers 5; this is written from its description. The
+heads compute in fp32, whatever the dtype of the weights.
 """
 
 from __future__ import annotations

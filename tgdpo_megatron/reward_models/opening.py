@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgdpo_megatron.bounded import read_json, shown
-from tgdpo_megatron.checkpoint.sources import check_unconverted, content_hash, find
+from tgdpo_megatron.checkpoint.sources import Source, check_unconverted, content_hash, find
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models.scorer import BATCH_TOKENS, RewardModel, Scorer
 
@@ -19,6 +19,16 @@ OTHERS = ("LlamaForRewardModelWithGating", "DebertaV2PairRM")
 """What ArmoRM and PairRM call themselves in config.json."""
 
 
+def identify(given: Path) -> dict[str, str]:
+    """The `name` and the `fingerprint` of a reward model: a hash of all files that its scores depend on.
+
+    Raises:
+        UserError: There is no such model, it lacks files, or it is of another kind.
+    """
+    source = _found(given)
+    return {"name": str(given), "fingerprint": content_hash(source.folder)}
+
+
 def open_scorer(given: Path, *, batch_tokens: int = BATCH_TOKENS, device: torch.device | None = None) -> Scorer:
     """Load a reward model.
 
@@ -29,17 +39,24 @@ def open_scorer(given: Path, *, batch_tokens: int = BATCH_TOKENS, device: torch.
         device: Where it runs; None for a GPU if there is one.
 
     Raises:
-        UserError: There is no such model, it is of another kind, its weights are damaged or not those of its kind, or
-            it has no chat template.
+        UserError: As identify; or its weights are damaged or not those of its kind, or it has no chat template.
     """
+    source = _found(given)
+    try:
+        model = _loaded(kind_of(source.folder), source.folder, device)
+    except UserError as error:
+        raise source.refusal(str(error)) from error
+    return Scorer(model, **identify(given), batch_tokens=batch_tokens)
+
+
+def _found(given: Path) -> Source:
     source = find(Path(given))
     check_unconverted(source)
     try:
-        kind = kind_of(source.folder)
-        model = _opened(kind, source.folder, device)
+        kind_of(source.folder)
     except UserError as error:
         raise source.refusal(str(error)) from error
-    return Scorer(model, name=str(given), fingerprint=content_hash(source.folder), batch_tokens=batch_tokens)
+    return source
 
 
 def kind_of(folder: Path) -> str:
@@ -65,7 +82,7 @@ def kind_of(folder: Path) -> str:
     return name
 
 
-def _opened(kind: str, folder: Path, device: torch.device | None) -> RewardModel:
+def _loaded(kind: str, folder: Path, device: torch.device | None) -> RewardModel:
     import torch
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

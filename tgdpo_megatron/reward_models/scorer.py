@@ -192,10 +192,11 @@ class Scorer:
     def _of_group(self, asked: _Asked, numbers: np.ndarray) -> np.ndarray:
         counts = Counter(asked.group.answers)
         scores = self.model.scores(numbers, np.array([counts[text] for text in asked.texts], dtype=np.int64))
-        if not np.isfinite(scores).all():
+        strange = scores[~np.isfinite(scores)]
+        if strange.size:
             raise UserError(
-                f"{asked.group.name}: {self.name} gives an answer the score {scores[~np.isfinite(scores)][0]}, which is "
-                "not finite; use another reward model, or load this one from weights of a wider dtype."
+                f"{asked.group.name}: {self.name} gives an answer the score {strange[0]}, which is not finite; use "
+                "another reward model, or weights of it in a wider dtype."
             )
         of_text = dict(zip(asked.texts, scores.tolist(), strict=True))
         return np.array([of_text.get(answer, np.nan) for answer in asked.group.answers])
