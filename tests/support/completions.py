@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,7 +42,7 @@ class Completions:
     max_model_len: int | None = None
     fails: Callable[[int], int] = lambda number: 0
     url: str = ""
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    asked: MutableSequence[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
 
