@@ -20,7 +20,10 @@ import torch
 from bench.files import program
 from bench.process import cpu_seconds
 from bench.rows import Row, paired
+from tgdpo_megatron.data.formats import read_pairs
 
+PAIRS = Path(__file__).resolve().parents[2] / "docs" / "example" / "pairs.jsonl"
+"""Their texts make the tokenizer."""
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6}
 PROMPTS, SAMPLES, LONGEST = 16, 5, 64
 ROUNDS = 3
@@ -67,8 +70,8 @@ def measure() -> Iterator[Row]:
 def _make_model(folder: Path) -> None:
     from tools.make_tiny_model import make_model, train_tokenizer
 
-    tokenizer = train_tokenizer(["a few words to begin with"], vocab_size=4096)
-    make_model(folder, tokenizer, **SHAPE)
+    texts = [text for pair in read_pairs(PAIRS).pairs for text in pair.texts]
+    make_model(folder, train_tokenizer(texts, vocab_size=1000), **SHAPE)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_parts_of_the_prompts_are_sampled_by_a_server_that_ends_with_the_job(slu
     assert code == 0
     assert calls[0] == f"vllm serve runs/start-hf --host 127.0.0.1 --port {port} --data-parallel-size 8"
     assert calls[-1].endswith(
-        "python -m tools.sample --output runs/on-policy/answers-2.jsonl --shard 2/4 --engine http "
+        "python -m tools.sample --output runs/on-policy/answers-002.jsonl --shard 2/4 --engine http "
         f"--url http://127.0.0.1:{port} runs/start-hf prompts.txt --n 5"
     )
     assert not Path(f"/proc/{(tmp_path / 'id').read_text().strip()}").exists()
