@@ -215,10 +215,10 @@ def _draw(logits: Tensor, uniforms: Tensor | None) -> Tensor:
     Returns:
         Token ids; -1 for a row whose logits are not numbers. [rows]
     """
+    if uniforms is None:
+        highest, tokens = logits.max(dim=-1)
+        return tokens.where(highest.isfinite(), -1)
     # In float64: in fp32 the sum over a large vocabulary would round away what rare tokens add.
     sums = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    if uniforms is None:
-        tokens = logits.argmax(dim=-1)
-    else:
-        tokens = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
     return tokens.where(sums[:, -1].isfinite(), -1)
