@@ -42,8 +42,7 @@ from tgdpo_megatron.sampling.engine import (
 )
 
 _BLOCK = 2
-"""Prompts that are computed together, in batches of one answer to each. More of them pad less, and a killed run loses
-more."""
+"""Prompts of a block, for each answer of a batch. More of them pad less, and a killed run loses more."""
 _DROPPED_FROM = 0.25
 """Share of finished answers in a batch from which they are dropped: each time, the cache is copied."""
 
