@@ -201,6 +201,8 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.make_tiny_model": (1,),
     "tools.marked_pairs": (0,),
     "tools.prepare_pairs": (2,),
+    "tools.annotate": ("--output",),
+    "tools.sample": ("--output",),
     "tools.submit": ("train.output",),
     "tools.view": ("--output",),
     "bench.gpu": ("--json",),
@@ -211,7 +213,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.certify": (1,),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
-WRITE_NOTHING = {"tests.faults", "tools.compare", "tools.plan", "tools.tokens", "pip", "pytest"}
+WRITE_NOTHING = {"bench.speed.sampling", "tests.faults", "tools.compare", "tools.plan", "tools.tokens", "pip", "pytest"}
 WRITE_TRACKED_FILES = {"tools.docs"}
 
 

@@ -156,16 +156,32 @@ def encode_prompt(
         TemplateRefusal: The template does not take these turns.
     """
     text = render(tokenizer, messages, tools, add_generation_prompt=True)
+    return text, _with_one_bos(tokenizer, text)
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids of a whole conversation as one text, with all that the template writes after its last turn.
+
+    Raises:
+        TemplateRefusal: The template does not take these turns.
+    """
+    return _with_one_bos(tokenizer, render(tokenizer, messages, tools))
+
+
+def _with_one_bos(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that a template wrote, with exactly one BOS if the template or the tokenizer adds one."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
-        return text, ids
+        return ids
     body = ids
     while body and body[0] == bos:
         body = body[1:]
     in_template = len(body) < len(ids)
     added_by_tokenizer = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
-    return text, [bos, *body] if in_template or added_by_tokenizer else body
+    return [bos, *body] if in_template or added_by_tokenizer else body
 
 
 def encode_response(
@@ -260,13 +276,25 @@ def check_template(tokenizer: Any) -> None:
     prompt_text, _ = encode_prompt(tokenizer, [turn])
     if answer not in render(tokenizer, [turn, {"role": "assistant", "content": answer}]).removeprefix(prompt_text):
         raise UserError("the chat template loses the assistant's answer; give data.template=FILE.jinja that writes it.")
-    if thinking.opened(prompt_text):
-        answer = f"a\n{thinking.CLOSE}\n\n{answer}"
-    if encode_response(tokenizer, [turn], prompt_text, answer)[0] in special_ids(tokenizer):
+    if _short_answer(tokenizer)[0] in special_ids(tokenizer):
         raise UserError(
             "the chat template ignores add_generation_prompt, so the header of an answer would be learned as its "
             "start; give the tokenizer a template that uses add_generation_prompt."
         )
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token that closes an answer. The template must have passed check_template."""
+    return _short_answer(tokenizer)[-1]
+
+
+def _short_answer(tokenizer: Any) -> list[int]:
+    """Ids of an answer of one word to a short prompt, after a thinking block where the template opens one."""
+    turn, answer = {"role": "user", "content": "a"}, "answer"
+    prompt_text, _ = encode_prompt(tokenizer, [turn])
+    if thinking.opened(prompt_text):
+        answer = f"a\n{thinking.CLOSE}\n\n{answer}"
+    return encode_response(tokenizer, [turn], prompt_text, answer)
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
