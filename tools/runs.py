@@ -1,6 +1,6 @@
 """List runs in a table: their last step, and what their newest evaluation found on held-out pairs.
 
-    python -m tools.compare FOLDER [FOLDER ...]
+    python -m tools.runs FOLDER [FOLDER ...]
 
 A folder is that of a run, or one that holds such folders, as a sweep does. The values are those of metrics.jsonl; a run
 without an evaluation has none.
@@ -42,7 +42,7 @@ def row(run: Path) -> list[str]:
 def main() -> None:
     with one_sentence_errors():
         parser = CommandLine(
-            prog="python -m tools.compare",
+            prog="python -m tools.runs",
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

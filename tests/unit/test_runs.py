@@ -1,4 +1,4 @@
-"""tools.compare: a line for each run of a sweep."""
+"""tools.runs: a line for each run of a sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.compare import main
+from tools.runs import main
 
 
 def write(run: Path, *lines: dict[str, float]) -> None:
@@ -18,7 +18,7 @@ def write(run: Path, *lines: dict[str, float]) -> None:
 
 
 def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *folders: Path) -> list[list[str]]:
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders)])
+    monkeypatch.setattr(sys, "argv", ["runs", *map(str, folders)])
     main()
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
