@@ -6,7 +6,7 @@
     for answer in engine.answers(Request(tuple(ids), sample, seed=0, settings=settings) for sample in range(5)):
         print(answer.text)
 
-Nothing here imports torch; the engine that needs it does.
+Nothing here imports torch or transformers; what needs them does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tgdpo_megatron.bounded import read_json
+from tgdpo_megatron.checkpoint.sources import Source, check_unconverted, find
+from tgdpo_megatron.data.tokenizer import check_template, end_of_turn, load_tokenizer, text_of
 from tgdpo_megatron.errors import UserError
 
 EngineName = Literal["transformers", "http"]
@@ -105,7 +108,7 @@ class Answer:
     finish_reason: Literal["stop", "length"]
 
 
-def _nobody(tokens: int) -> object:
+def nobody(tokens: int) -> object:
     """Told of new tokens, does nothing."""
 
 
@@ -127,7 +130,7 @@ class Engine(Protocol):
     max_length: int
     block: int
 
-    def answers(self, requests: Iterable[Request], told: Callable[[int], object] = _nobody) -> Iterator[Answer]:
+    def answers(self, requests: Iterable[Request], told: Callable[[int], object] = nobody) -> Iterator[Answer]:
         """Answers in the order of the requests. A bounded number of requests is read ahead.
 
         Args:
@@ -149,6 +152,7 @@ def open_engine(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     concurrency: int = 64,
+    retries: int = 6,
     device: str | None = None,
 ) -> Engine:
     """Load a model, or find the server that has it.
@@ -160,13 +164,12 @@ def open_engine(
         template, chat_template_kwargs: As data.template and data.chat_template_kwargs.
         batch_size: For `transformers`: answers that are computed at once.
         concurrency: For `http`: requests that are under way at once.
+        retries: For `http`: how often a request is made again that the server could not answer at the moment.
         device: For `transformers`. Default: the first GPU, or the CPU where there is none.
 
     Raises:
         UserError: The model cannot be used, or the server is not there, has another model or another tokenizer.
     """
-    from tgdpo_megatron.checkpoint.sources import check_unconverted, find
-
     source = find(Path(model), needs="model" if engine == "transformers" else "tokenizer")
     if source.is_converted and (source.folder / "manifest.json").is_file():
         raise UserError(
@@ -174,17 +177,63 @@ def open_engine(
             "FOLDER), and sample from the folder."
         )
     check_unconverted(source, needs="model" if engine == "transformers" else "tokenizer")
-    from tgdpo_megatron.data.tokenizer import check_template, load_tokenizer
-
     tokenizer = load_tokenizer(source.folder, template, chat_template_kwargs)
     check_template(tokenizer)
     if engine == "http":
         from tgdpo_megatron.sampling.http_engine import HttpEngine
 
-        return HttpEngine(source, tokenizer, url=url, served_model=served_model or str(model), concurrency=concurrency)
+        served = served_model or str(model)
+        return HttpEngine(source, tokenizer, url=url, served_model=served, concurrency=concurrency, retries=retries)
     from tgdpo_megatron.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(source, tokenizer, batch_size=batch_size, device=device)
+
+
+def room_for(request: Request, max_length: int) -> int:
+    """Longest answer to a request, in tokens.
+
+    Raises:
+        UserError: The prompt leaves no room.
+    """
+    room = min(request.settings.max_new_tokens, max_length - len(request.ids))
+    if room < 1:
+        raise UserError(
+            f"a prompt has {len(request.ids):,} tokens, and the model takes {max_length:,} with the answer; leave long "
+            "prompts out."
+        )
+    return room
+
+
+def max_length_of(source: Source) -> int:
+    """Most tokens of a prompt and its answer together, by a HuggingFace folder's config.json."""
+    config = read_json(source.folder / "config.json", what="description of a model")
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    found = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    return found if type(found) is int and found > 0 else 2**31
+
+
+def end_ids(source: Source, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the template's end of turn, the tokenizer's end, and those that the model names.
+
+    Raises:
+        UserError: A file of the folder cannot be read.
+    """
+    found = {end_of_turn(tokenizer), tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        if (source.folder / name).is_file():
+            content = read_json(source.folder / name, what="settings of a model")
+            named = content.get("eos_token_id") if isinstance(content, dict) else None
+            found |= set(named if isinstance(named, list) else [named])
+    return sorted(token for token in found if type(token) is int)
+
+
+def said(tokenizer: Any, ids: Sequence[int], special: set[int]) -> str:
+    """The text of an answer's tokens, without special tokens, but with thinking blocks.
+
+    Args:
+        special: The tokenizer's special_ids.
+    """
+    return text_of(tokenizer, [token for token in ids if token not in special])
 
 
 def prompt_id(ids: Sequence[int]) -> str:
