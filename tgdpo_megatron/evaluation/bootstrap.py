@@ -7,8 +7,9 @@ difference of two models has an interval of its own, in which what both owe to e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ _BLOCK = 1 << 20
 
 Measure = Callable[[np.ndarray], np.ndarray]
 """How often each prompt counts, in each of B draws [B, P] -> what is measured there [B]. All float64."""
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Measured:
         return Measured(self.value - other.value, self.draws - other.draws)
 
 
-def measured(measures: Mapping[str, Measure], prompts: int, *, seed: int, draws: int = DRAWS) -> dict[str, Measured]:
+def measured(
+    measures: Mapping[Name, Measure], prompts: int, *, seed: int, draws: int = DRAWS
+) -> dict[Name, Measured]:
     """Measure on all prompts once, and on as many prompts drawn with replacement, `draws` times.
 
     Args:
@@ -52,7 +56,7 @@ def measured(measures: Mapping[str, Measure], prompts: int, *, seed: int, draws:
         seed: Of the draws. Equal seeds and numbers of prompts give equal draws.
     """
     generator, even = np.random.default_rng(seed), np.full(prompts, 1 / prompts)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    found: dict[Name, list[np.ndarray]] = {name: [] for name in measures}
     block = max(1, _BLOCK // prompts)
     for first in range(0, draws, block):
         counts = generator.multinomial(prompts, even, size=min(block, draws - first)).astype(np.float64)
