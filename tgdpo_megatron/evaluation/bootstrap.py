@@ -46,9 +46,7 @@ class Measured:
         return Measured(self.value - other.value, self.draws - other.draws)
 
 
-def measured(
-    measures: Mapping[Name, Measure], prompts: int, *, seed: int, draws: int = DRAWS
-) -> dict[Name, Measured]:
+def measured(measures: Mapping[Name, Measure], prompts: int, *, seed: int, draws: int = DRAWS) -> dict[Name, Measured]:
     """Measure on all prompts once, and on as many prompts drawn with replacement, `draws` times.
 
     Args:

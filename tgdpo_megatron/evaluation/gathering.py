@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,15 @@ from tqdm import tqdm
 
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers
+from tgdpo_megatron.report.words import percent
 from tgdpo_megatron.sampling.answers import Answered, read_answers
 
 if TYPE_CHECKING:
+    import torch
+
     from tgdpo_megatron.data.prepare import PreparedPairs
+    from tgdpo_megatron.evaluation.log_probs import Tokenised
+    from tgdpo_megatron.evaluation.models import Model
     from tgdpo_megatron.reward_models.scorer import Scorer
 
 PLAIN = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
@@ -64,23 +68,33 @@ def _short(answered: Answered) -> str:
 def is_plain(answers: Mapping[str, Sequence[Answered]]) -> bool:
     """Whether all answers are samples of the models themselves."""
     return all(
-        answered.sampling.get(name) == value for some in answers.values() for answered in some for name, value in PLAIN.items()
+        answered.sampling.get(name) == value
+        for some in answers.values()
+        for answered in some
+        for name, value in PLAIN.items()
     )
 
 
-def answer_numbers(answers: Sequence[Answered]) -> AnswerNumbers:
-    """Lengths and ends of a model's answers."""
+def answer_numbers(
+    answers: Sequence[Answered], *, scores: np.ndarray | None = None, log_ratios: np.ndarray | None = None
+) -> AnswerNumbers:
+    """The numbers of a model's answers: their lengths and ends, and what else is known. Arguments as the attributes."""
     return AnswerNumbers(
         tokens=np.array([answered.num_tokens for answered in answers], dtype=np.float64),
-        characters=np.array([list(map(len, answered.all_generated_responses)) for answered in answers], dtype=np.float64),
+        characters=np.array(
+            [list(map(len, answered.all_generated_responses)) for answered in answers], dtype=np.float64
+        ),
         unfinished=np.array([[reason == "length" for reason in answered.finish_reasons] for answered in answers]),
+        scores=scores,
+        log_ratios=log_ratios,
     )
 
 
-def scored(
-    numbers: Mapping[str, AnswerNumbers], answers: Mapping[str, Sequence[Answered]], scorer: Scorer
-) -> dict[str, AnswerNumbers]:
-    """The same numbers with the scores of a reward model, which reads all models' answers to a prompt together.
+def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict[str, np.ndarray]:
+    """A reward model's scores of every model's answers. It reads all models' answers to a prompt together.
+
+    Returns:
+        By the names of the models; NaN for an answer that is too long for the reward model. Each [P, n] float64.
 
     Raises:
         UserError: The reward model does not take a prompt, or gives a score that is not finite.
@@ -94,36 +108,75 @@ def scored(
     )
     with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
         scores = np.stack(list(scorer.scores(groups, bar.update)))
-    ends = np.cumsum([model.tokens.shape[1] for model in numbers.values()])[:-1]
-    parts = np.split(scores, ends, axis=1)
-    return {name: replace(model, scores=part) for (name, model), part in zip(numbers.items(), parts, strict=True)}
+    ends = np.cumsum([len(some[0].num_tokens) for some in answers.values()])[:-1]
+    return dict(zip(answers, np.split(scores, ends, axis=1), strict=True))
 
 
-def pair_numbers(model: Any, pairs: PreparedPairs, *, name: str, batch_tokens: int) -> PairNumbers:
-    """A model's log-probs of held-out pairs.
-
-    Args:
-        name: That of the model, for the progress.
-    """
-    from tgdpo_megatron.evaluation.log_probs import of_pairs, response_log_probs
-
-    with tqdm(desc=f"pairs, {name}", unit=" tokens", unit_scale=True) as bar:
-        found = response_log_probs(model, of_pairs(pairs), batch_tokens=batch_tokens, told=bar.update)
-    _, prompts = np.unique(pairs.prompts, axis=0, return_inverse=True)
-    return PairNumbers(found.reshape(-1, 2), prompts.reshape(-1))
-
-
-def answer_log_probs(
-    model: Any, answers: Sequence[Answered], tokenizer: Any, *, name: str, batch_tokens: int
-) -> np.ndarray:
-    """A model's log-probs of answers, its own or another's. [P, n] float64, nats.
+def with_log_probs(
+    models: Sequence[Model],
+    pairs: PreparedPairs | None,
+    answers: Mapping[str, Sequence[Answered]],
+    *,
+    device: torch.device,
+    batch_tokens: int,
+) -> tuple[dict[str, PairNumbers], dict[str, np.ndarray], list[str]]:
+    """What the models say of held-out pairs, and of their own answers. Every model is loaded once.
 
     Args:
-        name: That of the models, for the progress.
-    """
-    from tgdpo_megatron.evaluation.log_probs import of_answers, response_log_probs
+        models: The start first.
+        answers: By the names of the models; empty where there are none.
 
-    sequences = [sequence for answered in answers for sequence in of_answers(answered, tokenizer)]
-    with tqdm(desc=f"answers, {name}", unit=" tokens", unit_scale=True) as bar:
-        found = response_log_probs(model, sequences, batch_tokens=batch_tokens, told=bar.update)
-    return found.reshape(len(answers), -1)
+    Returns:
+        By the names of the models: the pairs' log-probs; log π(answer) − log π_start(answer) of every answer, [P, n]
+        float64 in nats. And sentences on what is left out.
+    """
+    from tgdpo_megatron.evaluation.log_probs import load_model, of_pairs, response_log_probs
+
+    sequences, notes = _sequences(answers, models[0].tokenizer)
+    of_model: dict[str, PairNumbers] = {}
+    under_start: dict[str, np.ndarray] = {}
+    ratios: dict[str, np.ndarray] = {}
+    for model in models:
+        is_start = model is models[0]
+        theirs = {name: some for name, some in sequences.items() if is_start or name == model.name}
+        if pairs is None and not theirs:
+            continue
+        loaded = load_model(model.source.folder, device)
+        with tqdm(desc=f"log-probs, {model.name}", unit=" tokens", unit_scale=True) as bar:
+            if pairs is not None:
+                found = response_log_probs(loaded, of_pairs(pairs), batch_tokens=batch_tokens, told=bar.update)
+                of_model[model.name] = PairNumbers(found.reshape(-1, 2), prompts_of(pairs))
+            for name, some in theirs.items():
+                found = response_log_probs(loaded, some, batch_tokens=batch_tokens, told=bar.update)
+                if is_start:
+                    under_start[name] = found
+                if name == model.name:
+                    ratios[name] = (found - under_start[name]).reshape(len(answers[name]), -1)
+    return of_model, ratios, notes
+
+
+def _sequences(
+    answers: Mapping[str, Sequence[Answered]], tokenizer: Any
+) -> tuple[dict[str, list[Tokenised]], list[str]]:
+    """The answers as token ids where a KL divergence can be made of them; and sentences on what it lacks."""
+    from tgdpo_megatron.evaluation.log_probs import of_answers
+
+    if not is_plain(answers):
+        return {}, ["No KL divergence: it needs answers sampled at temperature 1 from all tokens."]
+    found: dict[str, list[Tokenised]] = {}
+    notes = []
+    for name, some in answers.items():
+        found[name] = [sequence for answered in some for sequence in of_answers(answered, tokenizer)]
+        sampled = [tokens for answered in some for tokens in answered.num_tokens]
+        other = sum(len(one.ids) - one.prompt != tokens for one, tokens in zip(found[name], sampled, strict=True))
+        if other:
+            notes.append(
+                f"{name}: {percent(other / len(sampled))} of the answers have another number of tokens where their "
+                "texts are tokenised again, which the KL divergence is made of."
+            )
+    return found, notes
+
+
+def prompts_of(pairs: PreparedPairs) -> np.ndarray:
+    """Which prompt each pair belongs to, counted from 0. [pairs] int64"""
+    return np.unique(pairs.prompts, axis=0, return_inverse=True)[1].reshape(-1)
