@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.settings import changed
-from tgdpo_megatron.checkpoint.sources import find
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.evaluation.models import Model, find_models
+from tgdpo_megatron.reward_models.opening import identify, open_scorer
 from tgdpo_megatron.sampling.engine import Sampling, max_length_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def main() -> None:
         settings.check()
         models = find_models([given for given in parsed.models if not given.startswith("data.")], data)
         if parsed.scorer:
-            check_scorer(parsed.scorer)
+            identify(parsed.scorer)  # what is no reward model is refused before hours of sampling
         from tgdpo_megatron.run_folder import check_writable
 
         pairs = held_out(parsed.pairs, models[0], data) if parsed.pairs else None
@@ -64,21 +64,6 @@ def _check(parsed: argparse.Namespace) -> None:
     for name, least in {"n": 1, "seed": 0, "batch_size": 1, "batch_tokens": 1}.items():
         if getattr(parsed, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
-
-
-def check_scorer(given: Path) -> None:
-    """Refuse what is no reward model, before hours of sampling.
-
-    Raises:
-        UserError: As reward_models' kind_of.
-    """
-    from tgdpo_megatron.reward_models.opening import kind_of
-
-    source = find(given)
-    try:
-        kind_of(source.folder)
-    except UserError as error:
-        raise source.refusal(str(error)) from None
 
 
 def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
@@ -150,7 +135,6 @@ def compare(
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
     from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of, with_log_probs
-    from tgdpo_megatron.reward_models.opening import open_scorer
 
     device = _device(parsed)
     pairs_of, ratios, notes = with_log_probs(models, pairs, answers, device=device, batch_tokens=parsed.batch_tokens)

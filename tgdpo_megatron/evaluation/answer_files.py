@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tgdpo_megatron.bounded import parse_json, read_text
+from tgdpo_megatron.bounded import read_json, read_json_lines
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.questions import Question
 
 LARGEST = 2**28
-"""Most bytes of a file of answers."""
+"""Most bytes of a file of answers that is one list."""
 Dialect = Literal["uid", "question_id"]
 """How Arena-Hard's files name a question: since April 2025, and before."""
 
@@ -101,18 +101,18 @@ def check_written(form: Form, path: Path, questions: Sequence[Question]) -> None
     Raises:
         UserError: It lacks questions, or cannot be read.
     """
-    text = read_text(path, what="file of answers", limit=LARGEST)
+    what = "file of answers"
     rows = (
-        parse_json(text, where=str(path))
+        read_json(path, what=what, limit=LARGEST)
         if form.as_list
-        else [parse_json(line, where=f"{path} line {number}") for number, line in enumerate(text.splitlines(), 1)]
+        else [row for _, row in read_json_lines(path, what=what)]
     )
     given = [row.get(form.key) if isinstance(row, dict) else None for row in rows]
     asked = [question.turns[0] if form.as_list else question.id for question in questions]
     if given != asked:
         lacking = [str(question.id) for question, key in zip(questions, asked, strict=True) if key not in given]
-        what = f"lacks answers to questions {', '.join(lacking[:8])}" if lacking else "answers them in another order"
-        raise UserError(f"{path}: {what}; delete it, and give the same command again.")
+        wrong = f"lacks answers to questions {', '.join(lacking[:8])}" if lacking else "answers them in another order"
+        raise UserError(f"{path}: {wrong}; delete it, and give the same command again.")
 
 
 def _mt_bench(question: Question, said: Said, model: str) -> dict[str, Any]:

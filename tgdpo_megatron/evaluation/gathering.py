@@ -103,7 +103,12 @@ def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict
 
     together = list(zip(*answers.values(), strict=True))
     groups = (
-        Group(some[0].messages, [text for one in some for text in one.all_generated_responses], _short(some[0]))
+        Group(
+            some[0].messages,
+            [text for one in some for text in one.all_generated_responses],
+            some[0].tools,
+            name=f"the prompt {_short(some[0])}",
+        )
         for some in together
     )
     with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
@@ -166,7 +171,7 @@ def _sequences(
     found: dict[str, list[Tokenised]] = {}
     notes = []
     for name, some in answers.items():
-        found[name] = [sequence for answered in some for sequence in of_answers(answered, tokenizer)]
+        found[name] = of_answers(some, tokenizer)
         sampled = [tokens for answered in some for tokens in answered.num_tokens]
         other = sum(len(one.ids) - one.prompt != tokens for one, tokens in zip(found[name], sampled, strict=True))
         if other:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import encode_prompt, end_of_turn
 from tgdpo_megatron.reward_models.loading import load_weights
-from tgdpo_megatron.reward_models.scorer import batches
+from tgdpo_megatron.reward_models.scorer import Tokens, batches, padded
 from tgdpo_megatron.sampling.answers import Answered
 
 
@@ -23,28 +23,30 @@ from tgdpo_megatron.sampling.answers import Answered
 class Tokenised:
     """A prompt with a response, as token ids. The prompt has at least one token, the response any number."""
 
-    ids: Sequence[int]
+    ids: list[int]
     prompt: int
 
 
 def of_pairs(pairs: PreparedPairs) -> list[Tokenised]:
     """Both responses of every pair, the chosen one first, as training reads them."""
     prompts = pairs.prompt_lengths.tolist()
-    return [Tokenised(pairs.sequence(pair, side), prompts[pair]) for pair in range(len(pairs)) for side in (0, 1)]
+    return [
+        Tokenised(pairs.sequence(pair, side).tolist(), prompts[pair]) for pair in range(len(pairs)) for side in (0, 1)
+    ]
 
 
-def of_answers(answered: Answered, tokenizer: Any) -> list[Tokenised]:
-    """The answers to a prompt as the model wrote them: with the token that closes the turn, unless unfinished.
+def of_answers(answers: Iterable[Answered], tokenizer: Any) -> list[Tokenised]:
+    """All answers to all prompts as the model wrote them: with the token that closes the turn, unless unfinished.
 
-    The file has their texts, which are tokenised again. That gives the sampled ids but where a model wrote a word in
-    other pieces than its tokenizer does.
+    Files have texts, which are tokenised again. That gives the sampled ids but where a model wrote a word in other
+    pieces than its tokenizer does.
     """
-    _, prompt = encode_prompt(tokenizer, answered.messages, answered.tools)
-    closing = end_of_turn(tokenizer)
-    found = []
-    for text, reason in zip(answered.all_generated_responses, answered.finish_reasons, strict=True):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found.append(Tokenised([*prompt, *ids, *([closing] if reason == "stop" else [])], len(prompt)))
+    closing, found = end_of_turn(tokenizer), []
+    for answered in answers:
+        _, prompt = encode_prompt(tokenizer, answered.messages, answered.tools)
+        for text, reason in zip(answered.all_generated_responses, answered.finish_reasons, strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            found.append(Tokenised([*prompt, *ids, *([closing] if reason == "stop" else [])], len(prompt)))
     return found
 
 
@@ -75,31 +77,19 @@ def response_log_probs(
     found = np.zeros(len(sequences))
     for places in batches([len(sequence.ids) for sequence in sequences], batch_tokens):
         batch = [sequences[place] for place in places]
-        ids, mask = _right_padded(batch)
+        # A token attends only to those before it, so padding on the right changes nothing.
+        ids, mask = padded([Tokens(sequence.ids) for sequence in batch], 0, model.device)
         first = min(sequence.prompt for sequence in batch) - 1  # the first position that predicts a response
         logits = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids,
+            attention_mask=mask,
             logits_to_keep=ids.size(1) - first,
             use_cache=False,
         ).logits
         for row, sequence in enumerate(batch):
             length = len(sequence.ids)
             predicted = logits[row, sequence.prompt - 1 - first : length - 1 - first].float()
-            labels = ids[row, sequence.prompt : length].to(model.device)
+            labels = ids[row, sequence.prompt : length]
             found[places[row]] = -float(cross_entropy(predicted, labels, reduction="none").double().sum())
         told(sum(len(sequence.ids) for sequence in batch))
     return found
-
-
-def _right_padded(batch: Sequence[Tokenised]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, padded with 0, and 1 where an id is no padding. Both [rows, longest] int64.
-
-    A token attends only to those before it, so padding on the right changes nothing.
-    """
-    longest = max(len(sequence.ids) for sequence in batch)
-    ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.long).unbind()
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.ids)] = torch.as_tensor(np.asarray(sequence.ids, dtype=np.int64))
-        mask[row, : len(sequence.ids)] = 1
-    return ids, mask
