@@ -3,7 +3,17 @@
 A file for each subject holds a list ENTRIES; `entry.py` says what an entry is, `run.py` runs it and judges.
 """
 
-from tests.faults.inputs import checkpoints, configuration, data, environment, evaluation, hf_folders, layouts, scores
+from tests.faults.inputs import (
+    checkpoints,
+    configuration,
+    data,
+    environment,
+    evaluation,
+    hf_folders,
+    layouts,
+    sampling,
+    scores,
+)
 
 SUBJECTS = {
     "configuration": configuration.ENTRIES,
@@ -12,6 +22,7 @@ SUBJECTS = {
     "HuggingFace folders": hf_folders.ENTRIES,
     "checkpoints": checkpoints.ENTRIES,
     "scores": scores.ENTRIES,
+    "sampling": sampling.ENTRIES,
     "evaluation": evaluation.ENTRIES,
     "environment": environment.ENTRIES,
 }
