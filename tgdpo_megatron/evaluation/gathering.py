@@ -158,6 +158,7 @@ def with_log_probs(
                     under_start[name] = found
                 if name == model.name:
                     ratios[name] = (found - under_start[name]).reshape(len(answers[name]), -1)
+        del loaded  # before the next one is
     return of_model, ratios, notes
 
 
