@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     with one_sentence_errors():
-        parsed = _parser().parse_args()
+        parsed = _parser().parse_intermixed_args()
         data = changed(Config(), [given for given in parsed.models if given.startswith("data.")]).data
         _check(parsed)
         settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)

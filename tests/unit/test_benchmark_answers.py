@@ -223,7 +223,7 @@ def test_a_file_that_lacks_questions_is_refused_with_their_names(run: Run, tmp_p
         ("mt-bench", [{**MT_BENCH[0], "turns": ["a"]}], "line 1: the question has 1 turn, and MT-Bench's have two"),
         ("mt-bench", [{**MT_BENCH[0], "turns": "ab"}], "line 1: the question has no turns, and MT-Bench's have two"),
         ("mt-bench", [{**MT_BENCH[0], "turns": ["a", 3]}], "line 1: a turn is no text"),
-        ("mt-bench", [[1]], "line 1: expected an object, found list"),
+        ("mt-bench", ["Why?"], "line 1: expected an object, found str"),
         ("alpaca-eval", [{"dataset": "koala"}], "line 1: instruction is no text"),
         ("arena-hard", [{"uid": True, "prompt": "a"}], "line 1: the question has no uid"),
         ("arena-hard", [{"question_id": "a", "turns": []}], "line 1: the question has neither a uid and a prompt nor"),

@@ -136,7 +136,8 @@ def _kept(part: Path, together: int) -> list[Said]:
     lines = lines[: len(lines) // together * together]
     rows = [parse_json(line, where=f"{part} line {number}") for number, line in enumerate(lines, 1)]
     _write(part, "".join(f"{line}\n" for line in lines))
-    return [Said(*map(tuple, (row["texts"], row["tokens"], row["finish_reasons"])), row["seconds"]) for row in rows]
+    lists = ("texts", "tokens", "finish_reasons")
+    return [Said(**{name: tuple(row[name]) for name in lists}, seconds=row["seconds"]) for row in rows]
 
 
 def _conversations(
