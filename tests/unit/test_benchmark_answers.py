@@ -267,6 +267,21 @@ def test_fastchat_finds_every_answer(run: Run, tmp_path: Path) -> None:
         assert len(answers["tiny-1.5"][question["question_id"]]["choices"][0]["turns"]) == 2
 
 
+def test_alpaca_eval_finds_every_answer(run: Run, tmp_path: Path) -> None:
+    """Equal answers are ties, for which its judge is not asked."""
+    annotators = pytest.importorskip("alpaca_eval.annotators")
+    from alpaca_eval.utils import load_or_convert_to_dataframe
+
+    run("alpaca-eval", ALPACA[:2], as_list=True)
+    ours = load_or_convert_to_dataframe(tmp_path / "out" / "tiny-1.5.json")
+    judge = annotators.PairwiseAnnotator(annotators_config="weighted_alpaca_eval_gpt4_turbo", caching_path=None)
+    found = judge.annotate_head2head(outputs_1=ours, outputs_2=ours)
+    assert [(row["instruction"], row["dataset"], row["preference"]) for row in found] == [
+        (row["instruction"], row["dataset"], 1.5) for row in ALPACA[:2]
+    ]
+    assert {row["generator_2"] for row in found} == {"tiny-1.5"}
+
+
 def test_what_is_written_is_what_json_reads(tmp_path: Path) -> None:
     """Lines end where they must, whatever an answer holds."""
     questions = [Question(1, ("a\u2028b",), "", {}), Question(2, ("c",), "", {})]
