@@ -99,15 +99,15 @@ def test_the_file_says_what_it_takes_to_sample_the_same_answers_again(run: Run, 
     assert (settings.temperature, settings.top_k, line.sampling["engine"]) == (0.9, 40, "transformers")
 
 
-@pytest.mark.parametrize("left", [0, 1, 3, 4, 5, 6])
-def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(left: int, run: Run, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:
     run(output="whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    torn = lines[left][: len(lines[left]) // 2] if left < len(lines) else b""
-    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
-    assert run()[0] == 0
-    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+    for left in (0, 1, 3, 4, 5, 6):
+        torn = lines[left][: len(lines[left]) // 2] if left < len(lines) else b""
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
+        assert run()[0] == 0
+        assert (tmp_path / "answers.jsonl").read_bytes() == whole, left
 
 
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
@@ -122,27 +122,28 @@ def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, p
         assert code == 0 and "nothing was left to do" in said and len(server.asked) == 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--temperature", "0.7"), "was sampled with temperature 0.8, and this run has 0.7"),
-        (("--top-p", "1"), "was sampled with top_p 0.95, and this run has 1.0"),
-        (("--n", "3"), "was sampled with n 2, and this run has 3"),
-        (("--seed", "1"), "was sampled with seed 0, and this run has 1"),
-        (("--max-new-tokens", "7"), "was sampled with max_new_tokens 6, and this run has 7"),
-        (("--shard", "2/2"), "line 1: answers another prompt than row 4 of the prompts now"),
-        (("--shard", "1/2"), "holds answers to more than these 3 prompts"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
+OTHERS = {
+    ("--temperature", "0.7"): "was sampled with temperature 0.8, and this run has 0.7",
+    ("--top-p", "1"): "was sampled with top_p 0.95, and this run has 1.0",
+    ("--n", "3"): "was sampled with n 2, and this run has 3",
+    ("--seed", "1"): "was sampled with seed 0, and this run has 1",
+    ("--max-new-tokens", "7"): "was sampled with max_new_tokens 6, and this run has 7",
+    ("data.template=none",): "was sampled with template",
+    ("--shard", "2/2"): "line 1: answers another prompt than row 4 of the prompts now",
+    ("--shard", "1/2"): "holds answers to more than these 3 prompts",
+}
+
+
 def test_a_file_of_other_answers_is_refused_by_what_differs_and_kept(
-    options: tuple[str, ...], says: str, run: Run, tmp_path: Path
+    run: Run, server: Completions, tmp_path: Path
 ) -> None:
-    run()
+    over_http = ("--engine", "http", "--url", server.url)
+    run(*over_http)
     before = (tmp_path / "answers.jsonl").read_bytes()
-    code, said = run(*options)
-    assert code == 2 and says in said
-    assert (tmp_path / "answers.jsonl").read_bytes() == before
+    for options, says in OTHERS.items():
+        code, said = run(*over_http, *options)
+        assert code == 2 and says in said
+        assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_a_file_of_another_model_or_of_something_else_is_refused(

@@ -174,7 +174,7 @@ def test_a_prompts_id_is_a_hash_of_its_token_ids() -> None:
     import hashlib
 
     expected = hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in (1, 128000))).hexdigest()
-    assert prompt_id((1, 128000)) == prompt_id(np.array([1, 128000], dtype=np.int64)) == expected  # type: ignore[arg-type]
+    assert prompt_id((1, 128000)) == prompt_id(np.array([1, 128000], dtype=np.int64)) == expected
 
 
 @pytest.fixture
