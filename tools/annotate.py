@@ -115,9 +115,10 @@ def run(scorer: Path, answers: list[Path], output: Path, rules: Rules, batch_tok
     check_writable(output.parent)
     prompts = sum(1 for _ in read_candidates(answers))
     report = begun(output, settings_of(identify(scorer), answers, rules, batch_tokens))
-    started, before = time.monotonic(), report.tokens
-    if not report.complete:
-        opened = open_scorer(scorer, batch_tokens=batch_tokens)
+    before = report.tokens
+    opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens)
+    started = time.monotonic()
+    if opened:
         with tqdm(total=prompts, desc="scoring", unit="prompt") as bar, smaller_batches(batch_tokens):
 
             def told(more_prompts: int, tokens: int) -> None:

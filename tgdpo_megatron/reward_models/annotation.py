@@ -8,22 +8,25 @@ that an interrupted file has the same bytes as any other.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from tgdpo_megatron.bounded import read_json, shown
-from tgdpo_megatron.cache import sha256_of, write_json
+from tgdpo_megatron.cache import sha256_of
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models.candidates import Candidates
 from tgdpo_megatron.reward_models.pairing import LEFT_OUT, NoPair, Rules, check_any, choose
 from tgdpo_megatron.reward_models.scorer import Group, Scorer
+from tgdpo_megatron.run_lock import InUseError
 
 BLOCK = 256
 """Prompts after which the report is written."""
@@ -88,7 +91,7 @@ def begun(output: Path, settings: dict[str, Any]) -> Report:
     """
     path = report_file(output)
     if not path.is_file():
-        if output.exists():
+        if output.exists() and output.stat().st_size:
             raise UserError(f"{output}: is there already, without {path.name}; choose another --output.")
         return Report(settings)
     try:
@@ -126,42 +129,59 @@ def annotate(
         told: Called with how many more prompts were done and how many more tokens were read.
 
     Raises:
-        UserError: Another job writes the file, a line of the answers is damaged, or the scorer refuses a prompt. What
-            was made before is kept.
+        UserError: Another job writes the file, a line of the answers is damaged, the scorer refuses a prompt, or the
+            disk is full. What was made before is kept.
     """
     rest = iter(candidates)
     told(sum(1 for _ in islice(rest, report.prompts)), 0)
-    with open(output, "r+b" if output.exists() else "xb") as file:
-        _take(file, output)
+    with _alone(output) as file:
         file.truncate(report.bytes)
-        file.seek(report.bytes)
+        _keep(file, output, report, b"")
         while some := list(islice(rest, block)):
-            for line in _pairs(some, scorer, report, rules, lambda tokens: told(0, tokens)):
-                file.write(line)
-            _keep(file, output, report)
+            lines = _pairs(some, scorer, report, rules, lambda tokens: told(0, tokens))
+            _keep(file, output, report, b"".join(lines))
             told(len(some), 0)
         report.complete = True
-        _keep(file, output, report)
+        _keep(file, output, report, b"")
 
 
-def _take(file: IO[bytes], output: Path) -> None:
-    """Keep other jobs off the file, for as long as it is open. Where the file system has no locks, nothing does."""
+@contextmanager
+def _alone(output: Path) -> Iterator[io.FileIO]:
+    """The file of pairs, open to be written at its end, and locked for as long as this process lives.
+
+    Raises:
+        InUseError: Another job writes it.
+    """
+    with io.FileIO(output, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
+        yield file
+
+
+def _keep(file: io.FileIO, output: Path, report: Report, lines: bytes) -> None:
+    """Write some lines, so that they outlast a loss of power, and then the report, which is there whole or not at all.
+
+    Raises:
+        UserError: The disk is full, or refuses for another reason.
+    """
+    rest, path = memoryview(lines), report_file(output)
+    part = path.with_suffix(".part")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+        report.bytes += len(lines)
+        part.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
         raise UserError(
-            f"{output}: another job writes this file; wait for its end, or choose another --output."
+            f"{output}: cannot be written ({error.strerror}); the pairs so far are kept: mend that, and give the same "
+            "command again."
         ) from None
-    except OSError:
-        return
-
-
-def _keep(file: IO[bytes], output: Path, report: Report) -> None:
-    """Let what was written outlast a loss of power, and say so."""
-    file.flush()
-    os.fsync(file.fileno())
-    report.bytes = file.tell()
-    write_json(report_file(output), asdict(report))
 
 
 def _pairs(

@@ -4,6 +4,7 @@ A file for each subject holds a list ENTRIES; `entry.py` says what an entry is, 
 """
 
 from tests.faults.inputs import (
+    annotation,
     checkpoints,
     configuration,
     data,
@@ -23,6 +24,7 @@ SUBJECTS = {
     "checkpoints": checkpoints.ENTRIES,
     "scores": scores.ENTRIES,
     "sampling": sampling.ENTRIES,
+    "annotation": annotation.ENTRIES,
     "evaluation": evaluation.ENTRIES,
     "environment": environment.ENTRIES,
 }
