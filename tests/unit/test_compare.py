@@ -79,6 +79,10 @@ def results(tmp_path: Path, output: str = "out") -> dict[str, Any]:
     return content
 
 
+def kept_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def plain_log_prob(model: Any, ids: list[int], prompt: int) -> float:
     """log π(response | prompt) of one sequence alone, token by token."""
     logits = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
@@ -176,6 +180,7 @@ def test_numbers_of_answers_are_those_of_plain_loops(
 
     run(f"start={hf_model}", f"other={other}", *sampled)
     found, tokenizer = results(tmp_path)["models"], load_tokenizer(hf_model)
+    kept = {(prompt, place): ids for prompt, place, ids in kept_lines(tmp_path / "out" / "answers" / "other.ids.jsonl")}
     lines = {name: list(read_answers(tmp_path / "out" / "answers" / f"{name}.jsonl")) for name in ("start", "other")}
     judge, start, trained = AutoModelForSequenceClassification.from_pretrained(scorer), loaded(hf_model), loaded(other)
 
@@ -188,8 +193,9 @@ def test_numbers_of_answers_are_those_of_plain_loops(
         for ours, theirs in zip(lines["other"], lines["start"], strict=True):
             for place, answer in enumerate(ours.all_generated_responses):
                 ids = tokenizer(ours.format_prompt, add_special_tokens=False)["input_ids"]
-                whole = ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
-                whole += [tokenizer.eos_token_id] * (ours.finish_reasons[place] == "stop")
+                whole = ids + kept[ours.prompt_id, place]
+                assert len(kept[ours.prompt_id, place]) == ours.num_tokens[place]
+                assert (whole[-1] == tokenizer.eos_token_id) == (ours.finish_reasons[place] == "stop")
                 log_ratios.append(plain_log_prob(trained, whole, len(ids)) - plain_log_prob(start, whole, len(ids)))
                 tokens.append(ours.num_tokens[place])
                 unfinished.append(ours.finish_reasons[place] == "length")
@@ -219,7 +225,7 @@ def test_a_second_run_samples_nothing_and_given_files_give_the_same(
 ) -> None:
     models = (f"start={hf_model}", f"other={other}")
     run(*models, *sampled)
-    first, files = results(tmp_path), sorted((tmp_path / "out" / "answers").iterdir())
+    first, files = results(tmp_path), sorted((tmp_path / "out" / "answers").glob("*[!s].jsonl"))
     before = [path.read_bytes() for path in files]
     assert run(*models, *sampled)[0] == 0
     assert results(tmp_path) == first and [path.read_bytes() for path in files] == before
@@ -228,6 +234,22 @@ def test_a_second_run_samples_nothing_and_given_files_give_the_same(
     assert results(tmp_path, "given")["models"] == first["models"]
     code, said = run(*models, *sampled, "--temperature", 0.7)
     assert code == 2 and "temperature" in said and [path.read_bytes() for path in files] == before
+
+
+def test_texts_whose_tokens_are_not_known_give_no_kl_divergence(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """A random model writes in other tokens than its tokenizer. Ids of another text, and torn lines, are not taken."""
+    run(f"start={hf_model}", f"other={other}", *sampled)
+    given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
+    ids = given[1].with_suffix(".ids.jsonl")
+    lines = kept_lines(ids)
+    assert len(lines) == 3 * len(PAIRS)
+    for damaged in ("", json.dumps(lines[0])[:-3], "".join(json.dumps([*line[:2], [5, 6]]) + "\n" for line in lines)):
+        ids.write_text(damaged, encoding="utf-8")
+        code, said = run(f"start={hf_model}", f"other={other}", "--answers", *given, output="given")
+        assert code == 0 and re.search(r"No KL divergence of other: \d.* with --prompts the tokens are kept.", said)
+        assert "kl" not in results(tmp_path, "given")["models"]["other"]
 
 
 def test_tempered_samples_have_no_kl_divergence(
