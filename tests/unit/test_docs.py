@@ -195,6 +195,8 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "recipes.align": ("train.output",),
     "recipes.train": ("train.output",),
     "recipes.score": ("scores.path",),
+    "tools.answers": ("--output",),
+    "tools.compare": ("--output",),
     "tools.convert_hf_to_megatron": (1,),
     "tools.convert_megatron_to_hf": (1,),
     "tools.demo": ("--output",),
@@ -213,7 +215,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.certify": (1,),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
-WRITE_NOTHING = {"bench.speed.sampling", "tests.faults", "tools.compare", "tools.plan", "tools.tokens", "pip", "pytest"}
+WRITE_NOTHING = {"bench.speed.sampling", "tests.faults", "tools.plan", "tools.runs", "tools.tokens", "pip", "pytest"}
 WRITE_TRACKED_FILES = {"tools.docs"}
 
 

@@ -9,6 +9,7 @@ from tests.faults.inputs import (
     configuration,
     data,
     environment,
+    evaluation,
     hf_folders,
     layouts,
     sampling,
@@ -24,5 +25,6 @@ SUBJECTS = {
     "scores": scores.ENTRIES,
     "sampling": sampling.ENTRIES,
     "annotation": annotation.ENTRIES,
+    "evaluation": evaluation.ENTRIES,
     "environment": environment.ENTRIES,
 }
