@@ -1,22 +1,18 @@
 # What every job of this folder needs around its program. A variable that is set when the job is submitted is kept.
-
-# A container, if TGDPO_CONTAINER names an image (Pyxis); otherwise the Python environment that TGDPO_VENV names.
-container=()
+container=()  # if TGDPO_CONTAINER names an image (Pyxis); otherwise the Python environment that TGDPO_VENV names
 if [[ -n ${TGDPO_CONTAINER:-} ]]; then
     container=("--container-image=$TGDPO_CONTAINER" "--container-mounts=${TGDPO_MOUNTS:-$PWD:$PWD}" "--container-workdir=$PWD")
 elif [[ -r ${TGDPO_VENV:-.venv}/bin/activate ]]; then
     source "${TGDPO_VENV:-.venv}/bin/activate"
 fi
-
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # compute nodes seldom reach a hub; tools.submit downloads before it queues
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # of each rank: one for every core of the node would hold up all others
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # a link that fails says so
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # collectives start before what overlaps with them
 
-# End the job with a program's exit code. 75 means "queue me again". A job that was cancelled is not RUNNING any more, and
-# stays cancelled.
+# End with a program's exit code. 75 means "queue me again". A cancelled job is not RUNNING any more, and stays cancelled.
 end_with() {
-    local code=$1 state left
+    local code=$1 left state
     for ((left = 5; code == 75 && left; left--)); do  # Slurm may not answer for a moment
         state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=""
         [[ ${state:-RUNNING} == RUNNING ]] || break
@@ -25,16 +21,12 @@ end_with() {
     exit "$code"
 }
 
-# Run a program once, on the first node of the job: once PROGRAM ARGUMENTS...
-once() {
-    local code=0
-    srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" python -m "$@" || code=$?
-    end_with "$code"
+once() {  # Run a program on the first node of the job: once PROGRAM ARGUMENTS...
+    local code=0; srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" python -m "$@" || code=$?; end_with "$code"
 }
 
 # Start a program's launcher on each node of the job: on_each_node PROGRAM ARGUMENTS... When one ends, all end by
-# themselves, with the same exit code; what is left after a minute is killed.
-# The warning before the time limit (USR1) is handed on; Slurm itself hands on the SIGTERM of a pre-emption.
+# themselves; what is left after a minute is killed. Of the signals, USR1 is handed on here, and SIGTERM by Slurm itself.
 on_each_node() {
     local port=$((20000 + SLURM_JOB_ID % 12000)) code asked=1
     local meet=${TGDPO_RENDEZVOUS:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
