@@ -82,11 +82,11 @@ def sample(
         with tqdm(desc="sampling", unit=" tokens", unit_scale=True) as bar:
             answers = engine.answers(chain.from_iterable(map(requests, rest)), bar.update)
             for prompt in rest:
-                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts")
                 seeds = [request.own_seed for request in requests(prompt)]
                 answered = _answered(prompt, list(islice(answers, n)), seeds, identity)
                 _write(file, output, as_line(answered))
                 tally.add(answered)
+                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts", refresh=False)
     return tally, before
 
 
