@@ -184,7 +184,7 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
         server.fails = lambda number: 0
         server.asked.clear()
         assert run("alpaca-eval", questions, *over_http)[0] == 0
-        assert len(server.asked) == 6
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 6
         assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole
         server.asked.clear()
         code, said = run("alpaca-eval", questions, *over_http)
