@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.completions import Completions, served
 from tests.support.ports import free_port
+from tgdpo_megatron import quiet
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.sampling.answers import read_answers
@@ -43,6 +44,8 @@ def run(
 
     def run(*options: str, output: str = "answers.jsonl", given: Sequence[str] = ()) -> tuple[int, str]:
         common = ["--output", str(tmp_path / output), "--n", "2", "--max-new-tokens", "6", "--batch-size", "2"]
+        for name in ("PYTHONWARNINGS", *quiet._PROGRESS_BARS):  # which a program sets for those that it starts
+            monkeypatch.setenv(name, "ignore")
         monkeypatch.setattr(sys, "argv", ["sample", *(given or (str(hf_model), str(prompts))), *common, *options])
         code = 0
         try:
@@ -207,7 +210,8 @@ def test_a_server_is_told_every_setting_and_the_prompts_token_ids(
     run: Run, server: Completions, hf_model: Path
 ) -> None:
     with changed(server):
-        assert run("--engine", "http", "--url", f"{server.url}/v1/", "--top-p", "0.9")[0] == 0
+        options = ("--engine", "http", "--url", f"{server.url}/v1/", "--concurrency", "1")
+        assert run(*options, "--top-p", "0.9")[0] == 0
         first, second = server.asked[:2]
     engine = open_engine(hf_model)
     for request in (first, second):

@@ -154,6 +154,17 @@ def test_a_repetition_penalty_is_huggingfaces_and_does_not_see_padding(engine: E
         assert answer == tuple(made[0, len(prompt) :].tolist())
 
 
+def test_a_row_is_padded_with_a_token_of_its_own_prompt() -> None:
+    """Any other would be punished by a repetition penalty, which looks at all ids and not at the mask."""
+    from tgdpo_megatron.sampling.transformers_engine import _left_padded
+
+    given = [(5, 6), (7, 8, 9, 10), (3,)]
+    ids, mask = _left_padded(given)
+    for prompt, row, seen in zip(given, ids, mask.bool(), strict=True):
+        assert set(row.tolist()) == set(prompt) and tuple(row[seen].tolist()) == prompt
+        assert row[-1] == prompt[-1]
+
+
 def test_an_answer_does_not_depend_on_its_neighbours(changed_model: Callable[..., Path]) -> None:
     """Many tokens end an answer here, so that batches shrink again and again."""
     folder = changed_model(eos_token_id=list(range(7, 330, 9)))
