@@ -68,7 +68,8 @@ def main() -> None:
             file=file,
             about={"benchmark": parsed.benchmark, "dialect": dialect},
         )
-        print(f"{file}: answers to {len(questions)} questions, {unfinished} unfinished")
+        total = sum(len(question.turns) for question in questions)
+        print(f"{file}: {total} answers to {len(questions)} questions; {unfinished} of them are unfinished")
         if len(questions) not in form.usual:
             usual = " or ".join(map(str, form.usual))
             print(f"# {parsed.benchmark} has {usual} questions: a score on others is not the benchmark's.")

@@ -158,7 +158,8 @@ def compare(
     for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
         print("", *_aligned(table), sep="\n")
     print("", INTERVALS, *notes, sep="\n")
-    content = {"made_with": made_with, "notes": notes, **as_json(comparison)}
+    numbers_of = {"pairs": len(pairs or ()), "prompts": len(answers[models[0].name]) if answers else 0}
+    content = {"made_with": made_with, **numbers_of, "notes": notes, **as_json(comparison)}
     _write(parsed.output / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     html = page(
         comparison,

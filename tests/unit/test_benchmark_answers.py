@@ -170,7 +170,7 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
     """A server that fails after 66 questions, and then answers again."""
     questions = [{"dataset": "made up", "instruction": f"Add {number} and 4."} for number in range(70)]
     with served(Completions(hf_model, str(hf_model))) as server:
-        over_http = ("--engine", "http", "--url", server.url)
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "4")
         assert run("alpaca-eval", questions, *over_http)[0] == 0
         whole = (tmp_path / "out" / "tiny-1.5.json").read_bytes()
         for path in (tmp_path / "out").iterdir():
@@ -184,7 +184,7 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
         server.fails = lambda number: 0
         server.asked.clear()
         assert run("alpaca-eval", questions, *over_http)[0] == 0
-        assert len(server.asked) == 6
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 6
         assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole
         server.asked.clear()
         code, said = run("alpaca-eval", questions, *over_http)

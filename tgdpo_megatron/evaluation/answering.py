@@ -122,11 +122,11 @@ def _asked(
     # Tokens are counted as they come, since some questions together may take minutes.
     with part.open("a", encoding="utf-8") as file, tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
         for first in range(len(said), len(questions), together):
-            bar.set_postfix_str(f"{first}/{len(questions)} questions")
             some = _conversations(engine, questions[first : first + together], settings, seed, bar.update)
             file.write("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in some))
             file.flush()
             said += some
+            bar.set_postfix_str(f"{len(said)}/{len(questions)} questions")
     return said
 
 
