@@ -20,6 +20,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+pytest_plugins = ["tests.support.in_process"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PAIRS = [

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors, ran_out_of_memory
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors, ran_out_of_memory
 from tgdpo_megatron.reward_models.annotation import Report, annotate, begun, report_file, settings_of
 from tgdpo_megatron.reward_models.candidates import read_candidates
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
@@ -97,8 +97,7 @@ def main() -> None:
         parsed = parser.parse_args()
         rules = Rules(parsed.pick, parsed.margin, parsed.keep_unfinished, parsed.seed)
         rules.check()
-        if parsed.batch_tokens < 1:
-            raise UserError(f"--batch-tokens {parsed.batch_tokens} is refused: it should be a positive number.")
+        at_least(parsed, batch_tokens=1)
         run(parsed.scorer, parsed.answers, parsed.output, rules, parsed.batch_tokens)
 
 

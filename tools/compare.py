@@ -21,7 +21,7 @@ import numpy as np
 
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
 from tgdpo_megatron.evaluation.models import Model, find_models
 from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
@@ -61,9 +61,7 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
     if parsed.scorer and not (parsed.prompts or parsed.answers):
         raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
-    for name, least in {"n": 1, "seed": 0, "batch_size": 1, "batch_tokens": 1}.items():
-        if getattr(parsed, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
+    at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
 
 
 def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:

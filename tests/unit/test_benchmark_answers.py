@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.completions import Completions, served
+from tests.support.in_process import Program
 from tgdpo_megatron.data.tokenizer import encode_prompt, load_tokenizer
 from tgdpo_megatron.evaluation.answer_files import Said, form_of, written
 from tgdpo_megatron.evaluation.questions import Question
@@ -45,21 +45,13 @@ def write(path: Path, rows: Sequence[Any], *, as_list: bool = False) -> Path:
 
 
 @pytest.fixture
-def run(hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(hf_model: Path, tmp_path: Path, in_process: Program) -> Run:
     """A function that runs tools.answers in this process: its exit code, and what it said."""
 
     def run(benchmark: str, questions: Sequence[Any], *options: str, as_list: bool = False) -> tuple[int, str]:
         file = write(tmp_path / "questions.json", questions, as_list=as_list)
         common = ["--output", str(tmp_path / "out"), "--model-id", "tiny-1.5", "--max-new-tokens", "6"]
-        monkeypatch.setattr(sys, "argv", ["answers", benchmark, str(hf_model), str(file), *common, *options])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [benchmark, hf_model, file, *common, *options])
 
     return run
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import PAIRS
+from tests.support.in_process import Program
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import tokenised
 from tgdpo_megatron.data.tokenizer import load_tokenizer
@@ -57,19 +57,11 @@ def scorer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 @pytest.fixture
-def run(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(pairs_file: Path, tmp_path: Path, in_process: Program) -> Run:
     """A function that runs tools.compare in this process: its exit code, and what it said."""
 
     def run(*arguments: Any, output: str = "out") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments), "--output", str(tmp_path / output)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [*arguments, "--output", tmp_path / output])
 
     return run
 

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import re
-import sys
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.support.completions import Completions, served
+from tests.support.in_process import Program
 from tests.support.ports import free_port
-from tgdpo_megatron import quiet
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.sampling.answers import read_answers
@@ -37,24 +36,12 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(
-    hf_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
+def run(hf_model: Path, prompts: Path, tmp_path: Path, in_process: Program) -> Callable[..., tuple[int, str]]:
     """A function that runs tools.sample in this process: its exit code, and what it said."""
 
     def run(*options: str, output: str = "answers.jsonl", given: Sequence[str] = ()) -> tuple[int, str]:
         common = ["--output", str(tmp_path / output), "--n", "2", "--max-new-tokens", "6", "--batch-size", "2"]
-        for name in ("PYTHONWARNINGS", *quiet._PROGRESS_BARS):  # which a program sets for those that it starts
-            monkeypatch.setenv(name, "ignore")
-        monkeypatch.setattr(sys, "argv", ["sample", *(given or (str(hf_model), str(prompts))), *common, *options])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [*(given or (hf_model, prompts)), *common, *options])
 
     return run
 

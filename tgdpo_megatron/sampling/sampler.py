@@ -6,10 +6,8 @@ and the settings that it was made with. Nothing else is kept, and no answer stay
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +18,7 @@ from tqdm import tqdm
 from tgdpo_megatron.bounded import LIMIT, decoded, parse_json
 from tgdpo_megatron.data.tokenizer import template_hash
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_lock import InUseError
+from tgdpo_megatron.run_lock import alone
 from tgdpo_megatron.sampling.answers import Answered, as_line, from_json
 from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 from tgdpo_megatron.sampling.prompts import Prompt
@@ -75,7 +73,7 @@ def sample(
         ids = tuple(prompt.ids.tolist())
         return [Request(ids, number, seed, settings) for number in range(n)]
 
-    with _alone(output) as file:
+    with alone(output) as file:
         before = _keep(file, output, prompts, identity, engine.block)
         tally, rest = replace(before), prompts[before.prompts :]
         # Tokens are counted as they come, since a block of answers may take minutes.
@@ -104,29 +102,6 @@ def _answered(prompt: Prompt, answers: Sequence[Answer], seeds: list[int], ident
         tools=list(prompt.asked.tools),
         **identity,
     )
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[io.FileIO]:
-    """The file of answers, open for reading and writing, and locked for as long as this process lives.
-
-    Raises:
-        InUseError: Another job writes it.
-        UserError: It cannot be written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = io.FileIO(output, "a+")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
-        except OSError as error:  # a file system without locks
-            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
-        yield file
 
 
 def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: dict[str, Any], block: int) -> Tally:
