@@ -104,6 +104,7 @@ def _parser() -> CommandLine:
     )
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers", help=f"who answers {said}")
     parser.add_argument("--batch-size", type=int, default=32, help=f"transformers: answers computed at once {said}")
+    parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--url", default="", help="http: where the server listens, such as http://localhost:8000")
     parser.add_argument("--served-model", default="", help="http: what the server calls the model; default: MODEL")
     parser.add_argument("--concurrency", type=int, default=64, help=f"http: requests under way at once {said}")
@@ -145,6 +146,7 @@ def main() -> None:
             batch_size=parsed.batch_size,
             concurrency=parsed.concurrency,
             retries=parsed.retries,
+            device=parsed.device,
         )
         encoded = encode_prompts(
             prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens
