@@ -118,6 +118,22 @@ def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_pat
         assert (tmp_path / "answers.jsonl").read_bytes() == whole, left
 
 
+def test_prompts_that_the_template_writes_alike_are_answered_once_also_after_an_interruption(
+    run: Run, hf_model: Path, tmp_path: Path
+) -> None:
+    """Counted twice, they would shift all blocks that begin after them."""
+    prompts = tmp_path / "alike.txt"
+    prompts.write_text("\n".join([TEXTS[0], f"{TEXTS[0]} ", f"{TEXTS[0]}  ", *TEXTS[1:], f" {TEXTS[4]}"]))
+    given = (str(hf_model), str(prompts))
+    code, said = run(given=given, output="whole.jsonl")
+    assert code == 0 and "6 prompts, 12 answers" in said and "left out: the prompt was there before: 3 (row 2," in said
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for left in (1, 4, 5):
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]))
+        assert run(given=given)[0] == 0
+        assert (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True) == lines, left
+
+
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
     over_http = ("--engine", "http", "--url", server.url)
     run(*over_http)
@@ -163,6 +179,20 @@ def test_a_file_of_another_model_or_of_something_else_is_refused(
     (tmp_path / "answers.jsonl").write_text('{"prompt": "Say hello.", "chosen": "Hello."}\n')
     code, said = run()
     assert code == 2 and "line 1: no field 'format_prompt'" in said
+
+
+def test_a_file_goes_on_with_the_servers_model_that_it_was_begun_with(
+    run: Run, server: Completions, tmp_path: Path
+) -> None:
+    over_http = ("--engine", "http", "--url", server.url, "--served-model")
+    with changed(server, name="start"):
+        assert run(*over_http, "start")[0] == 0
+    lines = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:2]))
+    with changed(server, name="aligned"):
+        code, said = run(*over_http, "aligned")
+    assert code == 2 and "line 1: was sampled with the server's model start, and this run has aligned; go on" in said
+    assert (tmp_path / "answers.jsonl").read_bytes() == b"".join(lines[:2])
 
 
 def test_shards_joined_are_the_whole(run: Run, tmp_path: Path) -> None:
