@@ -9,12 +9,15 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.bounded import shown
 from tgdpo_megatron.data.read import place, read_rows
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.sampling.answers import Answered, read_answers
+from tgdpo_megatron.sampling.answers import Answered, read_answers, whole_characters
 
 PER_ANSWER = ("all_generated_responses", "finish_reasons", "num_tokens", "seeds")
 """Fields with a value for each answer."""
+_OF_A_RUN = ("n", "seed")
+"""Settings of the sampling in which runs over the same prompts may differ."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Candidates:
         """Texts of the answers."""
         answers: list[str] = self.fields["all_generated_responses"]
         return answers
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the answers were sampled. SimPO's files do not tell."""
+        sampling = self.fields.get("sampling")
+        return sampling if isinstance(sampling, dict) else {}
 
     def is_finished(self, answer: int) -> bool:
         """Whether the model closed its turn. SimPO's files do not tell, and their answers count as finished."""
@@ -91,7 +100,7 @@ def _of_line(answered: Answered, name: str) -> Candidates:
 
 def _of_simpo(row: Any, name: str) -> Candidates:
     """A row of SimPO's all_outputs.json, or of its output_SEED.json, which holds one answer to each prompt."""
-    fields = dict(row) if isinstance(row, dict) else {}
+    fields = whole_characters(dict(row)) if isinstance(row, dict) else {}
     if isinstance(text := fields.pop("generated_text", None), str):
         fields["all_generated_responses"] = [text]
     answers = fields.get("all_generated_responses")
@@ -105,7 +114,7 @@ def _of_simpo(row: Any, name: str) -> Candidates:
 
 
 def _together(paths: Sequence[Path], runs: Sequence[Candidates | None]) -> Candidates:
-    """One prompt with the answers of all runs."""
+    """One prompt with the answers of all runs, which differ in nothing but their seeds."""
     if None in runs:
         ended = paths[list(runs).index(None)]
         raise UserError(f"{ended}: ends before the other files; files of the same prompts must have all of them.")
@@ -120,12 +129,19 @@ def _together(paths: Sequence[Path], runs: Sequence[Candidates | None]) -> Candi
             raise UserError(
                 f"{other.name}: the answers are another model's than those of {first.name}; annotate them apart."
             )
+        was, now = first.sampling, other.sampling
+        if differs := [name for name in was | now if name not in _OF_A_RUN and was.get(name) != now.get(name)]:
+            raise UserError(
+                f"{other.name}: was sampled with {differs[0]} {shown(now.get(differs[0]))}, and {first.name} with "
+                f"{shown(was.get(differs[0]))}; annotate them apart."
+            )
     joined = {
         field: list(chain.from_iterable(run.fields[field] for run in (first, *others)))
         for field in PER_ANSWER
         if field in first.fields
     }
     fields = first.fields | joined
-    if "sampling" in fields:
-        fields["sampling"] = fields["sampling"] | {"n": len(fields["all_generated_responses"])}
+    if first.sampling:
+        seeds = [run.sampling.get("seed") for run in (first, *others)]
+        fields["sampling"] = first.sampling | {"n": len(fields["all_generated_responses"]), "seed": seeds}
     return Candidates(fields, first.id, first.name)

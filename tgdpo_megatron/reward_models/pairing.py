@@ -17,6 +17,7 @@ PICKS: tuple[Pick, ...] = get_args(Pick)
 LEFT_OUT = {
     "identical": "all answers are the same",
     "too_few": "fewer than two answers are finished and not empty",
+    "refused": "the reward model does not take such turns",
     "too_long": "fewer than two answers fit the reward model",
     "ties": "all answers have the same score",
     "below_margin": "no answer is --margin below the best one",

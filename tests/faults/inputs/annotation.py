@@ -152,6 +152,20 @@ ENTRIES = [
         files={name: lines(answered("a", ["b", "c"], model=name)) for name in ("one.jsonl", "two.jsonl")},
     ),
     BadInput(
+        "answers of two temperatures together",
+        annotate(answers=("one.jsonl", "two.jsonl")),
+        "two.jsonl prompt 1: was sampled with temperature 1.2, and one.jsonl prompt 1 with 0.8; annotate them apart.",
+        files={
+            name: lines(answered("a", ["b", "c"], sampling={"temperature": temperature}))
+            for name, temperature in {"one.jsonl": 0.8, "two.jsonl": 1.2}.items()
+        },
+    ),
+    BadInput(
+        "a device that is not there to score on",
+        annotate("--device", "cuda:99"),
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
+    ),
+    BadInput(
         "a negative margin",
         annotate("--margin", "-0.5"),
         "--margin -0.5 is refused: it should be 0 or a positive number.",
