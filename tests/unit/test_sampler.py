@@ -94,8 +94,9 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
     run: Run, hf_model: Path, server: Completions, tmp_path: Path
 ) -> None:
     assert run("--keep-ids")[0] == 0
-    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids.jsonl")
+    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids")
     assert len(kept) == 12
+    assert [path.name for path in tmp_path.glob("answers*.jsonl")] == ["answers.jsonl"], "cat takes no ids"
     tokenizer = open_engine(hf_model).tokenizer
     for line in lines:
         for number, text in enumerate(line.all_generated_responses):
@@ -104,7 +105,7 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
     with changed(server, says_ids=False):
         run("--keep-ids", "--engine", "http", "--url", server.url, output="there.jsonl")
-    assert not read_ids(tmp_path / "there.ids.jsonl")
+    assert not read_ids(tmp_path / "there.ids")
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:
