@@ -49,6 +49,8 @@ def data_settings(changes: Sequence[str]) -> DataConfig:
 def shard_of(prompts: Prompts, shard: str) -> None:
     """Leave the i-th of n parts of the prompts, where `shard` is i/n. Parts follow each other, so that files join.
 
+    Each prompt's source says which part it is in, lest the file go on with another.
+
     Raises:
         UserError: `shard` is no such thing.
     """
@@ -60,6 +62,9 @@ def shard_of(prompts: Prompts, shard: str) -> None:
     prompts.asked = prompts.asked[count * (part - 1) // parts : count * part // parts]
     if not prompts.asked:
         raise UserError(f"--shard {shard}: this part of the {count} prompts is empty; make fewer parts.")
+    if parts > 1:
+        for text in prompts.asked:
+            prompts.sources[text.row]["shard"] = f"{part}/{parts}"
 
 
 def report(output: Path, tally: Tally, before: Tally, seconds: float, left_out: dict[str, list[int]]) -> str:

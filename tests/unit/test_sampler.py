@@ -200,8 +200,42 @@ def test_shards_joined_are_the_whole(run: Run, tmp_path: Path) -> None:
     run(output="whole.jsonl")
     for part in ("1/3", "2/3", "3/3"):
         assert run("--shard", part, output=f"part-{part[0]}.jsonl")[0] == 0
-    joined = b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3))
-    assert joined == (tmp_path / "whole.jsonl").read_bytes()
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3)))
+    lines = list(read_answers(joined))
+    assert [line.source.pop("shard") for line in lines] == ["1/3", "1/3", "2/3", "2/3", "3/3", "3/3"]
+    assert lines == list(read_answers(tmp_path / "whole.jsonl"))
+
+
+def test_a_part_goes_on_as_the_part_that_it_was_begun_as(run: Run, tmp_path: Path) -> None:
+    """Otherwise it would answer prompts that another part answers as well."""
+    output = tmp_path / "answers.jsonl"
+    assert run("--shard", "1/3")[0] == 0
+    before = output.read_bytes()
+    for shard, now in ((("--shard", "1/2"), "1/2"), ((), "1/1")):
+        code, said = run(*shard)
+        assert (code, output.read_bytes()) == (2, before)
+        assert said == (
+            f"{output} line 1: was sampled with --shard 1/3, and this run has {now}; go on with the old one, or give "
+            "another --output."
+        )
+    code, said = run("--shard", "1/3")
+    assert code == 0 and "nothing was left to do" in said and output.read_bytes() == before
+
+
+def test_a_part_that_does_not_say_so_goes_on(run: Run, tmp_path: Path) -> None:
+    """As earlier versions left them."""
+    output = tmp_path / "answers.jsonl"
+    run("--shard", "1/2")
+    after = list(read_answers(output))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        del line["source"]["shard"]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert run("--shard", "1/2")[0] == 0
+    assert [line.all_generated_responses for line in read_answers(output)] == [
+        line.all_generated_responses for line in after
+    ]
 
 
 def test_two_jobs_do_not_write_one_file(run: Run, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Answered:
         model: `name`, as the user gave it, and `fingerprint`, a hash of its files. Where a server answered, which does
             not tell, that is None, and `served` is what the server calls the model.
         sampling: `engine`, `n`, `seed`, `template` (a hash of the chat template), and the fields of engine.Sampling.
-        source: `row`, the number of the input's row or line, and those of its fields that name it, such as `id`.
+        source: `row`, the number of the input's row or line, those of its fields that name it, such as `id`, and where
+            the prompts were answered in parts `shard`, such as 1/4.
         tools: What the model may call, as JSON schemas. The line has no such field where there are none.
     """
 

@@ -43,7 +43,7 @@ class Prompt:
 
     Attributes:
         asked: The turns, and the tools that the model may call.
-        source: Number of its row or line, and those of SOURCE_FIELDS that the row has.
+        source: Number of its row or line, those of SOURCE_FIELDS that the row has, and its part, if there are parts.
         text: What the chat template made of it.
         ids: Token ids. int32.
     """

@@ -150,6 +150,12 @@ def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prom
                 f"{output} line {number}: was sampled with {what} {was.get(other)}, and this run has "
                 f"{now[other]}; go on with the old one, or give another --output."
             )
+    part, part_now = answered.source.get("shard"), prompts[0].source.get("shard", "1/1")
+    if part not in (None, part_now):  # None: all prompts, or a part that an earlier version sampled
+        raise UserError(
+            f"{output} line {number}: was sampled with --shard {part}, and this run has {part_now}; go on with the old "
+            "one, or give another --output."
+        )
     if number > len(prompts):
         raise UserError(
             f"{output}: holds answers to more than these {len(prompts)} prompts; give the prompts that it was begun "
