@@ -130,6 +130,22 @@ def test_what_is_left_out_is_counted_and_named_by_its_reason(tmp_path: Path) -> 
     assert pair["all_rm_scores"] == [9.0, 1.0, None] and pair["score_rejected"] == 1.0
 
 
+def test_a_prompt_gives_one_pair_however_often_it_is_there(tmp_path: Path) -> None:
+    """In a file that was joined to itself, in two parts, and in a run that goes on."""
+    rows = [answered(f"p{number}", ["1 a", "2 b"]) for number in range(12)]
+    pairs, report = annotated([*rows, *rows], tmp_path)
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]
+    assert (report.pairs, report.prompts) == (12, 24)
+    assert report.prompts_left_out == {"repeated": {"number": 12, "first": [row["prompt_id"] for row in rows]}}
+    parts = [write_lines(tmp_path / f"{first}.jsonl", rows[first:]) for first in (0, 4)]
+    output = tmp_path / "of-parts.jsonl"
+    with pytest.raises(Killed):
+        annotate(dying(read_candidates(parts), 15), numbered(), output, {}, RULES, block=5)
+    assert begun(output, {}).prompts == 15
+    report = annotate(read_candidates(parts), numbered(), output, {}, RULES, block=5)
+    assert (report.pairs, report.prompts_left_out["repeated"]["number"]) == (12, 8)
+
+
 def test_unfinished_answers_take_part_where_that_is_asked_for(tmp_path: Path) -> None:
     rows = [answered("F", ["9 a", "1 b", "0 c"], unfinished=[0, 2])]
     (pair,), report = annotated(rows, tmp_path, Rules(keep_unfinished=True))

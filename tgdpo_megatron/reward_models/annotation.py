@@ -195,6 +195,9 @@ def _asked(candidates: Sequence[Candidates], report: Report, rules: Rules) -> It
     for one in candidates:
         report.prompts += 1
         report.answers += len(one.answers)
+        if one.is_repeated:
+            report.leave_out(one.id, "repeated")
+            continue
         usable = []
         for place, answer in enumerate(one.answers):
             is_finished = rules.keep_unfinished or one.is_finished(place)

@@ -15,6 +15,7 @@ from tgdpo_megatron.errors import UserError
 Pick = Literal["best-worst", "best-random"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 LEFT_OUT = {
+    "repeated": "the prompt was there before",
     "identical": "all answers are the same",
     "too_few": "fewer than two answers are finished and not empty",
     "refused": "the reward model does not take such turns",
