@@ -116,7 +116,7 @@ def run(
 
     check_writable(output.parent)
     prompts = sum(1 for _ in read_candidates(answers))
-    settings = settings_of(identify(scorer), answers, rules, batch_tokens)
+    settings = settings_of(identify(scorer), answers, rules)
     report = begun(output, settings)
     opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens, device=device)
     started = time.monotonic()

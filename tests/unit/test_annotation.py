@@ -24,6 +24,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models import open_scorer
 from tgdpo_megatron.reward_models.annotation import Report, annotate, begun, report_file
 from tgdpo_megatron.reward_models.candidates import Candidates, read_candidates
+from tgdpo_megatron.reward_models.classifier import Classifier
 from tgdpo_megatron.reward_models.pairing import NoPair, Rules, choose
 from tgdpo_megatron.reward_models.scorer import Group, RewardModel, Scorer, Tokens
 from tools.annotate import run
@@ -318,6 +319,26 @@ def test_other_settings_and_files_of_others_are_refused(tmp_path: Path) -> None:
     report_file(output).unlink()
     with pytest.raises(UserError, match=r"pairs\.jsonl: is there already, without pairs\.report\.json"):
         begun(output, {"margin": 0.0, "seed": 0})
+
+
+def test_a_run_whose_memory_ran_out_goes_on_in_smaller_batches(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its own sentence advises."""
+    scorer, output = make_classifier(tmp_path / "rm", tokenizer), tmp_path / "pairs.jsonl"
+    answers = write_lines(tmp_path / "answers.jsonl", [answered(f"p{number}", ["a", "b"]) for number in range(9)])
+    whole = Classifier.numbers
+
+    def short_of_memory(model: Classifier, sequences: Sequence[Tokens]) -> torch.Tensor:
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(model, sequences)
+
+    monkeypatch.setattr(Classifier, "numbers", short_of_memory)
+    with pytest.raises(UserError, match="memory ran out with --batch-tokens 256; give a smaller number, or a"):
+        run(scorer, [answers], output, RULES, batch_tokens=256)
+    run(scorer, [answers], output, RULES, batch_tokens=1)
+    assert len(output.read_text().splitlines()) == 9
 
 
 def test_two_jobs_do_not_write_one_file(tmp_path: Path) -> None:

@@ -69,14 +69,14 @@ def report_file(output: Path) -> Path:
     return output.with_suffix(".report.json")
 
 
-def settings_of(scorer: dict[str, str], inputs: Sequence[Path], rules: Rules, batch_tokens: int) -> dict[str, Any]:
-    """All that the pairs depend on, as the report keeps it.
+def settings_of(scorer: dict[str, str], inputs: Sequence[Path], rules: Rules) -> dict[str, Any]:
+    """All that the pairs depend on but for rounding, as the report keeps it.
 
     Args:
         scorer: Its name and fingerprint.
     """
     answers = [{"name": path.name, "sha256": sha256_of(path)} for path in inputs]
-    return {"scorer": scorer, "answers": answers, **asdict(rules), "batch_tokens": batch_tokens}
+    return {"scorer": scorer, "answers": answers, **asdict(rules)}
 
 
 def begun(output: Path, settings: dict[str, Any]) -> Report:

@@ -48,10 +48,9 @@ def _begun_with_a_margin(folder: Path) -> None:
     from tgdpo_megatron.checkpoint.sources import content_hash
     from tgdpo_megatron.reward_models.annotation import Report, settings_of
     from tgdpo_megatron.reward_models.pairing import Rules
-    from tgdpo_megatron.reward_models.scorer import BATCH_TOKENS
 
     scorer = {"name": "scorer", "fingerprint": content_hash(folder / "scorer")}
-    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5), BATCH_TOKENS)
+    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5))
     (folder / "out.report.json").write_text(json.dumps(asdict(Report(settings))), encoding="utf-8")
     (folder / "out.jsonl").touch()
 
