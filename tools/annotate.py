@@ -44,6 +44,11 @@ def closing(report: Report, output: Path, scorer: str, seconds: float, read: int
         if number:
             words = {"too_long": "too long for the reward model"}.get(reason, reason)
             lines.append(f"left out {number:>8,} answers: {words}")
+    if not report.pairs and "too_few" in report.prompts_left_out and report.answers_left_out["unfinished"]:
+        lines.append(
+            "there are no pairs because answers are unfinished: sample with a larger --max-new-tokens, or give "
+            "--keep-unfinished and another --output"
+        )
     return "\n".join([*lines, f"report: {report_file(output)}"])
 
 

@@ -387,6 +387,18 @@ def test_the_program_makes_pairs_that_training_takes_all_of(
     assert "left out        1 prompts: all answers are the same (" in first
     data = prepare_pairs(DataConfig(max_length=64), output, tokenizer, tmp_path / "prepared")
     assert (len(data), data.summary.rows, data.summary.dropped) == (9, 9, {})
+    assert "unfinished" not in first
     written = output.read_bytes()
     assert "9 pairs of 10 prompts" in said(), "there is nothing left to do"
     assert output.read_bytes() == written
+
+
+def test_where_unfinished_answers_leave_no_pair_the_program_says_what_helps(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [answered(f"p{number}", ["a", "b"], unfinished=[0, 1]) for number in range(2)]
+    answers, scorer = write_lines(tmp_path / "answers.jsonl", rows), make_classifier(tmp_path / "rm", tokenizer)
+    advice = "sample with a larger --max-new-tokens, or give --keep-unfinished and another --output"
+    for rules, helps in ((RULES, True), (Rules(keep_unfinished=True), False)):
+        run(scorer, [answers], tmp_path / f"{helps}.jsonl", rules, batch_tokens=256)
+        assert (advice in capsys.readouterr().out) == helps
