@@ -92,7 +92,7 @@ def _parser() -> CommandLine:
     parser.add_argument("--output", type=Path, required=True, help="file of answers (.jsonl) to write or go on with")
     said = "(default: %(default)s)"
     parser.add_argument("--n", type=int, default=5, help=f"answers to each prompt {said}")
-    parser.add_argument("--temperature", type=float, default=0.8, help=f"0 takes the likeliest token {said}")
+    parser.add_argument("--temperature", type=float, default=0.8, help=f"0, with --n 1: the likeliest token {said}")
     parser.add_argument("--top-p", type=float, default=0.95, help=f"keep the likeliest tokens up to it; 1: all {said}")
     parser.add_argument("--top-k", type=int, default=0, help=f"keep so many of the likeliest tokens; 0: all {said}")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help=f"1: none {said}")
@@ -118,8 +118,15 @@ def _parser() -> CommandLine:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    """Refuse numbers without meaning, and options of the other engine."""
+    """Refuse numbers without meaning, a file of another kind, and options of the other engine."""
     at_least(parsed, n=1, seed=0, batch_size=1, concurrency=1, retries=0)
+    if parsed.output.suffix != ".jsonl":
+        raise UserError(f"--output {parsed.output}: JSON lines are written; give a name that ends in .jsonl.")
+    if parsed.temperature == 0 and parsed.n > 1:
+        raise UserError(
+            f"--temperature 0: all {parsed.n} answers to a prompt would be the same; give --n 1, or a higher "
+            "temperature."
+        )
     if parsed.engine == "http" and not parsed.url:
         raise UserError("--engine http: say with --url where the server listens, such as http://localhost:8000.")
     if parsed.engine != "http" and parsed.url:

@@ -298,9 +298,9 @@ def test_a_server_is_told_every_setting_and_the_prompts_token_ids(
 def test_greedy_answers_of_a_server_are_those_of_transformers(
     says_ids: bool, run: Run, server: Completions, tmp_path: Path
 ) -> None:
-    run("--temperature", "0", output="here.jsonl")
+    run("--temperature", "0", "--n", "1", output="here.jsonl")
     with changed(server, says_ids=says_ids):
-        run("--temperature", "0", "--engine", "http", "--url", server.url, output="there.jsonl")
+        run("--temperature", "0", "--n", "1", "--engine", "http", "--url", server.url, output="there.jsonl")
     for here, there in zip(*(read_answers(tmp_path / name) for name in ("here.jsonl", "there.jsonl")), strict=True):
         assert here.all_generated_responses == there.all_generated_responses
         assert (here.finish_reasons, here.num_tokens) == (there.finish_reasons, there.num_tokens)

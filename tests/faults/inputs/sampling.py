@@ -61,6 +61,17 @@ ENTRIES = [
         "--temperature=nan",
     ),
     option(
+        "several answers at temperature 0",
+        "--temperature 0: all 3 answers to a prompt would be the same; give --n 1, or a higher temperature.",
+        "--temperature=0",
+        "--n=3",
+    ),
+    option(
+        "answers in a file that is named as SimPO's",
+        "--output out.json: JSON lines are written; give a name that ends in .jsonl.",
+        "--output=out.json",
+    ),
+    option(
         "top-p above 1", "top_p 1.5 is refused: it should be a probability above 0; 1 keeps every token.", "--top-p=1.5"
     ),
     option("top-k below 0", "top_k -1 is refused: it should be a number of tokens; 0 keeps every token.", "--top-k=-1"),
@@ -183,8 +194,9 @@ ENTRIES = [
     there("a file that is no JSON to go on with", "a\n", "out.jsonl line 1: not valid JSON (Expecting value)."),
     BadInput(
         "a folder in the place of the file of answers",
-        ("tools.sample", "hf", "pairs.jsonl", "--output=hf", "--n=1", "--max-new-tokens=4"),
-        "hf: cannot be written (Is a directory).",
+        sample(prompts="pairs.jsonl"),
+        "out.jsonl: cannot be written (Is a directory).",
+        make=lambda folder: (folder / "out.jsonl").mkdir(),
     ),
     full(
         "a full disk under the answers",
