@@ -126,7 +126,13 @@ def run(
     opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens, device=device)
     started = time.monotonic()
     if opened:
-        with tqdm(total=prompts, desc="scoring", unit="prompt") as bar, smaller_batches(batch_tokens):
+        # Prompts come in blocks that may take minutes: the bar is also drawn where none is done, and the time left
+        # follows from the mean since the start.
+        often = {"mininterval": 1, "miniters": 0, "smoothing": 0}
+        with (
+            tqdm(initial=report.prompts, total=prompts, desc="scoring", unit="prompt", **often) as bar,
+            smaller_batches(batch_tokens),
+        ):
 
             def told(more_prompts: int, tokens: int) -> None:
                 bar.set_postfix_str(f"{opened.tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)

@@ -341,6 +341,25 @@ def test_a_run_whose_memory_ran_out_goes_on_in_smaller_batches(
     assert len(output.read_text().splitlines()) == 9
 
 
+def test_prompts_are_told_of_as_they_are_scored_and_not_those_of_an_earlier_run(tmp_path: Path) -> None:
+    """Those would make the rest look quick."""
+    answers, output = write_lines(tmp_path / "answers.jsonl", [*ROWS, ROWS[0]]), tmp_path / "pairs.jsonl"
+    with pytest.raises(Killed):
+        annotate(dying(read_candidates([answers]), 16), numbered(), output, {}, RULES, block=8)
+    done: list[int] = []
+    scorer = Scorer(Numbered(), name="numbered", fingerprint="abc", batch_tokens=1)
+    annotate(
+        read_candidates([answers]),
+        scorer,
+        output,
+        {},
+        RULES,
+        block=100,
+        told=lambda prompts, tokens: done.append(prompts),
+    )
+    assert sum(done) == 35 and max(done) == 1
+
+
 def test_two_jobs_do_not_write_one_file(tmp_path: Path) -> None:
     answers, output = write_lines(tmp_path / "answers.jsonl", ROWS), tmp_path / "pairs.jsonl"
 
