@@ -30,6 +30,15 @@ from tgdpo_megatron.sampling.sampler import Tally, sample
 
 READ = {"format", "columns", "template", "chat_template_kwargs", "special_tokens"}
 """Data settings that change prompts."""
+USUAL_NAMES = {
+    **dict.fromkeys(("--num-samples", "--num-return-sequences", "--num-generations"), "--n"),
+    **dict.fromkeys(("--max-tokens", "--max-completion-tokens"), "--max-new-tokens"),
+    "--max-prompt-length": "--max-prompt-tokens",
+    "--base-url": "--url",
+    "--max-concurrency": "--concurrency",
+    "--served-model-name": "--served-model",
+}
+"""What vLLM, OpenAI's client, transformers, TRL and others call an option -> ours."""
 
 
 def data_settings(changes: Sequence[str]) -> DataConfig:
@@ -84,7 +93,10 @@ def report(output: Path, tally: Tally, before: Tally, seconds: float, left_out: 
 
 def _parser() -> CommandLine:
     parser = CommandLine(
-        prog="python -m tools.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        others=USUAL_NAMES,
     )
     parser.add_argument("model", type=Path, help="HuggingFace folder, or a model's name on a hub")
     parser.add_argument("prompts", type=Path, help="pairs, rows with prompts, or a .txt file of prompts")

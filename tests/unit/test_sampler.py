@@ -26,7 +26,7 @@ from tgdpo_megatron.sampling.engine import Answer, EngineName, Request, Sampling
 from tgdpo_megatron.sampling.kept_ids import read_ids
 from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import sample
-from tools.sample import main
+from tools.sample import USUAL_NAMES, main
 
 TEXTS = ["Add 2 and 3.", "Name a colour.", "Say hello.", "Write the word tree.", "Add 4 and 4, and then 5.", "Why?"]
 
@@ -208,6 +208,12 @@ def test_a_file_of_other_answers_is_refused_by_what_differs_and_kept(
         code, said = run(*over_http, *options)
         assert code == 2 and says in said
         assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", USUAL_NAMES)
+def test_an_option_by_its_name_elsewhere_is_answered_with_ours(name: str, run: Run) -> None:
+    code, said = run(name.replace("-", "_").replace("__", "--"), "1")
+    assert code == 2 and f" is called {USUAL_NAMES[name]} here" in said
 
 
 def test_a_file_of_another_model_or_of_something_else_is_refused(

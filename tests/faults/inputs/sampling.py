@@ -72,6 +72,18 @@ ENTRIES = [
         "--output=out.json",
     ),
     option(
+        "an option by its name in Python",
+        "command line: --max_new_tokens is called --max-new-tokens here; see python -m tools.sample --help.",
+        "--max_new_tokens",
+        "4",
+    ),
+    option(
+        "an option by its name elsewhere",
+        "command line: --num-samples is called --n here; see python -m tools.sample --help.",
+        "--num-samples",
+        "4",
+    ),
+    option(
         "top-p above 1", "top_p 1.5 is refused: it should be a probability above 0; 1 keeps every token.", "--top-p=1.5"
     ),
     option("top-k below 0", "top_k -1 is refused: it should be a number of tokens; 0 keeps every token.", "--top-k=-1"),
