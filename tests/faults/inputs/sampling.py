@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from tests.faults.inputs.entry import BadInput, edit_json, remove
@@ -41,6 +43,11 @@ def asked(name: str, content: str, says: str, *options: str, file: str = "p.json
 def there(name: str, content: str | bytes, says: str) -> BadInput:
     """A file of answers with something else in it."""
     return BadInput(name, sample(), says, files={"p.jsonl": ASKED, "out.jsonl": content})
+
+
+def _exported(folder: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(folder / "hf", folder / "run" / "hf" / name)
 
 
 ENTRIES = [
@@ -149,6 +156,12 @@ ENTRIES = [
         "a run to sample from",
         "run: no config.json there; give a folder with a HuggingFace model.",
         model="run",
+    ),
+    BadInput(
+        "a run whose export is meant",
+        sample(model="run", prompts="pairs.jsonl"),
+        "run: no config.json there; give run/hf/iter-0000002, which has one.",
+        make=lambda folder: _exported(folder, "iter-0000001", "iter-0000002"),
     ),
     BadInput(
         "a model without weights to sample from",
