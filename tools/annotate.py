@@ -128,11 +128,9 @@ def run(
     if opened:
         # Prompts come in blocks that may take minutes: the bar is also drawn where none is done, and the time left
         # follows from the mean since the start.
-        often = {"mininterval": 1, "miniters": 0, "smoothing": 0}
-        with (
-            tqdm(initial=report.prompts, total=prompts, desc="scoring", unit="prompt", **often) as bar,
-            smaller_batches(batch_tokens),
-        ):
+        done = report.prompts
+        bar = tqdm(initial=done, total=prompts, desc="scoring", unit="prompt", mininterval=1, miniters=0, smoothing=0)
+        with bar, smaller_batches(batch_tokens):
 
             def told(more_prompts: int, tokens: int) -> None:
                 bar.set_postfix_str(f"{opened.tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)

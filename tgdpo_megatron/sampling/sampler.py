@@ -91,8 +91,7 @@ def sample(
 def _bar(done: int, prompts: int) -> Any:
     """A bar of prompts. They come in blocks that may take minutes: the bar is also drawn where none is done, and the
     time left follows from the mean since the start."""
-    often = {"mininterval": 1, "miniters": 0, "smoothing": 0}
-    return tqdm(initial=done, total=prompts, desc="sampling", unit="prompt", **often)
+    return tqdm(initial=done, total=prompts, desc="sampling", unit="prompt", mininterval=1, miniters=0, smoothing=0)
 
 
 def _tokens_of(bar: Any) -> Callable[[int], None]:
