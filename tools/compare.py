@@ -135,13 +135,16 @@ def compare(
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
     from tgdpo_megatron.evaluation.gathering import answer_numbers, read_aligned, scores_of, with_log_probs
+    from tgdpo_megatron.evaluation.origins import check_origins
     from tgdpo_megatron.sampling.kept_ids import ids_file, read_ids
 
     device, answers = _device(parsed), read_aligned(files)
+    notes = check_origins(models, answers, files)
     kept = {name: read_ids(ids_file(path)) for name, path in files.items()}
-    pairs_of, ratios, notes = with_log_probs(
+    pairs_of, ratios, left_out = with_log_probs(
         models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
     )
+    notes += left_out
     is_bradley_terry, scores, made_with = False, dict[str, Any](), _made_with(models, pairs, answers, parsed)
     if parsed.scorer:
         scorer = open_scorer(parsed.scorer, device=device)

@@ -246,6 +246,58 @@ def test_texts_whose_tokens_are_not_known_give_no_kl_divergence(
         assert "kl" not in results(tmp_path, "given")["models"]["other"]
 
 
+def test_prompts_that_the_template_renders_otherwise_give_no_kl_divergence(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """The answers' own token ids are there, and would be read behind other prompts than they were written to."""
+    run(f"start={hf_model}", f"other={other}", *sampled)
+    given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
+    template = tmp_path / "other.jinja"
+    template.write_text((hf_model / "chat_template.jinja").read_text().replace("|>", "|> "))
+    models = (f"start={hf_model}", f"other={other}", f"data.template={template}")
+    code, said = run(*models, "--answers", *given, output="given")
+    assert code == 0 and "No KL divergence of other: the chat template makes other tokens of the prompts" in said
+    assert "kl" not in results(tmp_path, "given")["models"]["other"]
+
+
+def test_answers_are_refused_for_another_model_than_the_one_that_wrote_them(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    run(f"start={hf_model}", f"other={other}", *sampled[:2], "--max-new-tokens", 4)
+    start, theirs = (tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other"))
+    models = (f"start={hf_model}", f"other={other}")
+    code, said = run(*models, "--answers", theirs, start, output="given")
+    assert code == 2 and said == (
+        f"{theirs}: has answers of {other}, whose files are not those of start now; give one file for each model, in "
+        "the order of the models, or sample the answers again."
+    )
+    rows = theirs.read_text().splitlines(keepends=True)
+    theirs.write_text("".join([*rows[:-1], start.read_text().splitlines(keepends=True)[-1]]))
+    code, said = run(*models, "--answers", start, theirs, output="given")
+    assert code == 2 and said.startswith(f"{theirs}: has answers of {hf_model}, whose files are not those of other now")
+    assert not (tmp_path / "given" / "comparison.json").exists()
+
+
+def test_what_files_of_answers_do_not_tell_and_where_they_differ_is_said(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """A server does not tell its weights; a file may be sampled otherwise than another, if only in one line."""
+    models = (f"start={hf_model}", f"other={other}")
+    run(*models, *sampled[:2], "--max-new-tokens", 4)
+    given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
+    assert run(*models, "--answers", *given, output="given")[0] == 0
+    assert not any("sampled with another" in note or "tell" in note for note in results(tmp_path, "given")["notes"])
+    rows = kept_lines(given[1])
+    rows[2]["model"]["fingerprint"], rows[3]["sampling"]["max_new_tokens"] = None, 5
+    given[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(*models, "--answers", *given, output="given")[0] == 0
+    assert results(tmp_path, "given")["notes"][:2] == [
+        f"{given[1]} does not tell whose answers it has, as a server answered: that they are those of other is not "
+        "checked.",
+        "The answers of other were sampled with another max_new_tokens than those of start.",
+    ]
+
+
 def test_tempered_samples_have_no_kl_divergence(
     run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
 ) -> None:

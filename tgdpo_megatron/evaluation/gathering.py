@@ -180,6 +180,12 @@ def _sequences(
     notes = []
     for name, some in list(answers.items())[1:]:
         sequences = of_answers(some, tokenizer, kept[name])
+        if sequences is None:
+            notes.append(
+                f"No KL divergence of {name}: the chat template makes other tokens of the prompts than those that were "
+                "answered; give it as it was, with data.template and data.chat_template_kwargs."
+            )
+            continue
         sampled = [tokens for answered in some for tokens in answered.num_tokens]
         other = np.mean([len(one.ids) - one.prompt != tokens for one, tokens in zip(sequences, sampled, strict=True)])
         words = f"{percent(float(other))} of the answers of {name} were written in other tokens than their texts have"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tgdpo_megatron.checkpoint.sources import Source, check_unconverted, find
+from tgdpo_megatron.checkpoint.sources import Source, check_unconverted, content_hash, find
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.errors import UserError
 
@@ -31,6 +32,11 @@ class Model:
     def file(self) -> str:
         """The name of its file of answers."""
         return (re.sub(r"[^\w.-]+", "-", self.name).strip("-.") or "model") + ".jsonl"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As the lines of a file of its answers have it."""
+        return content_hash(self.source.folder)
 
 
 def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:

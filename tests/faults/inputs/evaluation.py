@@ -24,7 +24,7 @@ def compared(name: str, says: str, *arguments: str, **more: Any) -> BadInput:
     return BadInput(name, ("tools.compare", "--output", "out", *arguments), says, **more)
 
 
-def answered(prompt: str, n: int = 1) -> str:
+def answered(prompt: str, n: int = 1, **more: Any) -> str:
     """A line of a file of answers."""
     of_answers = {
         "all_generated_responses": ["Five."] * n,
@@ -33,7 +33,7 @@ def answered(prompt: str, n: int = 1) -> str:
         "seeds": [0] * n,
     }
     named: dict[str, Any] = {"prompt": prompt, "format_prompt": prompt, "prompt_id": "0", "model": {}, "source": {}}
-    return json.dumps({**named, **of_answers, "sampling": {}}) + "\n"
+    return json.dumps({**named, **of_answers, "sampling": {}, **more}) + "\n"
 
 
 def given(name: str, other: str, says: str) -> BadInput:
@@ -132,5 +132,11 @@ ENTRIES = [
         "more answers to one prompt than to another",
         answered("Add 2 and 3.") + answered("Name a colour.", 2),
         "b.jsonl: has 1 answer to one prompt and 2 answers to another; give as many.",
+    ),
+    given(
+        "answers of another model",
+        answered("Add 2 and 3.") + answered("Name a colour.", model={"name": "runs/dpo/hf", "fingerprint": "0" * 64}),
+        "b.jsonl: has answers of runs/dpo/hf, whose files are not those of b now; give one file for each model, in the "
+        "order of the models, or sample the answers again.",
     ),
 ]
