@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
@@ -26,9 +24,11 @@ from tgdpo_megatron.evaluation.models import Model, find_models
 from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
 from tgdpo_megatron.sampling.engine import Sampling, max_length_of
+from tools.annotate import smaller_batches
 
 if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs
+    from tgdpo_megatron.evaluation.comparison import AnswerNumbers
     from tgdpo_megatron.sampling.answers import Answered
 
 
@@ -141,20 +141,26 @@ def compare(
     device, answers = _device(parsed), read_aligned(files)
     notes = check_origins(models, answers, files)
     kept = {name: read_ids(ids_file(path)) for name, path in files.items()}
-    pairs_of, ratios, left_out = with_log_probs(
-        models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
-    )
+    with smaller_batches(parsed.batch_tokens):
+        pairs_of, ratios, left_out = with_log_probs(
+            models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
+        )
     notes += left_out
-    is_bradley_terry, scores, made_with = False, dict[str, Any](), _made_with(models, pairs, answers, parsed)
+    scores, start_scores, is_bradley_terry = dict[str, Any](), dict[str, Any](), False
+    made_with = _made_with(models, pairs, answers, parsed)
     if parsed.scorer:
-        scorer = open_scorer(parsed.scorer, device=device)
-        scores, is_bradley_terry = scores_of(answers, scorer), scorer.is_bradley_terry
+        scorer = open_scorer(parsed.scorer, batch_tokens=parsed.batch_tokens, device=device)
+        is_bradley_terry = scorer.is_bradley_terry
+        with smaller_batches(parsed.batch_tokens):
+            scores, start_scores = scores_of(answers, scorer)
         made_with["reward model"] = f"{scorer.name}, fingerprint {scorer.fingerprint}"
-        notes += _not_scored(scores)
     numbers = {
-        name: answer_numbers(some, scores=scores.get(name), log_ratios=ratios.get(name))
+        name: answer_numbers(
+            some, scores=scores.get(name), start_scores=start_scores.get(name), log_ratios=ratios.get(name)
+        )
         for name, some in answers.items()
     }
+    notes += _not_scored(numbers) if parsed.scorer else []
     comparison = compared(pairs_of, numbers, is_bradley_terry=is_bradley_terry)
     for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
         print("", *_aligned(table), sep="\n")
@@ -180,9 +186,11 @@ def _device(parsed: argparse.Namespace) -> Any:
     return torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _not_scored(scores: Mapping[str, np.ndarray]) -> list[str]:
+def _not_scored(numbers: Mapping[str, AnswerNumbers]) -> list[str]:
     """A sentence where prompts have an answer that is too long for the reward model."""
-    short = np.all([np.isfinite(some).all(axis=1) for some in scores.values()], axis=0)
+    from tgdpo_megatron.evaluation.comparison import with_scores
+
+    short = with_scores(numbers)
     left_out = len(short) - int(short.sum())
     words = f"{left_out} of {len(short)} prompts have an answer that is too long for the reward model"
     return [f"{words}; no number that is made of scores counts them."] if left_out else []

@@ -15,12 +15,16 @@ import torch
 
 from tests.conftest import PAIRS
 from tests.support.in_process import Program
+from tests.support.reward_models import answered, make_pairrm
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import tokenised
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers, as_json, compared
+from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of
 from tgdpo_megatron.evaluation.log_probs import Tokenised, load_model, response_log_probs
-from tgdpo_megatron.sampling.answers import read_answers
+from tgdpo_megatron.reward_models.opening import open_scorer
+from tgdpo_megatron.reward_models.scorer import Group
+from tgdpo_megatron.sampling.answers import from_json, read_answers
 from tools.compare import main
 
 Run = Callable[..., tuple[int, str]]
@@ -348,6 +352,57 @@ def test_a_prompt_with_an_answer_that_is_too_long_for_the_scorer_counts_for_no_m
         assert "win_rate_soft" not in found[name]
     nothing = {"start": numbers([[nan]]), "a": numbers([[1.0]])}
     assert compared({}, nothing, is_bradley_terry=True).models["a"].keys() == {"tokens", "unfinished", "length_ratio"}
+
+
+def test_numbers_of_scores_are_drawn_among_the_prompts_that_have_some() -> None:
+    """Two of 200: a draw among all would hold none of them in one of seven cases."""
+    scores = np.full((200, 1), np.nan)
+    scores[[3, 150]] = [[1.0], [-1.0]]
+    answers = {"start": numbers(np.zeros((200, 1))), "a": numbers(scores)}
+    with np.errstate(all="raise"):
+        measured = compared({}, answers, is_bradley_terry=True).models["a"]
+    assert set(measured["win_rate"].draws) == {0.0, 0.5, 1.0} and set(measured["reward"].draws) == {-1.0, 0.0, 1.0}
+    controlled = measured["win_rate_length_controlled"].draws
+    assert {round(rate, 2) for rate in controlled} == {
+        0.27,
+        0.5,
+        0.73,
+    }  # σ(−1), σ(0) and σ(1), all answers being as long
+    assert len(set(measured["tokens"].draws)) == 1
+
+
+def test_two_models_have_one_win_rate_by_pairrm_whatever_the_others_are(tmp_path: Path) -> None:
+    """PairRM's score is a mean over all answers that it is given: with all three models' it would be 1/4 and 1/2."""
+    scorer = open_scorer(make_pairrm(tmp_path / "pairrm"), device=torch.device("cpu"))
+    texts = {
+        "start": ["Blue say", "say the"],
+        "one": ["The you 5. the", "The is the like"],
+        "two": ["the", "like the Blue"],
+    }
+    answers = {
+        name: [from_json(answered(prompt, some), where="a line") for prompt in ("Name a colour.", "Add 2 and 3.")]
+        for name, some in texts.items()
+    }
+
+    def found(*names: str) -> dict[str, AnswerNumbers]:
+        some = {name: answers[name] for name in names}
+        scores, of_start = scores_of(some, scorer)
+        return {
+            name: answer_numbers(lines, scores=scores.get(name), start_scores=of_start.get(name))
+            for name, lines in some.items()
+        }
+
+    all_three = compared({}, found("start", "one", "two"), is_bradley_terry=False)
+    for name in ("one", "two"):
+        alone = compared({}, found("start", name), is_bradley_terry=False).models[name]
+        assert all_three.models[name]["win_rate"].value == alone["win_rate"].value
+        wins = []
+        for prompt in range(2):
+            group = Group(answers[name][prompt].messages, [*texts["start"], *texts[name]])
+            ((*theirs, first, second),) = scorer.scores([group])
+            wins += [(ours > other) + (ours == other) / 2 for ours in (first, second) for other in theirs]
+        assert alone["win_rate"].value == np.mean(wins)
+    assert "reward" not in all_three.models["start"] and "reward" in all_three.models["one"]
 
 
 def test_pairs_of_one_prompt_are_drawn_together() -> None:

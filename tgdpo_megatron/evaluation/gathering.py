@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,11 @@ def is_plain(answers: Mapping[str, Sequence[Answered]]) -> bool:
 
 
 def answer_numbers(
-    answers: Sequence[Answered], *, scores: np.ndarray | None = None, log_ratios: np.ndarray | None = None
+    answers: Sequence[Answered],
+    *,
+    scores: np.ndarray | None = None,
+    start_scores: np.ndarray | None = None,
+    log_ratios: np.ndarray | None = None,
 ) -> AnswerNumbers:
     """The numbers of a model's answers: their lengths and ends, and what else is known. Arguments as the attributes."""
     return AnswerNumbers(
@@ -91,22 +95,46 @@ def answer_numbers(
         ),
         unfinished=np.array([[reason == "length" for reason in answered.finish_reasons] for answered in answers]),
         scores=scores,
+        start_scores=start_scores,
         log_ratios=log_ratios,
     )
 
 
-def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict[str, np.ndarray]:
-    """A reward model's scores of every model's answers. It reads all models' answers to a prompt together.
+Scores = dict[str, np.ndarray]
+"""Name of a model -> a score of each answer, NaN where it is too long for the reward model. [P, n] float64."""
+
+
+def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> tuple[Scores, Scores]:
+    """A reward model's scores of every model's answers, the start's first, and of the start's that they are read with.
+
+    PairRM's scores depend on what is scored together, so it reads the answers of every model with those of the start
+    alone: else the win rate of two models would change with a third. The start then has no scores of its own.
 
     Returns:
-        By the names of the models; NaN for an answer that is too long for the reward model. Each [P, n] float64.
+        AnswerNumbers.scores and AnswerNumbers.start_scores, of the models that have them.
 
     Raises:
         UserError: The reward model does not take a prompt, or gives a score that is not finite.
     """
+    from tgdpo_megatron.reward_models.pairrm import PairRM
+
+    with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
+        if not isinstance(scorer.model, PairRM):
+            return _scored_together(answers, scorer, bar.update), {}
+        scores, start_scores = Scores(), Scores()
+        start, *others = answers
+        for name in others:
+            found = _scored_together({start: answers[start], name: answers[name]}, scorer, bar.update)
+            start_scores[name], scores[name] = found[start], found[name]
+        return scores, start_scores
+
+
+def _scored_together(
+    answers: Mapping[str, Sequence[Answered]], scorer: Scorer, told: Callable[[int], object]
+) -> Scores:
+    """Scores of some models' answers, for which the reward model reads all answers to a prompt together."""
     from tgdpo_megatron.reward_models.scorer import Group
 
-    together = list(zip(*answers.values(), strict=True))
     groups = (
         Group(
             some[0].messages,
@@ -114,10 +142,9 @@ def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict
             some[0].tools,
             name=f"the prompt {_short(some[0])}",
         )
-        for some in together
+        for some in zip(*answers.values(), strict=True)
     )
-    with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
-        scores = np.stack(list(scorer.scores(groups, bar.update)))
+    scores = np.stack(list(scorer.scores(groups, told)))
     ends = np.cumsum([len(some[0].num_tokens) for some in answers.values()])[:-1]
     return dict(zip(answers, np.split(scores, ends, axis=1), strict=True))
 
