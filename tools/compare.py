@@ -31,12 +31,25 @@ if TYPE_CHECKING:
     from tgdpo_megatron.evaluation.comparison import AnswerNumbers
     from tgdpo_megatron.sampling.answers import Answered
 
+SAMPLED: dict[str, float | None] = {
+    "n": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 1024,
+    "max_prompt_tokens": None,
+    "seed": 0,
+    "batch_size": 32,
+}
+"""Options that say how prompts are answered -> what they are where they are not given."""
+
 
 def main() -> None:
     with one_sentence_errors():
         parsed = _parser().parse_intermixed_args()
         data = changed(Config(), [given for given in parsed.models if given.startswith("data.")]).data
         _check(parsed)
+        vars(parsed).update({name: usual for name, usual in SAMPLED.items() if getattr(parsed, name) is None})
+        at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
         settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)
         settings.check()
         models = find_models([given for given in parsed.models if not given.startswith("data.")], data)
@@ -61,7 +74,12 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
     if parsed.scorer and not (parsed.prompts or parsed.answers):
         raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
-    at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
+    for name in SAMPLED:
+        if not parsed.prompts and getattr(parsed, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(parsed, name)}: says how prompts are answered, and none are "
+                "given with --prompts; leave it out."
+            )
 
 
 def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
@@ -114,7 +132,9 @@ def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Samp
         batch_size=parsed.batch_size,
         device=parsed.device,
     )
-    encoded = encode_prompts(prompts, engine.tokenizer, data, max_length=engine.max_length)
+    encoded = encode_prompts(
+        prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens
+    )
     tally, _ = sample(KeepsIds(engine, ids_file(file)), encoded, file, settings=settings, n=parsed.n, seed=parsed.seed)
     left_out = "".join(f"; left out: {reason} (row {few(rows)})" for reason, rows in prompts.left_out.items())
     print(f"{file}: {tally.prompts} prompts, {tally.answers} answers{left_out}")
@@ -230,7 +250,7 @@ def _parser() -> CommandLine:
     parser = CommandLine(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    said = "(default: %(default)s)"
+    usual = {name: f"(default: {value})" for name, value in SAMPLED.items()}
     parser.add_argument(
         "models",
         nargs="+",
@@ -244,13 +264,16 @@ def _parser() -> CommandLine:
         "--answers", type=Path, nargs="+", metavar="FILE", help="in place of --prompts: each model's answers, in order"
     )
     parser.add_argument("--scorer", type=Path, metavar="REWARD_MODEL", help="folder or name on a hub")
-    parser.add_argument("--n", type=int, default=1, help=f"answers to each prompt {said}")
-    parser.add_argument("--temperature", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
-    parser.add_argument("--top-p", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help=f"longest answer {said}")
-    parser.add_argument("--seed", type=int, default=0, help=f"of the sampling {said}")
-    parser.add_argument("--batch-size", type=int, default=32, help=f"answers sampled at once {said}")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help=f"tokens scored at once {said}")
+    parser.add_argument("--n", type=int, help=f"answers to each prompt {usual['n']}")
+    parser.add_argument("--temperature", type=float, help=f"only 1 gives a KL divergence {usual['temperature']}")
+    parser.add_argument("--top-p", type=float, help=f"only 1 gives a KL divergence {usual['top_p']}")
+    parser.add_argument("--max-new-tokens", type=int, help=f"longest answer {usual['max_new_tokens']}")
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, help="leave longer prompts out; default: refuse what is too long"
+    )
+    parser.add_argument("--seed", type=int, help=f"of the sampling {usual['seed']}")
+    parser.add_argument("--batch-size", type=int, help=f"answers sampled at once {usual['batch_size']}")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens scored at once (default: %(default)s)")
     parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers, as_json, compared
 from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of
 from tgdpo_megatron.evaluation.log_probs import Tokenised, load_model, response_log_probs
+from tgdpo_megatron.reward_models.classifier import Classifier
 from tgdpo_megatron.reward_models.opening import open_scorer
-from tgdpo_megatron.reward_models.scorer import Group
+from tgdpo_megatron.reward_models.scorer import Group, Tokens
 from tgdpo_megatron.sampling.answers import from_json, read_answers
 from tools.compare import main
 
@@ -450,10 +451,54 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
         ((hf_model, other, "--prompts", pairs_file, "--scorer", other), "is no reward model that is known"),
         ((hf_model, other, "--prompts", pairs_file, "--n", 0), "--n 0: give 1 or more."),
         ((hf_model, other, "--answers", pairs_file), "--answers: 1 file for 2 models; give one for each"),
+        ((hf_model, other, "--n", 1, "--answers", pairs_file, pairs_file), "--n 1: says how prompts are answered, and"),
+        ((hf_model, other, *pairs, "--max-new-tokens", 8), "--max-new-tokens 8: says how prompts are answered, and"),
     ):
         code, said = run(*arguments)
         assert code == 2 and says in said, (said, says)
     assert not (tmp_path / "out" / "answers").exists()
+
+
+def test_a_folder_whose_path_has_an_equals_sign_is_a_model(
+    run: Run, hf_model: Path, other: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """As a sweep names its runs. With a name before it, the name ends at the first sign."""
+    (tmp_path / "lr=1e-6").mkdir()
+    folder = tmp_path / "lr=1e-6" / "hf"
+    folder.symlink_to(other)
+    for given, name in ((str(folder), str(folder)), (f"dpo={folder}", "dpo")):
+        code, said = run(f"start={hf_model}", given, "--pairs", pairs_file)
+        assert code == 0 and list(results(tmp_path)["models"]) == ["start", name], said
+
+
+def test_prompts_that_are_too_long_are_left_out_where_that_is_asked_for(
+    run: Run, hf_model: Path, other: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Add 2 and 3.\n" + "word " * 300 + "\n")
+    command = (hf_model, other, "--prompts", prompts, "--max-new-tokens", 4)
+    code, said = run(*command)
+    assert code == 2 and said.endswith("leave long prompts out with --max-prompt-tokens.")
+    code, said = run(*command, "--max-prompt-tokens", 64)
+    assert code == 0 and "1 prompts, 1 answers; left out: longer than 64 tokens (row 2)" in said
+
+
+def test_memory_that_runs_out_while_scoring_is_spared_by_smaller_batches(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers_of = Classifier.numbers
+
+    def with_little_memory(model: Classifier, sequences: Sequence[Tokens]) -> torch.Tensor:
+        if len(sequences) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return numbers_of(model, sequences)
+
+    monkeypatch.setattr(Classifier, "numbers", with_little_memory)
+    code, said = run(hf_model, other, *sampled)
+    assert code == 2 and said == (
+        "memory ran out with --batch-tokens 4096; give a smaller number, or a larger machine."
+    )
+    assert run(hf_model, other, *sampled, "--batch-tokens", 1)[0] == 0
 
 
 def test_files_of_answers_must_answer_the_same_prompts(

@@ -44,6 +44,7 @@ def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:
 
     Args:
         given: Folders, or names on a hub, with another name for the tables before it where there is one: `dpo=FOLDER`.
+            What is a folder as it stands has no such name, whatever its path holds.
         data: `template` and `chat_template_kwargs` are those of all models.
 
     Raises:
@@ -55,8 +56,8 @@ def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:
     if len(given) < 2:
         raise UserError("a comparison needs the model that was started from and at least one other; give both.")
     named = [
-        (name, Path(path)) if equals else (name, Path(name))
-        for name, equals, path in (text.partition("=") for text in given)
+        (name, Path(path)) if equals and not Path(text).exists() else (text, Path(text))
+        for text, (name, equals, path) in ((text, text.partition("=")) for text in given)
     ]
     sources = [_source(path) for _, path in named]
     models = [

@@ -112,6 +112,11 @@ ENTRIES = [
         *("hf", "a=hf", "--prompts", "pairs.jsonl", "--answers", "a.jsonl", "b.jsonl"),
     ),
     compared(
+        "settings of a sampling that was done before",
+        "--temperature 0.7: says how prompts are answered, and none are given with --prompts; leave it out.",
+        *("hf", "a=hf", "--temperature", "0.7", "--answers", "a.jsonl", "b.jsonl"),
+    ),
+    compared(
         "a language model as a scorer",
         "hf: holds 'LlamaForCausalLM', which is no reward model that is known; known are sequence classifiers with one "
         "label (…ForSequenceClassification), ArmoRM and PairRM.",
