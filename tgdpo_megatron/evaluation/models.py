@@ -44,7 +44,6 @@ def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:
 
     Args:
         given: Folders, or names on a hub, with another name for the tables before it where there is one: `dpo=FOLDER`.
-            What is a folder as it stands has no such name, whatever its path holds.
         data: `template` and `chat_template_kwargs` are those of all models.
 
     Raises:
@@ -55,10 +54,7 @@ def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:
 
     if len(given) < 2:
         raise UserError("a comparison needs the model that was started from and at least one other; give both.")
-    named = [
-        (name, Path(path)) if equals and not Path(text).exists() else (text, Path(text))
-        for text, (name, equals, path) in ((text, text.partition("=")) for text in given)
-    ]
+    named = [_named(text) for text in given]
     sources = [_source(path) for _, path in named]
     models = [
         Model(name, source, tokenizer_for(source.folder, data))
@@ -83,6 +79,12 @@ def find_models(given: Sequence[str], data: DataConfig) -> list[Model]:
                 "data.template=FILE.jinja."
             )
     return models
+
+
+def _named(given: str) -> tuple[str, Path]:
+    """What tables call a model, and its folder or its name on a hub. The path of a folder may hold an `=` itself."""
+    name, equals, path = given.partition("=")
+    return (name, Path(path)) if equals and not Path(given).exists() else (given, Path(given))
 
 
 def _source(given: Path) -> Source:
