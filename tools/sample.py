@@ -49,6 +49,8 @@ def data_settings(changes: Sequence[str]) -> DataConfig:
 def shard_of(prompts: Prompts, shard: str) -> None:
     """Leave the i-th of n parts of the prompts, where `shard` is i/n. Parts follow each other, so that files join.
 
+    Each prompt's source says which part it is in, lest the file go on with another.
+
     Raises:
         UserError: `shard` is no such thing.
     """
@@ -60,6 +62,9 @@ def shard_of(prompts: Prompts, shard: str) -> None:
     prompts.asked = prompts.asked[count * (part - 1) // parts : count * part // parts]
     if not prompts.asked:
         raise UserError(f"--shard {shard}: this part of the {count} prompts is empty; make fewer parts.")
+    if parts > 1:
+        for text in prompts.asked:
+            prompts.sources[text.row]["shard"] = f"{part}/{parts}"
 
 
 def report(output: Path, tally: Tally, before: Tally, seconds: float, left_out: dict[str, list[int]]) -> str:
@@ -104,6 +109,7 @@ def _parser() -> CommandLine:
     )
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers", help=f"who answers {said}")
     parser.add_argument("--batch-size", type=int, default=32, help=f"transformers: answers computed at once {said}")
+    parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--url", default="", help="http: where the server listens, such as http://localhost:8000")
     parser.add_argument("--served-model", default="", help="http: what the server calls the model; default: MODEL")
     parser.add_argument("--concurrency", type=int, default=64, help=f"http: requests under way at once {said}")
@@ -145,6 +151,7 @@ def main() -> None:
             batch_size=parsed.batch_size,
             concurrency=parsed.concurrency,
             retries=parsed.retries,
+            device=parsed.device,
         )
         encoded = encode_prompts(
             prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens

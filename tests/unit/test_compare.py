@@ -177,7 +177,7 @@ def test_numbers_of_answers_are_those_of_plain_loops(
 
     run(f"start={hf_model}", f"other={other}", *sampled)
     found, tokenizer = results(tmp_path)["models"], load_tokenizer(hf_model)
-    kept = {(prompt, place): ids for prompt, place, ids in kept_lines(tmp_path / "out" / "answers" / "other.ids.jsonl")}
+    kept = {(prompt, place): ids for prompt, place, ids in kept_lines(tmp_path / "out" / "answers" / "other.ids")}
     lines = {name: list(read_answers(tmp_path / "out" / "answers" / f"{name}.jsonl")) for name in ("start", "other")}
     judge, start, trained = AutoModelForSequenceClassification.from_pretrained(scorer), loaded(hf_model), loaded(other)
 
@@ -239,7 +239,7 @@ def test_texts_whose_tokens_are_not_known_give_no_kl_divergence(
     """A random model writes in other tokens than its tokenizer. Ids of another text, and torn lines, are not taken."""
     run(f"start={hf_model}", f"other={other}", *sampled)
     given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
-    ids = given[1].with_suffix(".ids.jsonl")
+    ids = given[1].with_suffix(".ids")
     lines = kept_lines(ids)
     assert len(lines) == 3 * len(PAIRS)
     for damaged in ("", json.dumps(lines[0])[:-3], "".join(json.dumps([*line[:2], [5, 6]]) + "\n" for line in lines)):

@@ -94,8 +94,9 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
     run: Run, hf_model: Path, server: Completions, tmp_path: Path
 ) -> None:
     assert run("--keep-ids")[0] == 0
-    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids.jsonl")
+    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids")
     assert len(kept) == 12
+    assert [path.name for path in tmp_path.glob("answers*.jsonl")] == ["answers.jsonl"], "cat takes no ids"
     tokenizer = open_engine(hf_model).tokenizer
     for line in lines:
         for number, text in enumerate(line.all_generated_responses):
@@ -104,7 +105,7 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
     with changed(server, says_ids=False):
         run("--keep-ids", "--engine", "http", "--url", server.url, output="there.jsonl")
-    assert not read_ids(tmp_path / "there.ids.jsonl")
+    assert not read_ids(tmp_path / "there.ids")
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:
@@ -116,6 +117,22 @@ def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_pat
         (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
         assert run()[0] == 0
         assert (tmp_path / "answers.jsonl").read_bytes() == whole, left
+
+
+def test_prompts_that_the_template_writes_alike_are_answered_once_also_after_an_interruption(
+    run: Run, hf_model: Path, tmp_path: Path
+) -> None:
+    """Counted twice, they would shift all blocks that begin after them."""
+    prompts = tmp_path / "alike.txt"
+    prompts.write_text("\n".join([TEXTS[0], f"{TEXTS[0]} ", f"{TEXTS[0]}  ", *TEXTS[1:], f" {TEXTS[4]}"]))
+    given = (str(hf_model), str(prompts))
+    code, said = run(given=given, output="whole.jsonl")
+    assert code == 0 and "6 prompts, 12 answers" in said and "left out: the prompt was there before: 3 (row 2," in said
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for left in (1, 4, 5):
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]))
+        assert run(given=given)[0] == 0
+        assert (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True) == lines, left
 
 
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
@@ -165,12 +182,60 @@ def test_a_file_of_another_model_or_of_something_else_is_refused(
     assert code == 2 and "line 1: no field 'format_prompt'" in said
 
 
+def test_a_file_goes_on_with_the_servers_model_that_it_was_begun_with(
+    run: Run, server: Completions, tmp_path: Path
+) -> None:
+    over_http = ("--engine", "http", "--url", server.url, "--served-model")
+    with changed(server, name="start"):
+        assert run(*over_http, "start")[0] == 0
+    lines = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:2]))
+    with changed(server, name="aligned"):
+        code, said = run(*over_http, "aligned")
+    assert code == 2 and "line 1: was sampled with the server's model start, and this run has aligned; go on" in said
+    assert (tmp_path / "answers.jsonl").read_bytes() == b"".join(lines[:2])
+
+
 def test_shards_joined_are_the_whole(run: Run, tmp_path: Path) -> None:
     run(output="whole.jsonl")
     for part in ("1/3", "2/3", "3/3"):
         assert run("--shard", part, output=f"part-{part[0]}.jsonl")[0] == 0
-    joined = b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3))
-    assert joined == (tmp_path / "whole.jsonl").read_bytes()
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3)))
+    lines = list(read_answers(joined))
+    assert [line.source.pop("shard") for line in lines] == ["1/3", "1/3", "2/3", "2/3", "3/3", "3/3"]
+    assert lines == list(read_answers(tmp_path / "whole.jsonl"))
+
+
+def test_a_part_goes_on_as_the_part_that_it_was_begun_as(run: Run, tmp_path: Path) -> None:
+    """Otherwise it would answer prompts that another part answers as well."""
+    output = tmp_path / "answers.jsonl"
+    assert run("--shard", "1/3")[0] == 0
+    before = output.read_bytes()
+    for shard, now in ((("--shard", "1/2"), "1/2"), ((), "1/1")):
+        code, said = run(*shard)
+        assert (code, output.read_bytes()) == (2, before)
+        assert said == (
+            f"{output} line 1: was sampled with --shard 1/3, and this run has {now}; go on with the old one, or give "
+            "another --output."
+        )
+    code, said = run("--shard", "1/3")
+    assert code == 0 and "nothing was left to do" in said and output.read_bytes() == before
+
+
+def test_a_part_that_does_not_say_so_goes_on(run: Run, tmp_path: Path) -> None:
+    """As earlier versions left them."""
+    output = tmp_path / "answers.jsonl"
+    run("--shard", "1/2")
+    after = list(read_answers(output))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        del line["source"]["shard"]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert run("--shard", "1/2")[0] == 0
+    assert [line.all_generated_responses for line in read_answers(output)] == [
+        line.all_generated_responses for line in after
+    ]
 
 
 def test_two_jobs_do_not_write_one_file(run: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tgdpo_megatron.bounded import LIMIT, decoded, parse_json
 from tgdpo_megatron.data.tokenizer import template_hash
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_lock import alone
+from tgdpo_megatron.run_lock import alone, resumable, write_all
 from tgdpo_megatron.sampling.answers import Answered, as_line, from_json
 from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 from tgdpo_megatron.sampling.prompts import Prompt
@@ -82,7 +82,8 @@ def sample(
             for prompt in rest:
                 seeds = [request.own_seed for request in requests(prompt)]
                 answered = _answered(prompt, list(islice(answers, n)), seeds, identity)
-                _write(file, output, as_line(answered))
+                with resumable(output, "answers"):
+                    write_all(file, as_line(answered))
                 tally.add(answered)
                 bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts", refresh=False)
     return tally, before
@@ -131,16 +132,30 @@ def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: di
     return kept
 
 
+_OF_MODELS = {
+    "name": "the model's name",
+    "fingerprint": "the model's fingerprint",
+    "served": "the server's model",
+}
+"""What a field of a line's `model` is called in a sentence."""
+
+
 def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prompt], identity: dict[str, Any]) -> None:
     """Refuse a line that this run would not have written."""
     for group, now in identity.items():
         was = getattr(answered, group)
         if other := next((name for name, value in now.items() if was.get(name) != value), None):
-            what = "the model's " if group == "model" else ""
+            what = _OF_MODELS.get(other, other)
             raise UserError(
-                f"{output} line {number}: was sampled with {what}{other} {was.get(other)}, and this run has "
+                f"{output} line {number}: was sampled with {what} {was.get(other)}, and this run has "
                 f"{now[other]}; go on with the old one, or give another --output."
             )
+    part, part_now = answered.source.get("shard"), prompts[0].source.get("shard", "1/1")
+    if part not in (None, part_now):  # None: all prompts, or a part that an earlier version sampled
+        raise UserError(
+            f"{output} line {number}: was sampled with --shard {part}, and this run has {part_now}; go on with the old "
+            "one, or give another --output."
+        )
     if number > len(prompts):
         raise UserError(
             f"{output}: holds answers to more than these {len(prompts)} prompts; give the prompts that it was begun "
@@ -151,20 +166,3 @@ def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prom
             f"{output} line {number}: answers another prompt than row {prompts[number - 1].source['row']} of the "
             "prompts now; give those that it was begun with, in their order, or another --output."
         )
-
-
-def _write(file: io.FileIO, output: Path, line: bytes) -> None:
-    """Write a whole line, at once.
-
-    Raises:
-        UserError: The disk is full, or refuses for another reason.
-    """
-    rest = memoryview(line)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); the answers so far are kept: mend that, and give the "
-            "same command again."
-        ) from None

@@ -48,10 +48,9 @@ def _begun_with_a_margin(folder: Path) -> None:
     from tgdpo_megatron.checkpoint.sources import content_hash
     from tgdpo_megatron.reward_models.annotation import Report, settings_of
     from tgdpo_megatron.reward_models.pairing import Rules
-    from tgdpo_megatron.reward_models.scorer import BATCH_TOKENS
 
     scorer = {"name": "scorer", "fingerprint": content_hash(folder / "scorer")}
-    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5), BATCH_TOKENS)
+    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5))
     (folder / "out.report.json").write_text(json.dumps(asdict(Report(settings))), encoding="utf-8")
     (folder / "out.jsonl").touch()
 
@@ -150,6 +149,20 @@ ENTRIES = [
         annotate(answers=("one.jsonl", "two.jsonl")),
         "two.jsonl prompt 1: the answers are another model's than those of one.jsonl prompt 1; annotate them apart.",
         files={name: lines(answered("a", ["b", "c"], model=name)) for name in ("one.jsonl", "two.jsonl")},
+    ),
+    BadInput(
+        "answers of two temperatures together",
+        annotate(answers=("one.jsonl", "two.jsonl")),
+        "two.jsonl prompt 1: was sampled with temperature 1.2, and one.jsonl prompt 1 with 0.8; annotate them apart.",
+        files={
+            name: lines(answered("a", ["b", "c"], sampling={"temperature": temperature}))
+            for name, temperature in {"one.jsonl": 0.8, "two.jsonl": 1.2}.items()
+        },
+    ),
+    BadInput(
+        "a device that is not there to score on",
+        annotate("--device", "cuda:99"),
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
     ),
     BadInput(
         "a negative margin",

@@ -110,6 +110,11 @@ ENTRIES = [
         "--engine=http",
         "--url=http://127.0.0.1:1",
     ),
+    option(
+        "a device that is not there to sample on",
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
+        "--device=cuda:99",
+    ),
     option("a model that is not there to sample from", "no: no such folder; a model on a hub is named *.", model="no"),
     option(
         "a Megatron checkpoint to sample from",
@@ -132,7 +137,7 @@ ENTRIES = [
     BadInput(
         "code that comes with a model",
         sample(prompts="pairs.jsonl"),
-        "hf: transformers cannot load the model (*).",
+        "hf: the model cannot be loaded (*).",
         make=edit_json("hf/config.json", model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}),
     ),
     option(
