@@ -32,7 +32,7 @@ ALPACA = [
 ]
 ARENA = [
     {"uid": "a1", "category": "hard_prompt", "subcategory": "coding", "prompt": "Write the word tree."},
-    {"uid": "b2", "category": "hard_prompt", "subcategory": "math", "prompt": "Add 4 and 4."},
+    {"uid": "b2", "category": "creative_writing", "subcategory": "creative_writing", "prompt": "Add 4 and 4."},
 ]
 ARENA_BEFORE = [
     {"question_id": row["uid"], "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": row["prompt"]}]}
@@ -139,6 +139,14 @@ def test_arena_hards_dialects_hold_the_same_answers(
             assert list(row["choices"][0]["turns"][0]) == ["content"]
     assert decoding(tmp_path)["sampling"]["temperature"] == 0 and "api_config.yaml" in said
     assert ("arena-hard-v2.0" in said) == (questions is ARENA and written_as == "uid")
+    shown = [line for line in said.split("\n") if line.startswith("python show_result.py")]
+    categories = ["hard_prompt", "creative_writing"] if questions is ARENA else ["arena-hard-v0.1"]
+    version = "v2.0" if questions is ARENA else "v0.1"
+    assert shown == (
+        [f"python show_result.py -b arena-hard-{version} -j JUDGE -c {category}" for category in categories]
+        if written_as == "uid"
+        else ["python show_result.py"]
+    )
 
 
 def test_arena_hards_metadata_counts_markdown_outside_of_code() -> None:
@@ -174,28 +182,44 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
         return 400 if number >= 66 else 0
 
     with served(Completions(hf_model, str(hf_model))) as server:
-        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "4")
-        assert run("alpaca-eval", questions, *over_http)[0] == 0
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency")
+        assert run("alpaca-eval", questions, *over_http, "4")[0] == 0
         whole = (tmp_path / "out" / "tiny-1.5.json").read_bytes()
         for path in (tmp_path / "out").iterdir():
             path.unlink()
         server.asked.clear()
         server.fails = fails
-        code, said = run("alpaca-eval", questions, *over_http)
+        code, said = run("alpaca-eval", questions, *over_http, "1")
         assert code == 2 and "400" in said
         assert not (tmp_path / "out" / "tiny-1.5.json").exists()
-        assert [line["question"] for line in lines(part)] == list(range(1, 65))
+        assert [line["question"] for line in lines(part)] == list(range(1, 67))
         assert refused == [f"{part}: another job writes it; wait for its end, or give another --output."]
         with part.open("ab") as file:
-            file.write(b'{"question": 65, "texts": ["' + "你".encode()[:2])
+            file.write(b'{"question": 67, "texts": ["' + "你".encode()[:2])
         server.fails = lambda number: 0
         server.asked.clear()
-        assert run("alpaca-eval", questions, *over_http)[0] == 0
-        assert len({tuple(request["prompt"]) for request in server.asked}) == 6
+        assert run("alpaca-eval", questions, *over_http, "4")[0] == 0
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 4
         assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole and not part.exists()
         server.asked.clear()
-        code, said = run("alpaca-eval", questions, *over_http)
+        code, said = run("alpaca-eval", questions, *over_http, "4")
         assert code == 0 and "answers to 70 questions" in said and server.asked == []
+
+
+def test_a_question_whose_last_turn_is_answered_is_kept_where_the_server_dies_after_it(
+    run: Run, hf_model: Path, tmp_path: Path
+) -> None:
+    """Of three questions the fifth request is the second one's second turn. Tries are as many as asked for."""
+    with served(Completions(hf_model, str(hf_model))) as server:
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "1", "--retries", "0")
+        server.fails = lambda number: 503 if number >= 4 else 0
+        code, said = run("mt-bench", MT_BENCH, *over_http)
+        assert code == 2 and "no answer after 1 tries" in said
+        assert [line["question"] for line in lines(tmp_path / "out" / "tiny-1.5.part")] == [81]
+        server.fails = lambda number: 0
+        server.asked.clear()
+        assert run("mt-bench", MT_BENCH, *over_http)[0] == 0
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 4
 
 
 def test_of_two_commands_at_once_the_second_is_refused(run: Run, tmp_path: Path) -> None:

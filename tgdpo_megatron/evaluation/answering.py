@@ -7,7 +7,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from tgdpo_megatron.data.tokenizer import encode_prompt, template_hash
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.answer_files import Form, Said, check_written, written
 from tgdpo_megatron.evaluation.questions import Question
-from tgdpo_megatron.run_lock import alone
+from tgdpo_megatron.run_lock import alone, resumable, write_all
 from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 
 AT_ONCE = 64
-"""Questions, about, that are asked together and kept together."""
+"""Questions, about, that are asked together: the first turn of all, then the second."""
 
 
 def answer(
@@ -130,23 +130,23 @@ def _asked(
 ) -> list[Said]:
     """The answers to all questions, those in `file` first, which is `part` and gets new ones."""
     together = engine.block * -(-AT_ONCE // engine.block)
-    said = _kept(file, part, questions, together)
+    said = _kept(file, part, questions, 1 if engine.block == 1 else together)
     # Tokens are counted as they come, since some questions together may take minutes.
     with tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
         for first in range(len(said), len(questions), together):
             asked = questions[first : first + together]
-            some = _conversations(engine, asked, settings, seed, bar.update)
-            lines = [{"question": question.id, **asdict(one)} for question, one in zip(asked, some, strict=True)]
-            rest = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            while rest:
-                rest = rest[file.write(rest) :]
-            said += some
-            bar.set_postfix_str(f"{len(said)}/{len(questions)} questions")
+            for question, one in zip(asked, _conversations(engine, asked, settings, seed, bar.update), strict=True):
+                line = json.dumps({"question": question.id, **asdict(one)}, ensure_ascii=False) + "\n"
+                with resumable(part, "answers"):
+                    write_all(file, line.encode())
+                said.append(one)
+                bar.set_postfix_str(f"{len(said)}/{len(questions)} questions", refresh=False)
     return said
 
 
 def _kept(file: io.FileIO, part: Path, questions: Sequence[Question], together: int) -> list[Said]:
-    """The answers of an interrupted command, as many as were asked and written together; the file keeps only those.
+    """The answers of an interrupted command, in whole groups of those that have the same bits only together; the file
+    keeps only those.
 
     Raises:
         UserError: The file holds something else than the answers to the first questions.
@@ -175,22 +175,25 @@ def _conversations(
     settings: Callable[[Question], Sampling],
     seed: int,
     told: Callable[[int], object],
-) -> list[Said]:
-    """All turns of some questions: the first of all, then the second of those that have one.
+) -> Iterator[Said]:
+    """All turns of some questions, which have as many: the first of all, then the second.
 
     Args:
         told: Called with numbers of new tokens, as they come.
+
+    Yields:
+        The answers to each question, as soon as it has the last.
     """
-    said = [Said((), (), (), 0.0)] * len(questions)
-    for turn in range(max(len(question.turns) for question in questions)):
-        places = [place for place, question in enumerate(questions) if len(question.turns) > turn]
+    said: Iterable[Said] = [Said((), (), (), 0.0)] * len(questions)
+    for _ in questions[0].turns:
+        before = list(said)
         requests = [
-            Request(_prompt(engine, questions[place], said[place]), 0, seed, settings(questions[place]))
-            for place in places
+            Request(_prompt(engine, question, one), 0, seed, settings(question))
+            for question, one in zip(questions, before, strict=True)
         ]
-        for place, found in zip(places, engine.answers(requests, told), strict=True):
-            said[place] = _with(said[place], found, engine.tokenizer)
-    return said
+        answers = engine.answers(requests, told)
+        said = (_with(one, found, engine.tokenizer) for one, found in zip(before, answers, strict=True))
+    yield from said
 
 
 def _prompt(engine: Engine, question: Question, said: Said) -> tuple[int, ...]:
