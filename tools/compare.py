@@ -52,7 +52,8 @@ def main() -> None:
         at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
         settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)
         settings.check()
-        models = find_models([given for given in parsed.models if not given.startswith("data.")], data)
+        given = [given for given in parsed.models if not given.startswith("data.")]
+        models = find_models(given, data, of_same_tokens=parsed.pairs is not None)
         if parsed.scorer:
             identify(parsed.scorer)  # what is no reward model is refused before hours of sampling
         from tgdpo_megatron.run_folder import check_writable
@@ -74,6 +75,11 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
     if parsed.scorer and not (parsed.prompts or parsed.answers):
         raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
+    if parsed.no_kl and not (parsed.prompts or parsed.answers):
+        raise UserError("--no-kl: a KL divergence is made of answers, and there are none; leave it out.")
+    for given in map(str, parsed.answers or ()):
+        if given.startswith("data."):
+            raise UserError(f"--answers … {given}: is a setting, not a file; give it before --answers.")
     for name in SAMPLED:
         if not parsed.prompts and getattr(parsed, name) is not None:
             raise UserError(
@@ -151,6 +157,7 @@ def compare(
     Args:
         files: Of every model's answers, as files_of_answers gives them.
     """
+    from tgdpo_megatron.checkpoint.hf_models import device_of
     from tgdpo_megatron.data.tokenizer import special_texts
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
@@ -158,21 +165,21 @@ def compare(
     from tgdpo_megatron.evaluation.origins import check_origins
     from tgdpo_megatron.sampling.kept_ids import ids_file, read_ids
 
-    device, answers = _device(parsed), read_aligned(files)
+    device, answers = device_of(parsed.device), read_aligned(files)
     notes = check_origins(models, answers, files)
     kept = {name: read_ids(ids_file(path)) for name, path in files.items()}
     with smaller_batches(parsed.batch_tokens):
         pairs_of, ratios, left_out = with_log_probs(
-            models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
+            models, pairs, {} if parsed.no_kl else answers, kept, device=device, batch_tokens=parsed.batch_tokens
         )
     notes += left_out
-    scores, start_scores, is_bradley_terry = dict[str, Any](), dict[str, Any](), False
+    scores, start_scores, is_bradley_terry, refused = dict[str, Any](), dict[str, Any](), False, 0
     made_with = _made_with(models, pairs, answers, parsed)
     if parsed.scorer:
         scorer = open_scorer(parsed.scorer, batch_tokens=parsed.batch_tokens, device=device)
         is_bradley_terry = scorer.is_bradley_terry
         with smaller_batches(parsed.batch_tokens):
-            scores, start_scores = scores_of(answers, scorer)
+            scores, start_scores, refused = scores_of(answers, scorer)
         made_with["reward model"] = f"{scorer.name}, fingerprint {scorer.fingerprint}"
     numbers = {
         name: answer_numbers(
@@ -180,7 +187,7 @@ def compare(
         )
         for name, some in answers.items()
     }
-    notes += _not_scored(numbers) if parsed.scorer else []
+    notes += _not_scored(numbers, refused) if parsed.scorer else []
     comparison = compared(pairs_of, numbers, is_bradley_terry=is_bradley_terry)
     for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
         print("", *_aligned(table), sep="\n")
@@ -200,20 +207,24 @@ def compare(
     print(f"{parsed.output / 'comparison.html'}: open it in a browser")
 
 
-def _device(parsed: argparse.Namespace) -> Any:
-    import torch
+def _not_scored(numbers: Mapping[str, AnswerNumbers], refused: int) -> list[str]:
+    """Sentences on prompts without scores.
 
-    return torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _not_scored(numbers: Mapping[str, AnswerNumbers]) -> list[str]:
-    """A sentence where prompts have an answer that is too long for the reward model."""
+    Args:
+        refused: How many of them the reward model's template does not take.
+    """
     from tgdpo_megatron.evaluation.comparison import with_scores
 
-    short = with_scores(numbers)
-    left_out = len(short) - int(short.sum())
-    words = f"{left_out} of {len(short)} prompts have an answer that is too long for the reward model"
-    return [f"{words}; no number that is made of scores counts them."] if left_out else []
+    scored = with_scores(numbers)
+    reasons = {
+        "have an answer that is too long for the reward model": len(scored) - int(scored.sum()) - refused,
+        "have turns that the reward model's chat template does not take": refused,
+    }
+    return [
+        f"{number} of {len(scored)} prompts {reason}; no number that is made of scores counts them."
+        for reason, number in reasons.items()
+        if number
+    ]
 
 
 def _made_with(
@@ -263,6 +274,7 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--answers", type=Path, nargs="+", metavar="FILE", help="in place of --prompts: each model's answers, in order"
     )
+    parser.add_argument("--no-kl", action="store_true", help="no KL divergence, for which every model is loaded")
     parser.add_argument("--scorer", type=Path, metavar="REWARD_MODEL", help="folder or name on a hub")
     parser.add_argument("--n", type=int, help=f"answers to each prompt {usual['n']}")
     parser.add_argument("--temperature", type=float, help=f"only 1 gives a KL divergence {usual['temperature']}")

@@ -19,6 +19,7 @@ from tests.support.reward_models import answered, make_pairrm
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import tokenised
 from tgdpo_megatron.data.tokenizer import load_tokenizer
+from tgdpo_megatron.evaluation import comparison_page
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers, as_json, compared
 from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of
 from tgdpo_megatron.evaluation.log_probs import Tokenised, load_model, response_log_probs
@@ -162,7 +163,7 @@ def test_swapping_two_models_gives_one_minus_the_win_rate(
     run(f"a={hf_model}", f"b={other}", *sampled, output="there")
     run(f"b={other}", f"a={hf_model}", *sampled, output="back")
     there, back = results(tmp_path, "there")["models"]["b"], results(tmp_path, "back")["models"]["a"]
-    for name in ("win_rate", "win_rate_soft", "win_rate_length_controlled"):
+    for name in ("win_rate", "win_rate_soft", "win_rate_soft_length_controlled"):
         assert there[name]["value"] == pytest.approx(1 - back[name]["value"], abs=1e-9), name
         assert there[name]["low"] == pytest.approx(1 - back[name]["high"], abs=1e-9), name
     assert there["win_rate"]["value"] != 0.5
@@ -311,6 +312,70 @@ def test_tempered_samples_have_no_kl_divergence(
     assert all("kl" not in found for found in results(tmp_path)["models"].values())
 
 
+def renamed_token(model: Path, folder: Path) -> Path:
+    """The same model with another tokenizer: one special token has another name."""
+    shutil.copytree(model, folder)
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["added_tokens"][0]["content"] = "<|padding|>"
+    text["model"]["vocab"]["<|padding|>"] = text["model"]["vocab"].pop("<|pad|>")
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    return folder
+
+
+def test_models_of_two_tokenizers_have_a_win_rate_and_no_kl_divergence(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """Both models' log-probs of their own answers would be of other tokens."""
+    foreign = renamed_token(other, tmp_path / "foreign")
+    assert run(f"start={hf_model}", f"other={foreign}", *sampled)[0] == 0
+    found = results(tmp_path)
+    assert "win_rate" in found["models"]["other"] and "kl" not in found["models"]["other"]
+    assert found["notes"] == [
+        "No KL divergence of other: it has another tokenizer than start, so their log-probs are not of the same tokens."
+    ]
+
+
+def test_with_no_kl_the_weights_of_models_whose_answers_are_given_are_not_read(
+    run: Run, hf_model: Path, other: Path, scorer: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """The weights are damaged, and the answers do not tell their model, as those of a server."""
+    run(f"start={hf_model}", f"other={other}", *sampled)
+    given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
+    models = []
+    for name, folder, file in zip(("start", "other"), (hf_model, other), given, strict=True):
+        rows = [row | {"model": {"name": name, "fingerprint": None}} for row in kept_lines(file)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+        models.append(f"{name}={tmp_path / name}")
+    command = (*models, "--answers", *given, "--scorer", scorer)
+    assert run(*command, output="given")[0] == 2
+    assert run(*command, "--no-kl", output="given")[0] == 0
+    all_numbers, without = results(tmp_path)["models"]["other"], results(tmp_path, "given")["models"]["other"]
+    assert without == {name: value for name, value in all_numbers.items() if not name.startswith("kl")}
+
+
+def test_prompts_that_the_reward_models_template_refuses_are_left_out_and_counted(
+    run: Run, hf_model: Path, other: Path, scorer: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    refuses = tmp_path / "refuses"
+    shutil.copytree(scorer, refuses)
+    template = refuses / "chat_template.jinja"
+    template.write_text(
+        "{% if 'Add' in messages[0].content %}{{ raise_exception('no sums') }}{% endif %}" + template.read_text()
+    )
+    models = (f"start={hf_model}", f"other={other}")
+    assert run(*models, *sampled, "--no-kl")[0] == 0
+    whole = results(tmp_path)["models"]["other"]["reward"]
+    code, said = run(*models, *sampled, "--no-kl", "--scorer", refuses)
+    assert (
+        code == 0 and said.count("2 of 6 prompts have turns that the reward model's chat template does not take;") == 1
+    )
+    assert results(tmp_path)["models"]["other"]["reward"] != whole
+    html = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert html.count("no score") == 4  # the first answers of two models to two prompts
+
+
 def test_three_models_have_paired_differences_and_a_page_with_their_answers(
     run: Run, hf_model: Path, other: Path, pairs_file: Path, sampled: list[Any], tmp_path: Path
 ) -> None:
@@ -327,7 +392,7 @@ def test_three_models_have_paired_differences_and_a_page_with_their_answers(
         assert difference[name]["low"] <= less <= difference[name]["high"]
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert page.count('<article class="pair card">') == len(PAIRS) and "All 6 prompts" in page
-    assert page.count('class="side"') == 3 * len(PAIRS) and "win rate, length-controlled (minimal form)" in page
+    assert page.count('class="side"') == 3 * len(PAIRS) and "win rate, soft, length-controlled (minimal form)" in page
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
 
 
@@ -363,7 +428,7 @@ def test_numbers_of_scores_are_drawn_among_the_prompts_that_have_some() -> None:
     with np.errstate(all="raise"):
         measured = compared({}, answers, is_bradley_terry=True).models["a"]
     assert set(measured["win_rate"].draws) == {0.0, 0.5, 1.0} and set(measured["reward"].draws) == {-1.0, 0.0, 1.0}
-    controlled = measured["win_rate_length_controlled"].draws
+    controlled = measured["win_rate_soft_length_controlled"].draws
     assert {round(rate, 2) for rate in controlled} == {
         0.27,
         0.5,
@@ -387,7 +452,7 @@ def test_two_models_have_one_win_rate_by_pairrm_whatever_the_others_are(tmp_path
 
     def found(*names: str) -> dict[str, AnswerNumbers]:
         some = {name: answers[name] for name in names}
-        scores, of_start = scores_of(some, scorer)
+        scores, of_start, _ = scores_of(some, scorer)
         return {
             name: answer_numbers(lines, scores=scores.get(name), start_scores=of_start.get(name))
             for name, lines in some.items()
@@ -416,6 +481,16 @@ def test_pairs_of_one_prompt_are_drawn_together() -> None:
     assert measured["same"]["accuracy_reward"].value == 0.5
 
 
+def test_whiskers_of_shares_are_the_intervals_of_the_table() -> None:
+    """Nine prompts of ten won: there is more room below than above."""
+    answers = {"start": numbers(np.zeros((10, 1))), "a": numbers([[1.0]] * 9 + [[-1.0]])}
+    comparison = compared({}, answers, is_bradley_terry=False)
+    (chart,) = comparison_page._charts(comparison)
+    low, high = comparison.models["a"]["win_rate"].interval
+    below, above = chart.series[0].spreads[0]
+    assert (below, above) == pytest.approx((90 - 100 * low, 100 * high - 90)) and below > above > 0
+
+
 def test_numbers_that_are_none_are_null_in_json() -> None:
     empty = numbers([[0.0]], tokens=np.zeros((1, 1)), characters=np.zeros((1, 1)))
     with np.errstate(all="ignore"):
@@ -430,15 +505,10 @@ def test_numbers_that_are_none_are_null_in_json() -> None:
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
     run: Run, hf_model: Path, other: Path, checkpoint: Path, scorer: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    foreign = tmp_path / "foreign"
-    shutil.copytree(other, foreign)
-    text = json.loads((foreign / "tokenizer.json").read_text())
-    text["added_tokens"][0]["content"] = "<|padding|>"
-    text["model"]["vocab"]["<|padding|>"] = text["model"]["vocab"].pop("<|pad|>")
-    (foreign / "tokenizer.json").write_text(json.dumps(text))
+    foreign = renamed_token(other, tmp_path / "foreign")
     retold = tmp_path / "retold"
     shutil.copytree(other, retold)
-    (retold / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
+    (retold / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "{# retold #}")
     pairs = ("--pairs", pairs_file)
     for arguments, says in (
         ((hf_model, other), "nothing to compare on: give --pairs, or --prompts, or both."),
@@ -447,6 +517,13 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
         ((hf_model, checkpoint, *pairs), f"{checkpoint}: is a Megatron checkpoint; export it first"),
         ((hf_model, foreign, *pairs), f"{foreign}: has another tokenizer than {hf_model}"),
         ((hf_model, retold, *pairs), f"{retold}: has another chat template than {hf_model}"),
+        ((hf_model, scorer, "--prompts", pairs_file), f"{scorer}: holds 'LlamaForSequenceClassification', which is no"),
+        ((hf_model, other, *pairs, "--no-kl"), "--no-kl: a KL divergence is made of answers, and there are none;"),
+        ((hf_model, other, *pairs, "--device", "cuda:99"), "--device cuda:99: cannot be used"),
+        (
+            (hf_model, other, "--answers", pairs_file, pairs_file, "data.template=none"),
+            "--answers … data.template=none: is a setting, not a file; give it before --answers.",
+        ),
         ((hf_model, other, *pairs, "--scorer", scorer), f"--scorer {scorer}: scores answers; give --prompts"),
         ((hf_model, other, "--prompts", pairs_file, "--scorer", other), "is no reward model that is known"),
         ((hf_model, other, "--prompts", pairs_file, "--n", 0), "--n 0: give 1 or more."),

@@ -38,7 +38,7 @@ class AnswerNumbers:
         tokens: Length, the token that closes the turn included. [P, n] float64.
         characters: Length of the text. [P, n] float64.
         unfinished: Whether there was no room for more. [P, n] bool.
-        scores: The reward model's, NaN where an answer is too long for it. [P, n] float64; None without one.
+        scores: The reward model's, NaN where it does not read an answer. [P, n] float64; None without one.
         start_scores: Those of the start's answers that these are compared with, where a reward model's scores depend on
             what is scored together. [P, m] float64; None where they are the start's own `scores`.
         log_ratios: log π(answer) − log π_start(answer), in nats. [P, n] float64; None where the answers are no plain
@@ -97,6 +97,12 @@ QUANTITIES = {
         "win rate, length-controlled (minimal form)",
         "σ(θ) of a logistic regression of wins on θ + φ·tanh(Δlength / its standard deviation): the win rate that the "
         "regression expects where both answers are equally long.",
+        _share,
+    ),
+    "win_rate_soft_length_controlled": Quantity(
+        "win rate, soft, length-controlled (minimal form)",
+        "The soft win rate that a logistic regression expects where both answers are equally long: σ(θ), with the "
+        "probabilities of a preference explained by θ + φ·tanh(Δlength / its standard deviation).",
         _share,
     ),
     "reward": Quantity("mean reward", "The mean score; its scale is the reward model's own.", number),
@@ -174,7 +180,9 @@ def score_measures(
     found["win_rate"] = mean(wins.mean(axis=(1, 2)))
     if is_bradley_terry:
         found["win_rate_soft"] = mean(soft.mean(axis=(1, 2)))
-    found["win_rate_length_controlled"] = length_controlled(soft if is_bradley_terry else wins, longer)
+        found["win_rate_soft_length_controlled"] = length_controlled(soft, longer)
+    else:
+        found["win_rate_length_controlled"] = length_controlled(wins, longer)
     return found
 
 

@@ -122,6 +122,28 @@ ENTRIES = [
         "label (…ForSequenceClassification), ArmoRM and PairRM.",
         *("hf", "a=hf", "--prompts", "pairs.jsonl", "--scorer", "hf"),
     ),
+    compared(
+        "a reward model among models that are compared",
+        "scorer: holds 'LlamaForSequenceClassification', which is no language model; give the models that answer, and "
+        "a reward model with --scorer.",
+        *("hf", "scorer", "--prompts", "pairs.jsonl"),
+    ),
+    compared(
+        "a setting after the files of answers",
+        "--answers … data.template=none: is a setting, not a file; give it before --answers.",
+        *("hf", "a=hf", "--answers", "a.jsonl", "b.jsonl", "data.template=none"),
+    ),
+    compared(
+        "no KL divergence where there is none",
+        "--no-kl: a KL divergence is made of answers, and there are none; leave it out.",
+        *("hf", "a=hf", "--pairs", "pairs.jsonl", "--no-kl"),
+    ),
+    compared(
+        "a device that is not there to compare on",
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
+        *("hf", "a=hf", "--pairs", "pairs.jsonl", "--device", "cuda:99"),
+        leaves=("out/",),
+    ),
     given(
         "answers that lack a prompt",
         answered("Add 2 and 3."),
