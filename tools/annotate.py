@@ -44,6 +44,11 @@ def closing(report: Report, output: Path, scorer: str, seconds: float, read: int
         if number:
             words = {"too_long": "too long for the reward model"}.get(reason, reason)
             lines.append(f"left out {number:>8,} answers: {words}")
+    if not report.pairs and "too_few" in report.prompts_left_out and report.answers_left_out["unfinished"]:
+        lines.append(
+            "there are no pairs because answers are unfinished: sample with a larger --max-new-tokens, or give "
+            "--keep-unfinished and another --output"
+        )
     return "\n".join([*lines, f"report: {report_file(output)}"])
 
 
@@ -121,7 +126,11 @@ def run(
     opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens, device=device)
     started = time.monotonic()
     if opened:
-        with tqdm(total=prompts, desc="scoring", unit="prompt") as bar, smaller_batches(batch_tokens):
+        # Prompts come in blocks that may take minutes: the bar is also drawn where none is done, and the time left
+        # follows from the mean since the start.
+        done = report.prompts
+        bar = tqdm(initial=done, total=prompts, desc="scoring", unit="prompt", mininterval=1, miniters=0, smoothing=0)
+        with bar, smaller_batches(batch_tokens):
 
             def told(more_prompts: int, tokens: int) -> None:
                 bar.set_postfix_str(f"{opened.tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)

@@ -341,6 +341,25 @@ def test_a_run_whose_memory_ran_out_goes_on_in_smaller_batches(
     assert len(output.read_text().splitlines()) == 9
 
 
+def test_prompts_are_told_of_as_they_are_scored_and_not_those_of_an_earlier_run(tmp_path: Path) -> None:
+    """Those would make the rest look quick."""
+    answers, output = write_lines(tmp_path / "answers.jsonl", [*ROWS, ROWS[0]]), tmp_path / "pairs.jsonl"
+    with pytest.raises(Killed):
+        annotate(dying(read_candidates([answers]), 16), numbered(), output, {}, RULES, block=8)
+    done: list[int] = []
+    scorer = Scorer(Numbered(), name="numbered", fingerprint="abc", batch_tokens=1)
+    annotate(
+        read_candidates([answers]),
+        scorer,
+        output,
+        {},
+        RULES,
+        block=100,
+        told=lambda prompts, tokens: done.append(prompts),
+    )
+    assert sum(done) == 35 and max(done) == 1
+
+
 def test_two_jobs_do_not_write_one_file(tmp_path: Path) -> None:
     answers, output = write_lines(tmp_path / "answers.jsonl", ROWS), tmp_path / "pairs.jsonl"
 
@@ -387,6 +406,18 @@ def test_the_program_makes_pairs_that_training_takes_all_of(
     assert "left out        1 prompts: all answers are the same (" in first
     data = prepare_pairs(DataConfig(max_length=64), output, tokenizer, tmp_path / "prepared")
     assert (len(data), data.summary.rows, data.summary.dropped) == (9, 9, {})
+    assert "unfinished" not in first
     written = output.read_bytes()
     assert "9 pairs of 10 prompts" in said(), "there is nothing left to do"
     assert output.read_bytes() == written
+
+
+def test_where_unfinished_answers_leave_no_pair_the_program_says_what_helps(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [answered(f"p{number}", ["a", "b"], unfinished=[0, 1]) for number in range(2)]
+    answers, scorer = write_lines(tmp_path / "answers.jsonl", rows), make_classifier(tmp_path / "rm", tokenizer)
+    advice = "sample with a larger --max-new-tokens, or give --keep-unfinished and another --output"
+    for rules, helps in ((RULES, True), (Rules(keep_unfinished=True), False)):
+        run(scorer, [answers], tmp_path / f"{helps}.jsonl", rules, batch_tokens=256)
+        assert (advice in capsys.readouterr().out) == helps

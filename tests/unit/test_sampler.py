@@ -8,7 +8,8 @@ import json
 import re
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from tests.support.completions import Completions, served
 from tests.support.in_process import Program
 from tests.support.ports import free_port
 from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.sampling.answers import read_answers
-from tgdpo_megatron.sampling.engine import Request, Sampling, open_engine
+from tgdpo_megatron.sampling.engine import Answer, EngineName, Request, Sampling, nobody, open_engine
 from tgdpo_megatron.sampling.kept_ids import read_ids
 from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import sample
-from tools.sample import main
+from tools.sample import USUAL_NAMES, main
 
 TEXTS = ["Add 2 and 3.", "Name a colour.", "Say hello.", "Write the word tree.", "Add 4 and 4, and then 5.", "Why?"]
 
@@ -135,6 +137,43 @@ def test_prompts_that_the_template_writes_alike_are_answered_once_also_after_an_
         assert (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True) == lines, left
 
 
+class Bursts:
+    """An engine that writes the answers to two prompts in ten seconds, a token of each answer in each second."""
+
+    name: EngineName = "transformers"
+    max_length, block = 256, 2
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.seconds = dict[str, Any](), tokenizer, 0.0
+
+    def answers(self, requests: Iterable[Request], told: Callable[[int], object] = nobody) -> Iterator[Answer]:
+        rest = iter(requests)
+        while some := list(islice(rest, 4)):
+            for _ in range(10):
+                self.seconds += 1
+                told(4)
+            yield from [Answer("a", (7,) * 10, 10, "stop")] * len(some)
+
+
+def test_the_bar_says_how_much_time_is_left(
+    hf_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the first prompts are answered, it moves; what was there already does not count as quickly done."""
+    engine = Bursts(load_tokenizer(hf_model))
+    monkeypatch.setattr("tqdm.std.time", lambda: engine.seconds)
+    found = read_prompts(prompts, DataConfig())
+    encoded = encode_prompts(found, engine.tokenizer, DataConfig(), max_length=256)
+    sample(engine, encoded, tmp_path / "a.jsonl", settings=Sampling(), n=2, seed=0)
+    shown = capsys.readouterr().err
+    assert "0/6 [00:05<?, ?prompt/s, 4 tokens/s]" in shown
+    assert "2/6 [00:11<00:22, " in shown and "4/6 [00:21<00:10, " in shown and "6/6 [00:30<00:00, " in shown
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:2]))
+    engine.seconds = 0
+    sample(engine, encoded, tmp_path / "a.jsonl", settings=Sampling(), n=2, seed=0)
+    assert "4/6 [00:11<00:11, " in capsys.readouterr().err
+
+
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
     over_http = ("--engine", "http", "--url", server.url)
     run(*over_http)
@@ -169,6 +208,12 @@ def test_a_file_of_other_answers_is_refused_by_what_differs_and_kept(
         code, said = run(*over_http, *options)
         assert code == 2 and says in said
         assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", USUAL_NAMES)
+def test_an_option_by_its_name_elsewhere_is_answered_with_ours(name: str, run: Run) -> None:
+    code, said = run(name.replace("-", "_").replace("__", "--"), "1")
+    assert code == 2 and f" is called {USUAL_NAMES[name]} here" in said
 
 
 def test_a_file_of_another_model_or_of_something_else_is_refused(
@@ -298,9 +343,9 @@ def test_a_server_is_told_every_setting_and_the_prompts_token_ids(
 def test_greedy_answers_of_a_server_are_those_of_transformers(
     says_ids: bool, run: Run, server: Completions, tmp_path: Path
 ) -> None:
-    run("--temperature", "0", output="here.jsonl")
+    run("--temperature", "0", "--n", "1", output="here.jsonl")
     with changed(server, says_ids=says_ids):
-        run("--temperature", "0", "--engine", "http", "--url", server.url, output="there.jsonl")
+        run("--temperature", "0", "--n", "1", "--engine", "http", "--url", server.url, output="there.jsonl")
     for here, there in zip(*(read_answers(tmp_path / name) for name in ("here.jsonl", "there.jsonl")), strict=True):
         assert here.all_generated_responses == there.all_generated_responses
         assert (here.finish_reasons, here.num_tokens) == (there.finish_reasons, there.num_tokens)

@@ -122,7 +122,7 @@ def annotate(
     Args:
         candidates: All prompts of the files that the settings name.
         settings: All that the pairs depend on, as settings_of gives it.
-        told: Called with how many more prompts were done and how many more tokens were read.
+        told: Called with how many more prompts were done in this run, and how many more tokens were read.
 
     Returns:
         The report of all that the file holds now.
@@ -134,13 +134,12 @@ def annotate(
     rest = iter(candidates)
     with alone(output) as file:
         report = begun(output, settings)  # only now: until the file was locked, another job may have added to it
-        told(sum(1 for _ in islice(rest, report.prompts)), 0)
+        for _ in islice(rest, report.prompts):
+            pass
         file.truncate(report.bytes)
         _keep(file, output, report, b"")
         while some := list(islice(rest, block)):
-            lines = _pairs(some, scorer, report, rules, lambda tokens: told(0, tokens))
-            _keep(file, output, report, b"".join(lines))
-            told(len(some), 0)
+            _keep(file, output, report, b"".join(_pairs(some, scorer, report, rules, told)))
         report.complete = True
         _keep(file, output, report, b"")
     return report
@@ -163,17 +162,19 @@ def _keep(file: io.FileIO, output: Path, report: Report, lines: bytes) -> None:
 
 
 def _pairs(
-    candidates: Sequence[Candidates], scorer: Scorer, report: Report, rules: Rules, told: Callable[[int], object]
+    candidates: Sequence[Candidates], scorer: Scorer, report: Report, rules: Rules, told: Callable[[int, int], object]
 ) -> Iterator[bytes]:
     """The lines of some prompts."""
     before, refused = scorer.tokens, set[str]()
     asked = list(_asked(candidates, report, rules))
+    told(len(candidates) - len(asked), 0)
     groups = [
         Group(one.messages, [one.answers[place] for place in places], one.fields.get("tools", ()), one.name)
         for one, places in asked
     ]
-    scored = scorer.scores(groups, told, lambda group: refused.add(group.name))
+    scored = scorer.scores(groups, lambda tokens: told(0, tokens), lambda group: refused.add(group.name))
     for (one, places), found in zip(asked, scored, strict=True):
+        told(1, 0)
         if one.name in refused:
             report.leave_out(one.id, "refused")
             continue

@@ -7,7 +7,7 @@ and the settings that it was made with. Nothing else is kept, and no answer stay
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -76,17 +76,35 @@ def sample(
     with alone(output) as file:
         before = _keep(file, output, prompts, identity, engine.block)
         tally, rest = replace(before), prompts[before.prompts :]
-        # Tokens are counted as they come, since a block of answers may take minutes.
-        with tqdm(desc="sampling", unit=" tokens", unit_scale=True) as bar:
-            answers = engine.answers(chain.from_iterable(map(requests, rest)), bar.update)
+        with _bar(before.prompts, len(prompts)) as bar:
+            answers = engine.answers(chain.from_iterable(map(requests, rest)), _tokens_of(bar))
             for prompt in rest:
                 seeds = [request.own_seed for request in requests(prompt)]
                 answered = _answered(prompt, list(islice(answers, n)), seeds, identity)
                 with resumable(output, "answers"):
                     write_all(file, as_line(answered))
                 tally.add(answered)
-                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts", refresh=False)
+                bar.update()
     return tally, before
+
+
+def _bar(done: int, prompts: int) -> Any:
+    """A bar of prompts. They come in blocks that may take minutes: the bar is also drawn where none is done, and the
+    time left follows from the mean since the start."""
+    return tqdm(initial=done, total=prompts, desc="sampling", unit="prompt", mininterval=1, miniters=0, smoothing=0)
+
+
+def _tokens_of(bar: Any) -> Callable[[int], None]:
+    """Shows in a bar how many tokens come per second, when it is told of them."""
+    tokens = 0
+
+    def told(more: int) -> None:
+        nonlocal tokens
+        tokens += more
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+        bar.update(0)
+
+    return told
 
 
 def _answered(prompt: Prompt, answers: Sequence[Answer], seeds: list[int], identity: dict[str, Any]) -> Answered:

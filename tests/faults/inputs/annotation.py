@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,10 @@ def _begun_with_a_margin(folder: Path) -> None:
     (folder / "out.jsonl").touch()
 
 
+def _trained(folder: Path) -> None:
+    shutil.copytree(folder / "scorer", folder / "trained" / "hf")
+
+
 ENTRIES = [
     BadInput(
         "a scorer that is not there",
@@ -71,6 +76,12 @@ ENTRIES = [
         "a Megatron checkpoint as the scorer",
         annotate(scorer="megatron"),
         "megatron: no config.json there; give a folder with a HuggingFace model.",
+    ),
+    BadInput(
+        "a folder around the scorer",
+        annotate(scorer="trained"),
+        "trained: no config.json there; give trained/hf, which has one.",
+        make=_trained,
     ),
     BadInput(
         "a classifier with three labels",
