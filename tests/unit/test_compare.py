@@ -515,6 +515,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
         ((hf_model, *pairs), "a comparison needs the model that was started from and at least one other; give both."),
         ((hf_model, hf_model, *pairs), f"{hf_model}: another model is called so, too; name one of them"),
         ((hf_model, checkpoint, *pairs), f"{checkpoint}: is a Megatron checkpoint; export it first"),
+        ((hf_model, other / "config.json", *pairs), f"config.json: is a file; give the folder that it is in, {other}."),
         ((hf_model, foreign, *pairs), f"{foreign}: has another tokenizer than {hf_model}"),
         ((hf_model, retold, *pairs), f"{retold}: has another chat template than {hf_model}"),
         ((hf_model, scorer, "--prompts", pairs_file), f"{scorer}: holds 'LlamaForSequenceClassification', which is no"),

@@ -107,6 +107,11 @@ ENTRIES = [
         *("hf", "megatron", "--pairs", "pairs.jsonl"),
     ),
     compared(
+        "a file of a model that is compared",
+        "hf/config.json: is a file; give the folder that it is in, hf.",
+        *("hf", "hf/config.json", "--pairs", "pairs.jsonl"),
+    ),
+    compared(
         "prompts and their answers",
         "--prompts and --answers: give prompts to answer, or the files of their answers, not both.",
         *("hf", "a=hf", "--prompts", "pairs.jsonl", "--answers", "a.jsonl", "b.jsonl"),
