@@ -16,6 +16,7 @@ import torch
 from tests.conftest import PAIRS
 from tests.support.in_process import Program
 from tests.support.reward_models import answered, make_pairrm
+from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import tokenised
 from tgdpo_megatron.data.tokenizer import load_tokenizer
@@ -23,6 +24,8 @@ from tgdpo_megatron.evaluation import comparison_page
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers, as_json, compared
 from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of
 from tgdpo_megatron.evaluation.log_probs import Tokenised, load_model, response_log_probs
+from tgdpo_megatron.evaluation.models import Model
+from tgdpo_megatron.evaluation.origins import check_origins
 from tgdpo_megatron.reward_models.classifier import Classifier
 from tgdpo_megatron.reward_models.opening import open_scorer
 from tgdpo_megatron.reward_models.scorer import Group, Tokens
@@ -302,6 +305,14 @@ def test_what_files_of_answers_do_not_tell_and_where_they_differ_is_said(
         "checked.",
         "The answers of other were sampled with another max_new_tokens than those of start.",
     ]
+
+
+def test_weights_are_not_hashed_for_answers_that_do_not_tell_whose_they_are(hf_model: Path) -> None:
+    """Which takes minutes for the weights of a large model."""
+    model = Model("a", Source(hf_model, hf_model), None)
+    lines = [from_json({**answered("Say hello.", ["Hi."]), "model": {"fingerprint": None}}, where="a line")]
+    (note,) = check_origins([model], {"a": lines}, {"a": Path("a.jsonl")})
+    assert "does not tell whose answers it has" in note and "fingerprint" not in vars(model)
 
 
 def test_tempered_samples_have_no_kl_divergence(

@@ -31,7 +31,8 @@ def check_origins(
     notes = []
     for model in models:
         written_by = {line.model.get("fingerprint"): line.model.get("name") for line in answers[model.name]}
-        others = [name for fingerprint, name in written_by.items() if fingerprint not in (None, model.fingerprint)]
+        told = [(fingerprint, name) for fingerprint, name in written_by.items() if fingerprint is not None]
+        others = [name for fingerprint, name in told if fingerprint != model.fingerprint]
         if others:
             raise UserError(
                 f"{files[model.name]}: has answers of {others[0]}, whose files are not those of {model.name} now; give "
