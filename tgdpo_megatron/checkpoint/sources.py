@@ -200,6 +200,8 @@ def check_unconverted(source: Source, *, needs: Needs = "model") -> None:
     Raises:
         UserError: What is missing.
     """
+    if source.folder.is_file():
+        raise UserError(f"{source.given}: is a file; give the folder that it is in, {source.given.parent}.")
     if not (source.folder / "config.json").is_file():
         exported = _exported_in(source.folder)
         meant = f"{exported}, which has one" if exported else "a folder with a HuggingFace model"
