@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,47 @@ def read_json(path: Path, *, what: str, limit: int = LIMIT, pairs: Callable[[Any
     return parse_json(read_text(path, what=what, limit=limit), where=str(path), pairs=pairs)
 
 
-def parse_json(text: str, *, where: str, pairs: Callable[[Any], Any] | None = None) -> Any:
+def read_json_lines(path: Path, *, what: str, limit: int = LIMIT) -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and content of every line of a file of JSON lines that is not blank. One is in memory at a time.
+
+    Args:
+        what: As for :func:`read_text`.
+        limit: Longest line, in bytes. No more than that is read.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, or a line is too long, not UTF-8, or refused by parse_json.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: is a folder, not a {what}." if path.is_dir() else f"{path}: no such {what}.")
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), start=1):
+                if len(line) > limit:
+                    raise UserError(f"{path} line {number}: has more than {limit:,} bytes, too much for a {what}.")
+                if line.strip():
+                    yield number, parse_json(decoded(line, path, number), where=str(path), line=number)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def decoded(line: bytes, path: Path, number: int) -> str:
+    """The text of a line.
+
+    Raises:
+        UserError: It is not UTF-8.
+    """
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} line {number}: byte {error.start} is not UTF-8 text.") from None
+
+
+def parse_json(text: str, *, where: str, line: int = 1, pairs: Callable[[Any], Any] | None = None) -> Any:
     """What a JSON text holds.
 
     Args:
         where: Where the text is from, for the sentence of a refusal.
+        line: Number of the text's first line there.
         pairs: As for :func:`read_json`.
 
     Raises:
@@ -92,7 +128,7 @@ def parse_json(text: str, *, where: str, pairs: Callable[[Any], Any] | None = No
     try:
         content = json.loads(text, parse_int=integer, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} line {error.lineno}: not valid JSON ({error.msg}).") from None
+        raise UserError(f"{where} line {line + error.lineno - 1}: not valid JSON ({error.msg}).") from None
     except RecursionError:
         raise UserError(_too_deep(where)) from None
     pending = [(content, 1)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tgdpo_megatron.cache import mended_by_deletion
 from tgdpo_megatron.checkpoint.certificate import check_certificate
 from tgdpo_megatron.checkpoint.manifest import CheckpointManifest, describe, read_manifest
-from tgdpo_megatron.checkpoint.sources import Source, converted, find, has_index, missing_file
+from tgdpo_megatron.checkpoint.sources import Source, check_unconverted, converted, find
 from tgdpo_megatron.config import Config, required
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import check_fp8_sizes, check_model_layout
@@ -42,7 +42,8 @@ def find_models(config: Config, commits: Mapping[str, str] | None = None) -> dic
         if source.is_converted:
             read_manifest(source.folder, with_index=False)
         else:
-            _check_unconverted(source)
+            _check_description(source)
+            check_unconverted(source)
     description = describe(found["checkpoint"].folder)
     check_model_layout(description, config.parallel)
     check_fp8_sizes(description, config)
@@ -59,22 +60,12 @@ def with_folders(config: Config, folders: Mapping[str, Path]) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=dict(folders))})
 
 
-def _check_unconverted(source: Source) -> None:
-    """Refuse a HuggingFace folder that lacks something, before its weights are read."""
+def _check_description(source: Source) -> None:
+    """Refuse a HuggingFace folder whose model cannot be trained, before its weights are looked for."""
     try:
         read_description(source.folder)
-        missing = missing_file(source.folder)
     except UserError as error:
         raise source.refusal(str(error)) from None
-    if missing is not None:
-        raise UserError(
-            f"{source.given}: the index of the weights names {missing}, which is not there; download it again."
-            if has_index(source.folder)
-            else f"{source.given}: no {missing} there; other formats than safetensors are not read, because they would "
-            "have to be unpickled."
-        )
-    if not (source.folder / "tokenizer.json").is_file():
-        raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
 
 
 def convert_models(

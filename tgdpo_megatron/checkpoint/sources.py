@@ -194,6 +194,29 @@ def missing_file(folder: Path) -> str | None:
     return next((name for name in _weights(folder) if not (folder / name).is_file()), None)
 
 
+def check_unconverted(source: Source, *, needs: Needs = "model") -> None:
+    """Refuse a HuggingFace folder that lacks something, before its weights are read.
+
+    Raises:
+        UserError: What is missing.
+    """
+    if not (source.folder / "config.json").is_file():
+        raise UserError(f"{source.given}: no config.json there; give a folder with a HuggingFace model.")
+    try:
+        missing = missing_file(source.folder) if needs == "model" else None
+    except UserError as error:
+        raise source.refusal(str(error)) from None
+    if missing is not None:
+        raise UserError(
+            f"{source.given}: the index of the weights names {missing}, which is not there; download it again."
+            if has_index(source.folder)
+            else f"{source.given}: no {missing} there; other formats than safetensors are not read, because they would "
+            "have to be unpickled."
+        )
+    if not (source.folder / "tokenizer.json").is_file():
+        raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
+
+
 def content_hash(folder: Path) -> str:
     """SHA-256 of everything that a conversion reads of a HuggingFace folder, and of the format that it writes."""
     weights = [name for name in _weights(folder) if (folder / name).is_file()]

@@ -260,13 +260,25 @@ def check_template(tokenizer: Any) -> None:
     prompt_text, _ = encode_prompt(tokenizer, [turn])
     if answer not in render(tokenizer, [turn, {"role": "assistant", "content": answer}]).removeprefix(prompt_text):
         raise UserError("the chat template loses the assistant's answer; give data.template=FILE.jinja that writes it.")
-    if thinking.opened(prompt_text):
-        answer = f"a\n{thinking.CLOSE}\n\n{answer}"
-    if encode_response(tokenizer, [turn], prompt_text, answer)[0] in special_ids(tokenizer):
+    if _short_answer(tokenizer)[0] in special_ids(tokenizer):
         raise UserError(
             "the chat template ignores add_generation_prompt, so the header of an answer would be learned as its "
             "start; give the tokenizer a template that uses add_generation_prompt."
         )
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token that closes an answer. The template must have passed check_template."""
+    return _short_answer(tokenizer)[-1]
+
+
+def _short_answer(tokenizer: Any) -> list[int]:
+    """Ids of an answer of one word to a short prompt, after a thinking block where the template opens one."""
+    turn, answer = {"role": "user", "content": "a"}, "answer"
+    prompt_text, _ = encode_prompt(tokenizer, [turn])
+    if thinking.opened(prompt_text):
+        answer = f"a\n{thinking.CLOSE}\n\n{answer}"
+    return encode_response(tokenizer, [turn], prompt_text, answer)
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

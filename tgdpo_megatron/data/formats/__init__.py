@@ -17,10 +17,10 @@ from tgdpo_megatron.data.formats.recognition import Ambiguous, format_of, recogn
 from tgdpo_megatron.data.formats.table import FORMATS, SYSTEM, Format
 from tgdpo_megatron.data.formats.tools import read_tools, strings_of
 from tgdpo_megatron.data.formats.values import KINDS, Answer, Malformed, Row, Turn, Unusable, kind_of, read_optional
-from tgdpo_megatron.data.read import place, read_rows
+from tgdpo_megatron.data.read import NumberedRows, place, read_rows
 from tgdpo_megatron.errors import UserError
 
-__all__ = ["FORMATS", "TextPair", "TextPairs", "Turn", "read_pairs"]
+__all__ = ["FORMATS", "TextPair", "TextPairs", "Turn", "read_pairs", "texts_of"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,22 @@ def read_pairs(path: Path, format: FormatName | None = None, columns: Mapping[st
     columns = columns or {}
     rows = renamed(path, read_rows(path), columns)
     name, form = format_of(path, rows, format)
+    pairs, dropped = texts_of(path, rows, name, form)
+    seen = [column for column in (*form.columns, *form.optional) if any(column in row for _, row in rows)]
+    told = tuple(f"{columns[column]} as {column}" if column in columns else column for column in seen)
+    return TextPairs(name, told, pairs, len(rows), dropped)
+
+
+def texts_of(path: Path, rows: NumberedRows, name: str, form: Format) -> tuple[list[TextPair], dict[str, list[int]]]:
+    """The rows that can be used, and reason -> numbers of the rows left out for it.
+
+    Args:
+        path: Where the rows are from.
+        name: Of the format.
+
+    Raises:
+        UserError: Some rows do not have the format. All are named.
+    """
     pairs: list[TextPair] = []
     dropped: dict[str, list[int]] = {}
     malformed: list[tuple[int, str]] = []
@@ -106,9 +122,7 @@ def read_pairs(path: Path, format: FormatName | None = None, columns: Mapping[st
             malformed.append((number, _other_format(row, name, form) or f"{error}; the data is read as {name}"))
     if malformed:
         raise UserError(_all_malformed(path, malformed))
-    seen = [column for column in (*form.columns, *form.optional) if any(column in row for _, row in rows)]
-    told = tuple(f"{columns[column]} as {column}" if column in columns else column for column in seen)
-    return TextPairs(name, told, pairs, len(rows), dropped)
+    return pairs, dropped
 
 
 def _pair(form: Format, number: int, row: Any) -> TextPair:
@@ -158,7 +172,7 @@ def _checked(pair: TextPair) -> TextPair:
     return pair
 
 
-def _other_format(row: Any, name: FormatName, form: Format) -> str | None:
+def _other_format(row: Any, name: str, form: Format) -> str | None:
     """What is wrong with a row that was written in another known format; None for one that is only malformed."""
     try:
         found = recognise(row) if isinstance(row, dict) else None

@@ -36,7 +36,7 @@ def explicit(row: Row, *, prompt: str = "prompt", chosen: str = "chosen", reject
 def explicit_after_history(row: Row, *, prompt: str, chosen: str, rejected: str) -> Conversation:
     """The prompt has a column of its own, and `history` may hold earlier exchanges: ms-swift's rule."""
     alone = prompt == "instruction" and isinstance(row[prompt], str)
-    turns = _instruction(row) if alone else [*_history(row), *read_prompt(prompt, row[prompt])]
+    turns = instruction(row) if alone else [*_history(row), *read_prompt(prompt, row[prompt])]
     return turns, read_answer(chosen, row[chosen], turns), read_answer(rejected, row[rejected], turns)
 
 
@@ -76,12 +76,12 @@ def ultrafeedback_binarized(row: Row) -> Conversation:
 
 def alpaca(row: Row) -> Conversation:
     """`instruction` and `input`, joined by a newline, after the exchanges of `history`: LLaMA-Factory's rule."""
-    return _instruction(row), row["chosen"], row["rejected"]
+    return instruction(row), row["chosen"], row["rejected"]
 
 
 def alpaca_output(row: Row) -> Conversation:
     """As alpaca, with both answers in `output`, the chosen one first."""
-    return _instruction(row), *row["output"]
+    return instruction(row), *row["output"]
 
 
 def rejected_beside_messages(row: Row, *, rejected: str) -> Conversation:
@@ -133,7 +133,7 @@ def judged(row: Row, *, prompt: str, answers: tuple[str, str], verdict: Verdict)
 
 def judged_alpaca(row: Row, *, answers: tuple[str, str], verdict: Verdict) -> Conversation:
     """Two answers to an instruction with an optional `input`: AlpacaFarm's comparisons."""
-    return _instruction(row), *_in_order(row[answers[0]], row[answers[1]], verdict(row))
+    return instruction(row), *_in_order(row[answers[0]], row[answers[1]], verdict(row))
 
 
 def judged_conversations(row: Row, *, answers: tuple[str, str], verdict: Verdict) -> Conversation:
@@ -298,7 +298,8 @@ def _opened(turns: list[Turn]) -> list[Turn]:
     return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
-def _instruction(row: Row) -> list[Turn]:
+def instruction(row: Row) -> list[Turn]:
+    """The turns of an instruction with its optional `input`, after the exchanges of `history`."""
     asked = [text for text in (row["instruction"], read_optional(row, "input")) if text]
     return [*_history(row), *read_prompt("instruction", "\n".join(asked))]
 

@@ -1,0 +1,191 @@
+"""Sample answers to prompts into a file that goes on where it was stopped.
+
+Answers are written in the order of the prompts, and the file itself says how far a run came: each line has the prompt
+and the settings that it was made with. Nothing else is kept, and no answer stays in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tgdpo_megatron.bounded import LIMIT, decoded, parse_json
+from tgdpo_megatron.data.tokenizer import template_hash
+from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.run_lock import InUseError
+from tgdpo_megatron.sampling.answers import Answered, as_line, from_json
+from tgdpo_megatron.sampling.engine import Engine, Request, Sampling
+from tgdpo_megatron.sampling.prompts import Prompt
+
+
+@dataclass
+class Tally:
+    """What a file of answers holds.
+
+    Attributes:
+        prompts: Number of lines.
+        tokens: Of all answers.
+        unfinished: Answers that had no room left.
+    """
+
+    prompts: int = 0
+    answers: int = 0
+    tokens: int = 0
+    unfinished: int = 0
+
+    def add(self, answered: Answered) -> None:
+        """Count the answers to one more prompt."""
+        self.prompts += 1
+        self.answers += len(answered.num_tokens)
+        self.tokens += sum(answered.num_tokens)
+        self.unfinished += answered.finish_reasons.count("length")
+
+
+def sample(
+    engine: Engine, prompts: Sequence[Prompt], output: Path, *, settings: Sampling, n: int, seed: int
+) -> tuple[Tally, Tally]:
+    """Sample n answers to each prompt into a file. What is there of them already is kept.
+
+    Returns:
+        What the file holds now, and what of it was there before.
+
+    Raises:
+        UserError: Another job writes the file, it holds other answers, the disk is full, or the engine fails.
+    """
+    identity = {
+        "model": engine.model,
+        "sampling": {
+            "engine": engine.name,
+            "n": n,
+            **asdict(settings),
+            "seed": seed,
+            "template": template_hash(engine.tokenizer),
+        },
+    }
+    with _alone(output) as file:
+        before = _keep(file, output, prompts, identity, engine.block)
+        tally = Tally(**asdict(before))
+        rest = prompts[before.prompts :]
+
+        def asked(prompt: Prompt) -> list[Request]:
+            ids = tuple(prompt.ids.tolist())
+            return [Request(ids, number, seed, settings) for number in range(n)]
+
+        # Tokens are counted as they come, since a block of answers may take minutes.
+        with tqdm(desc="sampling", unit=" tokens", unit_scale=True) as bar:
+            answers = engine.answers((request for prompt in rest for request in asked(prompt)), bar.update)
+            for prompt in rest:
+                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts")
+                some = list(islice(answers, n))
+                answered = Answered(
+                    prompt=prompt.written,
+                    format_prompt=prompt.text,
+                    prompt_id=prompt.id,
+                    all_generated_responses=[answer.text for answer in some],
+                    finish_reasons=[answer.finish_reason for answer in some],
+                    num_tokens=[answer.num_tokens for answer in some],
+                    seeds=[request.own_seed for request in asked(prompt)],
+                    source=prompt.source,
+                    tools=list(prompt.asked.tools),
+                    **identity,
+                )
+                _write(file, output, as_line(answered))
+                tally.add(answered)
+    return tally, before
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[io.FileIO]:
+    """The file of answers, open for reading and writing, and locked for as long as this process lives.
+
+    Raises:
+        InUseError: Another job writes it.
+        UserError: It cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(output, "a+")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
+        yield file
+
+
+def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: dict[str, Any], block: int) -> Tally:
+    """Cut a file to whole blocks of answers, and leave it open at its end. One line is in memory at a time.
+
+    Returns:
+        What is kept.
+
+    Raises:
+        UserError: The file holds something else than these answers.
+    """
+    reader = io.BufferedReader(file)
+    tally, kept, end = Tally(), Tally(), 0
+    reader.seek(0)
+    while (line := reader.readline(LIMIT)).endswith(b"\n"):
+        number = tally.prompts + 1
+        content = parse_json(decoded(line, output, number), where=str(output), line=number)
+        answered = from_json(content, where=f"{output} line {number}")
+        _check(answered, output, number, prompts, identity)
+        tally.add(answered)
+        if tally.prompts % block == 0 or tally.prompts == len(prompts):
+            kept, end = Tally(**asdict(tally)), reader.tell()
+    if len(line) == LIMIT:
+        raise UserError(f"{output} line {tally.prompts + 1}: too long for an answer; give another --output.")
+    reader.detach()
+    file.truncate(end)
+    return kept
+
+
+def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prompt], identity: dict[str, Any]) -> None:
+    """Refuse a line that this run would not have written."""
+    for group, now in identity.items():
+        was = getattr(answered, group)
+        if other := next((name for name, value in now.items() if was.get(name) != value), None):
+            what = "the model's " if group == "model" else ""
+            raise UserError(
+                f"{output} line {number}: was sampled with {what}{other} {was.get(other)}, and this run has "
+                f"{now[other]}; go on with the old one, or give another --output."
+            )
+    if number > len(prompts):
+        raise UserError(
+            f"{output}: holds answers to more than these {len(prompts)} prompts; give the prompts that it was begun "
+            "with, or another --output."
+        )
+    if answered.prompt_id != prompts[number - 1].id:
+        raise UserError(
+            f"{output} line {number}: answers another prompt than row {prompts[number - 1].source['row']} of the "
+            "prompts now; give those that it was begun with, in their order, or another --output."
+        )
+
+
+def _write(file: io.FileIO, output: Path, line: bytes) -> None:
+    """Write a whole line, at once.
+
+    Raises:
+        UserError: The disk is full, or refuses for another reason.
+    """
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); the answers so far are kept: mend that, and give the "
+            "same command again."
+        ) from None
