@@ -24,6 +24,7 @@ PROGRAMS = (
     "recipes.score",
     "recipes.train",
     "tools.annotate",
+    "tools.compare",
     "tools.convert_hf_to_megatron",
     "tools.make_tiny_model",
     "tools.prepare_pairs",
@@ -51,6 +52,7 @@ def import_everything() -> None:
     cpu.install()
     torch_adam.install()
     torch_clip.install()
+    tqdm.monitor_interval = 0  # a thread otherwise
     for module in (*PROGRAMS, *_LATE):
         importlib.import_module(module)
 

@@ -21,7 +21,7 @@ class Judged:
     """A model's answers to the held-out prompts, judged by the known reward.
 
     Attributes:
-        wins: Win rate against the start's answers to each prompt: every answer against every answer, ties half. P of them.
+        wins: Win rate against the start on each prompt: every answer against every answer, ties half. P of them.
         reward: Mean known reward of an answer.
         tokens: Mean length of an answer.
         unfinished: Share of answers that had no room left.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 Rewards = Literal["guidance", "shuffled", "mean", "true"]
-"""Token rewards: log-ratio of the guidance to the start; the same shuffled within every answer; its mean over the answer
-on all tokens; what the known reward says."""
+"""Token rewards: log-ratio of the guidance to the start; the same shuffled within every answer; its mean over the
+answer, on all tokens; what the known reward says."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Setting:
     lr: float
     beta: float
     option: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For a folder."""
+        return f"{self.loss}-{self.lr:g}-{self.beta:g}-{self.option:g}"
 
     def __str__(self) -> str:
         options = {"simpo": f", γ/β {self.option:g}", "tgdpo": f", weights ± {self.option:g}"}
@@ -51,6 +56,6 @@ def configurations(loss: str, number: int, seed: int) -> list[Setting]:
     return [Setting(loss, *values) for values in drawn]
 
 
-def other_beta(setting: Setting) -> Setting:
-    """The same but for β: ten times as large, or a tenth where that would be 3 or more."""
-    return Setting(setting.loss, setting.lr, setting.beta * (10 if setting.beta < 0.3 else 0.1), setting.option)
+def with_other_beta(setting: Setting) -> Setting:
+    """The same but for β: ten times as large, or a tenth of one that is 0.3 or more."""
+    return replace(setting, beta=setting.beta * (10 if setting.beta < 0.3 else 0.1))

@@ -43,7 +43,7 @@ class Effort:
         sft, labels, train, held_out: Answers by writers to learn from; pairs that annotators labelled, for the scorer;
             prompts of the pairs; prompts that judge.
         epoch: Steps of 32 pairs in an epoch.
-        checks: Checkpoints of an epoch that are judged.
+        checked: Steps between the checkpoints that are judged.
         configurations: Of each method. Half of TGDPO's go to its guidance.
         answers: To every prompt.
     """
@@ -57,9 +57,19 @@ class Effort:
     held_out: int = 300
     epoch: int = 44
     epochs: int = 3
-    checks: int = 2
+    checked: int = 22
     configurations: int = 12
     answers: int = 5
+
+    @property
+    def steps(self) -> int:
+        """Of the longest runs."""
+        return self.epochs * self.epoch
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """Steps of these after which answers are judged."""
+        return tuple(range(self.checked, self.steps + 1, self.checked))
 
 
 class World:
@@ -131,14 +141,14 @@ class World:
         return read_reward_file(path, self.data(part), self.tokenizer)
 
 
-def make_world(folder: Path, seed: int, effort: Effort) -> dict[str, Any]:
+def make_world(world: World) -> dict[str, Any]:
     """Everything that a seed's runs have in common: the start, the scorer, the pairs and the start's log-probs of them.
 
     Returns:
         How the start and the scorer came out.
     """
-    world, chance = World(folder, seed, effort), random.Random(seed)
-    commands = Commands(folder / "logs")
+    folder, seed, effort = world.folder, world.seed, world.effort
+    commands, chance = Commands(folder / "logs"), random.Random(seed)
     numbers = {"sft": effort.sft, "labels": effort.labels, "train": effort.train, "held_out": effort.held_out}
     prompts = make_prompts(sum(numbers.values()), chance)
     parts = {name: [prompts.pop() for _ in range(number)] for name, number in numbers.items()}
@@ -233,16 +243,16 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
     )
 
 
-def _score(commands: Commands, world: World, scores: Path, *settings: str, data: Sequence[str] = PARTS) -> None:
-    """Token log-probs of the pairs, under the frozen models that the settings name."""
-    names = dict(zip(data, ("data.train", "data.validation"), strict=False))
+def _score(commands: Commands, world: World, scores: Path, *settings: str) -> None:
+    """Token log-probs of all pairs, under the frozen models that the settings name."""
     commands.run(
         "recipes.score",
         f"model.checkpoint={world.start}",
-        f"scores.path={scores}",
+        f"data.train={world.tokens('train')}",
+        f"data.validation={world.tokens('held_out')}",
         f"data.max_length={MAX_LENGTH}",
+        f"scores.path={scores}",
         "train.micro_batch_size=64",
-        *(f"{name}={world.tokens(part)}" for part, name in names.items()),
         *settings,
     )
 
@@ -257,6 +267,7 @@ class Plan:
         guidance: Folder of scores that holds the guidance's log-probs.
         steps: Optimizer steps.
         checks: Steps after which answers are sampled and judged.
+        scored: Whether the scorer judges them as well, which is what a user could see.
     """
 
     name: str
@@ -265,13 +276,15 @@ class Plan:
     checks: tuple[int, ...] = ()
     rewards: Rewards | None = None
     guidance: Path | None = None
+    scored: bool = False
 
 
 def train(world: World, plan: Plan) -> dict[str, Any]:
     """Train from the world's start, and judge the checkpoints that the plan names.
 
     Returns:
-        For each of them what `judged` says, and its distance from the start; held-out preference accuracy by step.
+        Held-out preference accuracy by step; for each checkpoint what `judged` says, `kl` to the start in nats per
+        answer, and the scorer's `win_rate`.
     """
     commands, output = Commands(world.folder / "logs"), world.run(plan.name)
     every = math.gcd(plan.steps, *plan.checks)
@@ -297,18 +310,34 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         *((f"train.export_interval={every}", "train.keep_last=0") if plan.checks else ()),
         *_QUICK,
     )
-    checks = {}
-    for step in plan.checks:
-        model, answers = output / "hf" / f"iter-{step:07d}", output / f"answers-{step}.jsonl"
-        _sample(commands, world, model, "held_out", answers)
-        checks[step] = asdict(judged(answers, world.answers("held_out")))
-        checks[step] |= {"divergence": 0.0}
+    found = {"seed": world.seed, "name": plan.name, "setting": str(plan.setting), "accuracy": _accuracies(output)}
+    return found | {"checks": _judge(commands, world, plan)} if plan.checks else found
+
+
+def _judge(commands: Commands, world: World, plan: Plan) -> dict[int, dict[str, Any]]:
+    """Let checkpoints answer the held-out prompts, and compare the answers with the start's."""
+    output = world.run(plan.name)
+    answers = {step: output / f"answers-{step}.jsonl" for step in plan.checks}
+    models = {step: output / "hf" / f"iter-{step:07d}" for step in plan.checks}
+    for step, path in answers.items():
+        _sample(commands, world, models[step], "held_out", path)
+    commands.run(
+        "tools.compare",
+        f"start={world.hf}",
+        *(f"{step}={model}" for step, model in models.items()),
+        "--answers",
+        world.answers("held_out"),
+        *answers.values(),
+        *(("--scorer", world.scorer) if plan.scored else ()),
+        f"--output={output / 'compared'}",
+    )
+    compared = json.loads((output / "compared" / "comparison.json").read_text(encoding="utf-8"))["models"]
     return {
-        "seed": world.seed,
-        "name": plan.name,
-        "setting": str(plan.setting),
-        "checks": checks,
-        "accuracy": _accuracies(output),
+        step: {
+            **asdict(judged(answers[step], world.answers("held_out"))),
+            **{name: compared[str(step)][name]["value"] for name in ("kl", "win_rate") if name in compared[str(step)]},
+        }
+        for step in plan.checks
     }
 
 
@@ -369,16 +398,25 @@ def write_reward_file(path: Path, data: PreparedPairs, rewards: np.ndarray) -> N
     _write(path, lines)
 
 
-def score_guidance(world: World, name: str, step: int) -> Path:
+def scores_of(world: World, name: str) -> Path:
+    """The folder of a run's scores."""
+    return world.folder / "scores-of" / name
+
+
+def score_run(world: World, name: str, step: int) -> Path:
     """Log-probs of the pairs under a checkpoint of a run, beside the start's. Returns their folder."""
-    scores = world.folder / f"scores-{name}"
-    guidance = world.run(name) / "checkpoints" / f"iter-{step:07d}"
-    _score(Commands(world.folder / "logs"), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={guidance}")
+    scores = scores_of(world, name)
+    trained = world.run(name) / "checkpoints" / f"iter-{step:07d}"
+    _score(Commands(world.folder / "logs"), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={trained}")
     return scores
 
 
 def tokens_moved(world: World, scores: Path) -> dict[str, float]:
-    """How far training moved the tokens of held-out pairs, by what they are worth."""
+    """How far training moved the tokens of held-out pairs, by what they are worth.
+
+    Args:
+        scores: What score_run wrote.
+    """
     data = world.data("held_out")
     found = load_scores(_part_of(scores, "held_out"), data, ("reference", "guidance")).values
     lengths = np.diff(response_starts(data))
