@@ -201,6 +201,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.make_tiny_model": (1,),
     "tools.marked_pairs": (0,),
     "tools.prepare_pairs": (2,),
+    "tools.sample": ("--output",),
     "tools.submit": ("train.output",),
     "tools.view": ("--output",),
     "bench.gpu": ("--json",),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def options(script: Path) -> dict[str, str]:
 
 def test_there_is_a_script_for_every_stage() -> None:
     names = {script.stem for script in SCRIPTS}
-    assert names == {"prepare", "convert", "score", "train", "export", "sweep"}
+    assert names == {"prepare", "convert", "score", "train", "export", "sweep", "sample", "serve"}
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, FOLDER / "environment.sh"], ids=lambda path: path.name)
@@ -128,7 +129,7 @@ def test_a_script_ends_in_a_program_that_gets_every_argument(script: Path) -> No
     *_, ending = script.read_text().split("\n\n")
     (program,) = re.findall(r"^(?:once|on_each_node) (\S+)", ending, flags=re.MULTILINE)
     assert importlib.util.find_spec(program) is not None
-    assert '"$@"' in ending or '"${@:4}"' in ending  # the sweep has three of its own
+    assert re.search(r'"\$@"|"\$\{@:[24]\}"', ending)  # some have arguments of their own before those
     assert "set -euo pipefail" in script.read_text()
 
 
@@ -139,9 +140,36 @@ def test_one_launcher_runs_on_each_node_and_a_warned_training_is_queued_again(sc
         assert given["ntasks-per-node"] == "1" and "gpus-per-node" in given
         assert given["signal"].startswith("B:USR1@")
     else:
-        assert given["ntasks"] == "1" and "gpus-per-node" not in given
+        assert given["ntasks"] == "1" and ("gpus-per-node" in given) == (script.stem in ("sample", "serve"))
     if "recipes.train" in text:
         assert "train.resume=true" in text
+
+
+def test_parts_of_the_prompts_are_sampled_by_a_server_that_ends_with_the_job(slurm: Slurm, tmp_path: Path) -> None:
+    """vLLM is a script here, which listens and answers."""
+    (tmp_path / "slurm").symlink_to(FOLDER)
+    (tmp_path / "bin").mkdir()
+    vllm = tmp_path / "bin" / "vllm"
+    server = "import http.server as h, sys; h.test(h.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind='127.0.0.1')"
+    lines = ['echo "vllm $*" >>calls', "touch health", "echo $$ >id", f'exec {sys.executable} -c "{server}" "$6"']
+    vllm.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+    vllm.chmod(0o755)
+    arguments = "runs/on-policy runs/start-hf prompts.txt --n 5"
+    code, calls = slurm(
+        f"set -- {arguments}; source slurm/serve.sbatch",
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_ARRAY_TASK_ID="2",
+        SLURM_ARRAY_TASK_COUNT="4",
+        TGDPO_VLLM=str(tmp_path),
+    )
+    port = 20000 + os.getpid() % 12000
+    assert code == 0
+    assert calls[0] == f"vllm serve runs/start-hf --host 127.0.0.1 --port {port} --data-parallel-size 8"
+    assert calls[-1].endswith(
+        "python -m tools.sample --output runs/on-policy/answers-002.jsonl --shard 2/4 --engine http "
+        f"--url http://127.0.0.1:{port} runs/start-hf prompts.txt --n 5"
+    )
+    assert not Path(f"/proc/{(tmp_path / 'id').read_text().strip()}").exists()
 
 
 def test_make_slurm_says_what_it_lacks_before_it_installs_or_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:
