@@ -156,16 +156,32 @@ def encode_prompt(
         TemplateRefusal: The template does not take these turns.
     """
     text = render(tokenizer, messages, tools, add_generation_prompt=True)
+    return text, _with_one_bos(tokenizer, text)
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids of a whole conversation as one text, with all that the template writes after its last turn.
+
+    Raises:
+        TemplateRefusal: The template does not take these turns.
+    """
+    return _with_one_bos(tokenizer, render(tokenizer, messages, tools))
+
+
+def _with_one_bos(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that a template wrote, with exactly one BOS if the template or the tokenizer adds one."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
-        return text, ids
+        return ids
     body = ids
     while body and body[0] == bos:
         body = body[1:]
     in_template = len(body) < len(ids)
     added_by_tokenizer = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
-    return text, [bos, *body] if in_template or added_by_tokenizer else body
+    return [bos, *body] if in_template or added_by_tokenizer else body
 
 
 def encode_response(

@@ -52,7 +52,8 @@ def format_of(path: Path, rows: NumberedRows, format: FormatName | None) -> tupl
         for one in FORMATS[format]:
             if one.fits(row):
                 return format, one
-        raise UserError(f"{path}: data.format={format} needs {FORMATS[format][0]}; the first row has {_seen(row)}.")
+        least = min(FORMATS[format], key=lambda one: len(one.columns))
+        raise UserError(f"{path}: data.format={format} needs {least}; the first row has {_seen(row)}.")
     try:
         found = recognise(row)
         if found is None:

@@ -124,10 +124,15 @@ ARENA_TIES = ("tie", "tie (bothbad)", "both_bad")
 FORMATS: dict[FormatName, Sequence[Format]] = {
     "hh_rlhf_prompt": [Format({"prompt": "open transcript", **_answers("string")}, readers.transcript_prompt)],
     "trl": [Format({"prompt": "string", **_answers("string")}, readers.explicit)],
-    "trl_messages": [Format({"prompt": "turns", **_answers("turns")}, readers.explicit)],
     "ultrafeedback_binarized": [
+        # Scored samples: a file may have prompts of one turn and of several.
+        Format(
+            {"prompt": "string or turns", **_answers("turns"), "all_generated_responses": "strings"},
+            readers.ultrafeedback_binarized,
+        ),
         Format({"prompt": "string", **_answers("turns")}, readers.ultrafeedback_binarized),
     ],
+    "trl_messages": [Format({"prompt": "turns", **_answers("turns")}, readers.explicit)],
     "llama_factory": [
         Format({"instruction": "string", **_answers("string")}, readers.alpaca, optional=("input", "history", *SYSTEM)),
     ],
