@@ -1,58 +1,242 @@
-"""List runs in a table: their last step, and what their newest evaluation found on held-out pairs.
+"""Compare models with the one that they started from: on held-out pairs, and by a reward model on their own answers.
 
-    python -m tools.compare FOLDER [FOLDER ...]
+    python -m tools.compare START MODEL [MODEL ...] --output FOLDER --pairs held_out.jsonl
+    python -m tools.compare START MODEL [MODEL ...] --output FOLDER --prompts prompts.jsonl --scorer REWARD_MODEL
 
-A folder is that of a run, or one that holds such folders, as a sweep does. The values are those of metrics.jsonl; a run
-without an evaluation has none.
+A model is a HuggingFace folder or a name on a hub, and may be given another name in the tables: dpo=runs/dpo/hf. Every
+model answers the prompts; FOLDER keeps the answers, so that the same command goes on where it was stopped, and another
+reward model needs no new ones. FOLDER also gets comparison.json and comparison.html. What the numbers mean is in
+docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from recipes.settings import changed
+from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
-from tgdpo_megatron.report.journal import lines_until
+from tgdpo_megatron.evaluation.models import Model, find_models
+from tgdpo_megatron.reward_models.opening import identify, open_scorer
+from tgdpo_megatron.sampling.engine import Sampling, max_length_of
 
-COLUMNS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
-
-
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself where it is that of a run, else those of the runs in it.
-
-    Raises:
-        UserError: There is none.
-    """
-    found = sorted(path.parent for path in (*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")))
-    if not found:
-        raise UserError(f"{folder}: neither it nor a folder in it holds a metrics.jsonl; give the folder of a sweep.")
-    return found
-
-
-def row(run: Path) -> list[str]:
-    """The cells of a run: its folder, its last step, and COLUMNS."""
-    lines: list[dict[str, float]] = [json.loads(line) for line in lines_until(sys.maxsize, run / "metrics.jsonl")]
-    evaluated = next((line for line in reversed(lines) if COLUMNS[0] in line), {})
-    steps = str(lines[-1]["iteration"]) if lines else "0"
-    return [str(run), steps, *(f"{evaluated[name]:.4f}" if name in evaluated else "-" for name in COLUMNS)]
+if TYPE_CHECKING:
+    from tgdpo_megatron.data.prepare import PreparedPairs
+    from tgdpo_megatron.sampling.answers import Answered
 
 
 def main() -> None:
     with one_sentence_errors():
-        parser = CommandLine(
-            prog="python -m tools.compare",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+        parsed = _parser().parse_args()
+        data = changed(Config(), [given for given in parsed.models if given.startswith("data.")]).data
+        _check(parsed)
+        settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)
+        settings.check()
+        models = find_models([given for given in parsed.models if not given.startswith("data.")], data)
+        if parsed.scorer:
+            identify(parsed.scorer)  # what is no reward model is refused before hours of sampling
+        from tgdpo_megatron.run_folder import check_writable
+
+        pairs = held_out(parsed.pairs, models[0], data) if parsed.pairs else None
+        check_writable(parsed.output)
+        answers = answers_of(models, parsed, settings, data)
+        compare(models, pairs, answers, parsed)
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UserError: They do not.
+    """
+    if not (parsed.pairs or parsed.prompts or parsed.answers):
+        raise UserError("nothing to compare on: give --pairs, or --prompts, or both.")
+    if parsed.prompts and parsed.answers:
+        raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
+    if parsed.scorer and not (parsed.prompts or parsed.answers):
+        raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
+    for name, least in {"n": 1, "seed": 0, "batch_size": 1, "batch_tokens": 1}.items():
+        if getattr(parsed, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
+
+
+def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
+    """Held-out pairs, tokenised as for training, but within the model's own length.
+
+    Raises:
+        UserError: As prepare_pairs.
+    """
+    from tgdpo_megatron.data.prepare import tokenised
+
+    longest = min(data.max_length, max_length_of(start.source))
+    pairs = tokenised(data.model_copy(update={"max_length": longest}), path, start.tokenizer)
+    print(pairs.summary.sentences())
+    return pairs
+
+
+def answers_of(
+    models: Sequence[Model], parsed: argparse.Namespace, settings: Sampling, data: DataConfig
+) -> dict[str, list[Answered]]:
+    """Every model's answers to the same prompts; empty without prompts.
+
+    Raises:
+        UserError: There are not as many files as models, or a file cannot be used, or sampling fails.
+    """
+    if not (parsed.prompts or parsed.answers):
+        return {}
+    from tgdpo_megatron.evaluation.gathering import read_aligned
+
+    if parsed.answers:
+        if len(parsed.answers) != len(models):
+            raise UserError(
+                f"--answers: {len(parsed.answers)} files for {len(models)} models; give one for each, in their order."
+            )
+        return read_aligned({model.name: path for model, path in zip(models, parsed.answers, strict=True)})
+    files = {model.name: parsed.output / "answers" / model.file for model in models}
+    for model in models:
+        _sample(model, files[model.name], parsed, settings, data)
+    return read_aligned(files)
+
+
+def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Sampling, data: DataConfig) -> None:
+    from tgdpo_megatron.data.prepare import few
+    from tgdpo_megatron.sampling.engine import open_engine
+    from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
+    from tgdpo_megatron.sampling.sampler import sample
+
+    prompts = read_prompts(parsed.prompts, data)
+    engine = open_engine(
+        model.source.given,
+        template=data.template,
+        chat_template_kwargs=data.chat_template_kwargs,
+        batch_size=parsed.batch_size,
+        device=parsed.device,
+    )
+    encoded = encode_prompts(prompts, engine.tokenizer, data, max_length=engine.max_length)
+    tally, _ = sample(engine, encoded, file, settings=settings, n=parsed.n, seed=parsed.seed)
+    left_out = "".join(f"; left out: {reason} (row {few(rows)})" for reason, rows in prompts.left_out.items())
+    print(f"{file}: {tally.prompts} prompts, {tally.answers} answers{left_out}")
+
+
+def compare(
+    models: Sequence[Model],
+    pairs: PreparedPairs | None,
+    answers: dict[str, list[Answered]],
+    parsed: argparse.Namespace,
+) -> None:
+    """Measure everything, print the tables, and write comparison.json and comparison.html."""
+    from tgdpo_megatron.data.tokenizer import special_texts
+    from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
+    from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
+    from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of, with_log_probs
+
+    device = _device(parsed)
+    pairs_of, ratios, notes = with_log_probs(models, pairs, answers, device=device, batch_tokens=parsed.batch_tokens)
+    is_bradley_terry, scores, made_with = False, dict[str, Any](), _made_with(models, pairs, answers, parsed)
+    if parsed.scorer:
+        scorer = open_scorer(parsed.scorer, device=device)
+        scores, is_bradley_terry = scores_of(answers, scorer), scorer.is_bradley_terry
+        made_with["reward model"] = f"{scorer.name}, fingerprint {scorer.fingerprint}"
+        notes += _not_scored(scores)
+    numbers = {
+        name: answer_numbers(some, scores=scores.get(name), log_ratios=ratios.get(name))
+        for name, some in answers.items()
+    }
+    comparison = compared(pairs_of, numbers, is_bradley_terry=is_bradley_terry)
+    for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
+        print("", *_aligned(table), sep="\n")
+    print("", INTERVALS, *notes, sep="\n")
+    content = {"made_with": made_with, "notes": notes, **as_json(comparison)}
+    _write(parsed.output / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    html = page(
+        comparison,
+        made_with=made_with,
+        notes=notes,
+        answers=answers,
+        numbers=numbers,
+        special=special_texts(models[0].tokenizer),
+    )
+    _write(parsed.output / "comparison.html", html)
+    print(f"{parsed.output / 'comparison.html'}: open it in a browser")
+
+
+def _device(parsed: argparse.Namespace) -> Any:
+    import torch
+
+    return torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _not_scored(scores: Mapping[str, np.ndarray]) -> list[str]:
+    """A sentence where prompts have an answer that is too long for the reward model."""
+    short = np.all([np.isfinite(some).all(axis=1) for some in scores.values()], axis=0)
+    left_out = len(short) - int(short.sum())
+    words = f"{left_out} of {len(short)} prompts have an answer that is too long for the reward model"
+    return [f"{words}; no number that is made of scores counts them."] if left_out else []
+
+
+def _made_with(
+    models: Sequence[Model], pairs: PreparedPairs | None, answers: dict[str, list[Answered]], parsed: argparse.Namespace
+) -> dict[str, str]:
+    """What was compared, and how: names and values in words."""
+    found = {f"model {model.name}": str(model.source) for model in models}
+    if pairs is not None:
+        found["pairs"] = f"{len(pairs)} of {parsed.pairs}, {pairs.summary.read_as()}"
+    for name, some in answers.items():
+        settings = {**some[0].sampling, **some[0].model}
+        found[f"answers of {name}"] = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return found
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))]
         )
-        parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-        rows = [["run", "step", *COLUMNS]]
-        rows += [row(run) for folder in parser.parse_args().folders for run in runs_in(folder)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for name, *cells in rows:
-            numbers = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-            print(f"{name:<{widths[0]}}", *numbers, sep="  ")
+        for first, *cells in table
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    half = path.with_name(f"{path.name}.tmp")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
+
+
+def _parser() -> CommandLine:
+    parser = CommandLine(
+        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    said = "(default: %(default)s)"
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL | data.key=value",
+        help="the start first, then the models; and how pairs and prompts are read, as in training",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for answers and results")
+    parser.add_argument("--pairs", type=Path, help="held-out pairs, in any form that data.train takes")
+    parser.add_argument("--prompts", type=Path, help="prompts to answer, in any form that tools.sample takes")
+    parser.add_argument(
+        "--answers", type=Path, nargs="+", metavar="FILE", help="in place of --prompts: each model's answers, in order"
+    )
+    parser.add_argument("--scorer", type=Path, metavar="REWARD_MODEL", help="folder or name on a hub")
+    parser.add_argument("--n", type=int, default=1, help=f"answers to each prompt {said}")
+    parser.add_argument("--temperature", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
+    parser.add_argument("--top-p", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help=f"longest answer {said}")
+    parser.add_argument("--seed", type=int, default=0, help=f"of the sampling {said}")
+    parser.add_argument("--batch-size", type=int, default=32, help=f"answers sampled at once {said}")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help=f"tokens scored at once {said}")
+    parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
+    return parser
 
 
 if __name__ == "__main__":

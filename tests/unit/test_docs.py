@@ -212,7 +212,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.certify": (1,),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
-WRITE_NOTHING = {"tests.faults", "tools.compare", "tools.plan", "tools.tokens", "pip", "pytest"}
+WRITE_NOTHING = {"tests.faults", "tools.plan", "tools.runs", "tools.tokens", "pip", "pytest"}
 WRITE_TRACKED_FILES = {"tools.docs"}
 
 

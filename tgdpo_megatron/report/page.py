@@ -16,6 +16,7 @@ from tgdpo_megatron.report import look
 from tgdpo_megatron.report.plots import Bars, Chart, Token, chart_svg
 
 _STYLE = Path(__file__).with_name("page.css")
+_NO_WORDS = '<span class="soft">(no words)</span>'
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,26 @@ class Sample:
     """Texts of special tokens, which are set apart in the prompt."""
 
 
-Part = str | Table | Facts | Curves | Commands | TokenPairs | Sample
+@dataclass(frozen=True)
+class Side:
+    """One of several texts that stand beside each other: its name, what is known of it in a few words, and itself."""
+
+    name: str
+    note: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A prompt, and what several models answered, in columns."""
+
+    prompt: str
+    sides: Sequence[Side]
+    special: Sequence[str] = ()
+    """Texts of special tokens, which are set apart in the prompt."""
+
+
+Part = str | Table | Facts | Curves | Commands | TokenPairs | Sample | SideBySide
 """A part of a section. A string is a paragraph."""
 
 
@@ -158,6 +178,8 @@ def _part(part: Part) -> str:
             return _token_pairs(part) if part.pairs else ""
         case Sample():
             return _sample(part)
+        case SideBySide():
+            return _side_by_side(part)
 
 
 def _table(table: Table) -> str:
@@ -247,9 +269,21 @@ def _sample(sample: Sample) -> str:
     for answer in sample.answers:
         verdict = {True: "right", False: "wrong", None: ""}[answer.right]
         mark = f'<b class="{verdict}">{verdict}</b>' if verdict else ""
-        text = escape(answer.text) or '<span class="soft">(no words)</span>'
+        text = escape(answer.text) or _NO_WORDS
         rows.append(f"<div><dt>{escape(answer.model)}</dt><dd>{text}{mark}</dd></div>")
     return (
         f'<article class="card"><div class="prompt" tabindex="0">{_prompt(sample.prompt, sample.special)}</div>'
         f'<dl class="facts">{"".join(rows)}</dl></article>'
+    )
+
+
+def _side_by_side(part: SideBySide) -> str:
+    sides = "".join(
+        f'<div class="side"><div class="label">{escape(side.name)}</div><div class="soft">{escape(side.note)}</div>'
+        f'<div class="answer" tabindex="0">{escape(side.text) or _NO_WORDS}</div></div>'
+        for side in part.sides
+    )
+    return (
+        f'<article class="pair card"><div class="prompt" tabindex="0">{_prompt(part.prompt, part.special)}</div>'
+        f'<div class="sides many">{sides}</div></article>'
     )
