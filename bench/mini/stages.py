@@ -173,7 +173,7 @@ def make_world(world: World) -> dict[str, Any]:
     )
     commands.run("bench.mini.scorer", world.hf, folder / "labels.jsonl", world.scorer, f"--seed={seed}")
     for part in PARTS:
-        _sample(commands, world, world.hf, part, world.answers(part))
+        _sample(commands, world, world.hf, part, world.answers(part), world.seed)
         commands.run("tools.annotate", world.scorer, world.answers(part), "--output", world.pairs(part))
         commands.run(
             "tools.prepare_pairs", world.pairs(part), world.hf, world.tokens(part), f"--max-length={MAX_LENGTH}"
@@ -225,8 +225,12 @@ _QUICK = ("train.async_save=false", "train.save_optimizer=false", "train.report=
 """For runs of a minute."""
 
 
-def _sample(commands: Commands, world: World, model: Path, part: str, answers: Path) -> None:
-    """All models answer in the same way: sampled from their own distribution, as it is."""
+def _sample(commands: Commands, world: World, model: Path, part: str, answers: Path, seed: int) -> None:
+    """All models answer in the same way: sampled from their own distribution, as it is.
+
+    Args:
+        seed: Of the noise. That of the start's answers is another than that of all trained models.
+    """
     commands.run(
         "tools.sample",
         model,
@@ -238,7 +242,7 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
         "--top-p=1",
         "--top-k=0",
         f"--max-new-tokens={LONGEST}",
-        f"--seed={world.seed}",
+        f"--seed={seed}",
         "--batch-size=256",
     )
 
@@ -320,7 +324,7 @@ def _judge(commands: Commands, world: World, plan: Plan) -> dict[int, dict[str, 
     answers = {step: output / f"answers-{step}.jsonl" for step in plan.checks}
     models = {step: output / "hf" / f"iter-{step:07d}" for step in plan.checks}
     for step, path in answers.items():
-        _sample(commands, world, models[step], "held_out", path)
+        _sample(commands, world, models[step], "held_out", path, 1000 + world.seed)
     commands.run(
         "tools.compare",
         f"start={world.hf}",
