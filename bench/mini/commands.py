@@ -32,7 +32,11 @@ PROGRAMS = (
 )
 _LATE = (
     "tgdpo_megatron.checkpoint.convert",
+    "tgdpo_megatron.evaluation.comparison_page",
+    "tgdpo_megatron.evaluation.log_probs",
     "tgdpo_megatron.planning.out_of_memory",
+    "tgdpo_megatron.reward_models.classifier",
+    "tgdpo_megatron.sampling.transformers_engine",
     "tgdpo_megatron.score",
     "tgdpo_megatron.train",
     "transformers.models.llama.modeling_llama",
