@@ -122,6 +122,10 @@ class World:
         """The start's log-probs of the pairs."""
         return self.folder / "scores"
 
+    def commands(self, name: str) -> Commands:
+        """For one job, since others may be under way in the same world."""
+        return Commands(self.folder / "logs" / name)
+
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
@@ -148,7 +152,7 @@ def make_world(world: World) -> dict[str, Any]:
         How the start and the scorer came out.
     """
     folder, seed, effort = world.folder, world.seed, world.effort
-    commands, chance = Commands(folder / "logs"), random.Random(seed)
+    commands, chance = world.commands("world"), random.Random(seed)
     numbers = {"sft": effort.sft, "labels": effort.labels, "train": effort.train, "held_out": effort.held_out}
     prompts = make_prompts(sum(numbers.values()), chance)
     parts = {name: [prompts.pop() for _ in range(number)] for name, number in numbers.items()}
@@ -290,7 +294,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         Held-out preference accuracy by step; for each checkpoint what `judged` says, `kl` to the start in nats per
         answer, and the scorer's `win_rate`.
     """
-    commands, output = Commands(world.folder / "logs"), world.run(plan.name)
+    commands, output = world.commands(plan.name), world.run(plan.name)
     every = math.gcd(plan.steps, *plan.checks)
     commands.run(
         "recipes.train",
@@ -303,7 +307,6 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"loss.beta={plan.setting.beta}",
         f"optimizer.lr={plan.setting.lr}",
         "optimizer.lr_decay_style=constant",
-        "optimizer.lr_warmup_fraction=null",
         f"optimizer.lr_warmup_iters={WARMUP}",
         f"train.output={output}",
         f"train.train_iters={plan.steps}",
@@ -363,7 +366,7 @@ def _options(world: World, plan: Plan) -> list[str]:
     common = ["scores.source=cached", "loss.beta_r=1", f"loss.alpha={setting.option / float(rewards['train'].std())}"]
     if plan.rewards == "guidance":
         return [*common, f"scores.path={plan.guidance}"]
-    files = {part: world.run(plan.name).with_suffix(f".{part}.jsonl") for part in PARTS}
+    files = {part: world.run(f"{plan.name}-rewards-{part}.jsonl") for part in PARTS}
     for part, path in files.items():
         write_reward_file(path, world.data(part), rewards[part])
     return [
@@ -411,7 +414,7 @@ def score_run(world: World, name: str, step: int) -> Path:
     """Log-probs of the pairs under a checkpoint of a run, beside the start's. Returns their folder."""
     scores = scores_of(world, name)
     trained = world.run(name) / "checkpoints" / f"iter-{step:07d}"
-    _score(Commands(world.folder / "logs"), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={trained}")
+    _score(world.commands(name), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={trained}")
     return scores
 
 

@@ -55,7 +55,7 @@ def test_all_runs_of_a_seed_start_alike_and_move_away_from_the_start(summary: di
 
 
 def test_what_ran_are_the_public_commands(folder: Path) -> None:
-    logs = [path.read_text(encoding="utf-8").splitlines()[0] for path in folder.glob("work/*/logs/*.log")]
+    logs = [path.read_text(encoding="utf-8").splitlines()[0] for path in folder.glob("work/*/logs/*/*.log")]
     programs = {line.split()[3] for line in logs}
     assert {line.split()[:3] == ["$", "python", "-m"] for line in logs} == {True}
     assert programs >= {"recipes.train", "recipes.score", "tools.sample", "tools.annotate", "tools.compare"}
