@@ -1,6 +1,6 @@
 """Make a small random model of any family, with a byte-level BPE tokenizer trained on the texts of a file of pairs.
 
-The result is an ordinary HuggingFace model folder, for demos and tests.
+The result is an ordinary HuggingFace model folder, for demos and tests: a model that answers, or a reward model.
 """
 
 from __future__ import annotations
@@ -49,15 +49,18 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int, merge_digits: bool
     return tokenizer
 
 
-def make_model(folder: Path, tokenizer: Any, *, family: str = "llama", seed: int = 0, **shape: Any) -> None:
+def make_model(
+    folder: Path, tokenizer: Any, *, family: str = "llama", seed: int = 0, reward_model: bool = False, **shape: Any
+) -> None:
     """Save a randomly initialised model and its tokenizer.
 
     Args:
         family: HuggingFace's `model_type`; one of those in tgdpo_megatron/model/families/.
+        reward_model: Whether to make a sequence classifier with one label.
         shape: Fields of HuggingFace's configuration that differ from the small defaults.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     sizes: dict[str, Any] = {
         "hidden_size": 128,
@@ -67,6 +70,7 @@ def make_model(folder: Path, tokenizer: Any, *, family: str = "llama", seed: int
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
+        **({"num_labels": 1} if reward_model else {}),
         **shape,
     }
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
@@ -80,7 +84,8 @@ def make_model(folder: Path, tokenizer: Any, *, family: str = "llama", seed: int
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        auto_class = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
+        auto_class.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -99,10 +104,14 @@ def main() -> None:
             "--vocab-size", type=int, default=1000, help="largest number of tokens (default: %(default)s)"
         )
         parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
+        parser.add_argument(
+            "--reward-model", action="store_true", help="make a reward model, which gives answers random scores"
+        )
         parsed = parser.parse_args()
         texts = [text for pair in read_pairs(parsed.pairs).pairs for text in pair.texts]
         tokenizer = train_tokenizer(texts, vocab_size=parsed.vocab_size)
-        make_model(parsed.hf_folder, tokenizer, family=parsed.family, seed=parsed.seed)
+        made = {"family": parsed.family, "seed": parsed.seed, "reward_model": parsed.reward_model}
+        make_model(parsed.hf_folder, tokenizer, **made)
         print(parsed.hf_folder)
 
 

@@ -208,10 +208,11 @@ def _quality(world: World) -> dict[str, Any]:
         for row in _read(world.folder / "labels.jsonl")
         for prompt in [Prompt.parse(row["prompt"])]
     ]
-    agreed = [
-        agreement(np.array(row["all_rm_scores"]), rewards_of(row["prompt"], row["all_generated_responses"]))
-        for row in _read(world.pairs("held_out"))
-    ]
+    agreed = []
+    for row in _read(world.pairs("held_out")):
+        found = zip(row["all_rm_scores"], row["all_generated_responses"], strict=True)
+        scores, answers = zip(*((score, answer) for score, answer in found if score is not None), strict=True)
+        agreed.append(agreement(np.array(scores), rewards_of(row["prompt"], answers)))
     rights, counted = zip(*agreed, strict=True)
     gaps = [
         np.subtract(*rewards_of(row["prompt"], [row[side][-1]["content"] for side in ("chosen", "rejected")]))

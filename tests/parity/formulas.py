@@ -102,6 +102,13 @@ def simpo(won: Response, lost: Response, *, beta: float, gamma: float) -> Tensor
     return softplus(-(beta * won.policy.mean() - beta * lost.policy.mean() - gamma))
 
 
+def rpo(won: Response, lost: Response, *, rewards: Rewards, beta: float, eta: float) -> Tensor:
+    z = beta * won.log_ratio.sum() - beta * lost.log_ratio.sum()
+    wanted = torch.sigmoid(eta * (rewards(won).sum() - rewards(lost).sum()))
+    entropy = wanted * wanted.log() + (1 - wanted) * (1 - wanted).log()
+    return wanted * softplus(-z) + (1 - wanted) * softplus(z) + entropy
+
+
 def tgdpo(won: Response, lost: Response, *, rewards: Rewards, beta: float, alpha: float) -> Tensor:
     of_won = (beta * (1 + alpha * rewards(won)) * won.log_ratio).sum()
     of_lost = (beta * (1 - alpha * rewards(lost)) * lost.log_ratio).sum()
@@ -204,6 +211,10 @@ METHODS = {
     "TDPO1": Method(LossConfig(type="tdpo1", beta=0.1), partial(tdpo1, beta=0.1), ("live",)),
     "TDPO2": Method(LossConfig(type="tdpo2", beta=0.1, alpha=0.5), partial(tdpo2, beta=0.1, alpha=0.5), ("live",)),
     "SePO": Method(LossConfig(type="sepo", gamma=2.1, selected_share=0.3), partial(sepo, gamma=2.1, share=0.3)),
+    "RPO": Method(
+        LossConfig(type="rpo", beta=0.1, token_rewards="guidance", beta_r=0.5),
+        partial(rpo, rewards=of_guidance, beta=0.1, eta=0.5),
+    ),
     "DPO-REG": Method(
         LossConfig(type="dpo_reg", beta=0.1, alpha=0.25),
         partial(dpo_reg, rewards=of_contrastive_prompts, beta=0.1, alpha=0.25),

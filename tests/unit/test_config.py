@@ -224,6 +224,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tgdpo": {"beta": 0.1, "alpha": 0.5, "beta_r": 0.1, "token_rewards": "guidance", "reward_squash": False},
     "tdpo1": {"beta": 0.1},
     "tdpo2": {"beta": 0.1, "alpha": 0.5},
+    "rpo": {"beta": 0.1, "beta_r": 1.0, "token_rewards": "file", "reward_squash": False},
     "sepo": {"gamma": 2.1, "selected_share": 0.3, "token_rewards": "guidance"},
     "dpo_reg": {"beta": 0.1, "alpha": 0.25, "beta_r": 1.0, "token_rewards": "contrastive", "reward_squash": True},
     "simpo_reg": {"beta": 2.5, "gamma_beta_ratio": 0.55, "alpha": 0.25, "beta_r": 1.0, "reward_squash": True},

@@ -440,6 +440,24 @@ def test_dpo_norm_is_dpo_on_mean_log_ratios(random_tokens: Tokens) -> None:
     assert losses.tolist() == pytest.approx(expected, rel=0, abs=1e-12)
 
 
+def test_rpo_is_zero_where_the_margin_is_the_reward_models(random_tokens: Tokens) -> None:
+    """And so is its gradient: such a pair is learned."""
+    reward = 0.1 * (random_tokens.policy.detach() - random_tokens.scores["reference"])
+    losses, _ = random_tokens.loss(LossConfig(type="rpo", beta=0.1), reward=reward)
+    losses.sum().backward()
+    assert random_tokens.policy.grad is not None
+    assert losses.tolist() == pytest.approx([0.0] * 7, rel=0, abs=1e-12)
+    assert random_tokens.policy.grad.abs().max() < 1e-12
+
+
+def test_rpo_is_dpo_where_the_reward_model_is_certain(random_tokens: Tokens) -> None:
+    reward = torch.where(random_tokens.pairs.side == CHOSEN, 50.0, -50.0).double()
+    losses, margins = random_tokens.loss(LossConfig(type="rpo", beta=0.1), reward=reward)
+    expected, of_dpo = random_tokens.loss(DPO)
+    assert torch.equal(margins, of_dpo)
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=0, abs=1e-12)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 def test_sepo_selects_as_sorting_each_response_does(share: float, random_tokens: Tokens) -> None:
     expected = []
@@ -632,6 +650,7 @@ START_VALUES = {
     "sft": None,
     "simpo": None,
     "sepo": None,
+    "rpo": None,
     "dpo_reg": None,
     "simpo_reg": None,
 }

@@ -154,3 +154,22 @@ def test_spans_in_a_text_that_was_edited_since_are_refused(
     write_pairs(tmp_path / "pairs.jsonl", [ROWS[0] | {"chosen": "The total is 5."}, ROWS[1]])
     with pytest.raises(UserError, match="the chosen response of row 1 .* spans cannot be used"):
         rewards_of(empty(1, chosen=[[0, 3, 1.0]]))
+
+
+def test_the_scores_of_a_file_of_pairs_are_the_rewards_of_last_tokens(
+    data: PreparedPairs, rewards_of: Callable[..., TokenScores]
+) -> None:
+    """Lines count themselves, a blank one included, and a response's rewards sum to its score."""
+    scores = rewards_of(ROWS[0] | {"score_chosen": 3.5, "score_rejected": -1}, ROWS[1] | SCORED)
+    for pair, expected in enumerate([(3.5, -1.0), (0.25, 0.0)]):
+        for side in (0, 1):
+            found = scores.join([pair], [side])["reward"].tolist()
+            assert found == [0.0] * (len(found) - 1) + [expected[side]]
+
+
+SCORED = {"score_chosen": 0.25, "score_rejected": 0.0}
+
+
+def test_a_score_of_a_file_of_pairs_that_is_no_number_is_refused(rewards_of: Callable[..., TokenScores]) -> None:
+    with pytest.raises(UserError, match=r"line 2: the rejected response of row 2 .* not a finite number \(None\)"):
+        rewards_of(ROWS[0] | SCORED, ROWS[1] | SCORED | {"score_rejected": None})

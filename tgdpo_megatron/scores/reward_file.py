@@ -2,12 +2,16 @@
 
     {"row": 1, "chosen": [0.1, -0.3, 0.0], "rejected": [0.2, 0.0]}
     {"row": 2, "chosen": [[0, 4, 0.5], [4, 9, -1.0]], "rejected": []}
+    {"score_chosen": 3.5, "score_rejected": 1.0, …}
 
 `row` is the number of the pair's row in the data file, or of its line in a .jsonl file. Lines for rows that are not
 trained on are skipped. The rewards of a response are either one number for each of its tokens, the closing end-of-turn
 token included, or spans [first character, character after the last, number] of the response as the data file has it.
 With spans a token gets the mean over its characters, where characters outside all spans count 0, and the end-of-turn
 token gets 0. An empty list gives 0 to all tokens of the response.
+
+A line without `row` and with the scores of whole responses is one of the data file itself, and is named by its own
+number. A response's score is then the reward of its last token.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.scores.texts import read_texts
 
 _SIDES = ("chosen", "rejected")
+_SCORES = ("score_chosen", "score_rejected")
 
 
 def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndarray:
@@ -47,7 +52,7 @@ def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndar
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            row, sides = _line(line, f"{path} line {number}")
+            row, sides = _line(line, number, f"{path} line {number}")
             if row in line_of:
                 raise UserError(
                     f"{path} line {number}: row {row} has rewards already, on line {line_of[row]}; delete one line."
@@ -68,12 +73,14 @@ def read_reward_file(path: Path, data: PreparedPairs, tokenizer: Any) -> np.ndar
     return rewards
 
 
-def _line(line: bytes, where: str) -> tuple[int, tuple[list[Any], list[Any]]]:
-    """The row's number, and what the line gives for the chosen and for the rejected response."""
+def _line(line: bytes, number: int, where: str) -> tuple[int, tuple[Any, Any]]:
+    """The row's number, and what the line gives for the chosen and for the rejected response: a list, or a number."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: not valid JSON.") from None
+    if isinstance(content, dict) and "row" not in content and content.keys() >= set(_SCORES):
+        return number, (content[_SCORES[0]], content[_SCORES[1]])
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in _SIDES):
         raise UserError(f"{where}: expected an object with row and the lists chosen and rejected.")
     if type(row := content.get("row")) is not int:
@@ -82,7 +89,7 @@ def _line(line: bytes, where: str) -> tuple[int, tuple[list[Any], list[Any]]]:
 
 
 def _of(
-    given: list[Any],
+    given: Any,
     ids: np.ndarray,
     tokenizer: Any,
     texts: Callable[[], list[TextPair]],
@@ -90,6 +97,9 @@ def _of(
     where: str,
 ) -> np.ndarray:
     """Rewards of one response's tokens. [tokens]"""
+    if not isinstance(given, list):
+        _check_numbers([given], where)
+        return np.append(np.zeros(len(ids) - 1, np.float32), np.float32(given))
     spans = [isinstance(entry, list) for entry in given]
     if any(spans) and not all(spans):
         raise UserError(f"{where}: give numbers, one for each token, or spans [start, end, number], not both.")

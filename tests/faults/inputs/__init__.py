@@ -3,7 +3,7 @@
 A file for each subject holds a list ENTRIES; `entry.py` says what an entry is, `run.py` runs it and judges.
 """
 
-from tests.faults.inputs import checkpoints, configuration, data, environment, hf_folders, layouts, scores
+from tests.faults.inputs import annotation, checkpoints, configuration, data, environment, hf_folders, layouts, scores
 
 SUBJECTS = {
     "configuration": configuration.ENTRIES,
@@ -12,5 +12,6 @@ SUBJECTS = {
     "HuggingFace folders": hf_folders.ENTRIES,
     "checkpoints": checkpoints.ENTRIES,
     "scores": scores.ENTRIES,
+    "annotation": annotation.ENTRIES,
     "environment": environment.ENTRIES,
 }

@@ -14,8 +14,9 @@ class BadInput:
     """One mistake.
 
     A command runs in a folder of its own, which holds `pairs.jsonl`, `hf` (a HuggingFace model), `megatron` (the same,
-    converted), `scores` (its scores of the pairs) and `run` (a training of two steps). Names in `says` are relative to
-    it; an absolute path to it is written FOLDER, one to the repository ROOT.
+    converted), `scores` (its scores of the pairs), `run` (a training of two steps), `scorer` (a reward model) and
+    `answers.jsonl`. Names in `says` are relative to it; an absolute path to it is written FOLDER, one to the repository
+    ROOT.
 
     Attributes:
         name: The mistake, in words.

@@ -1,4 +1,6 @@
-"""What every entry starts from: pairs, a model in both forms, its scores of the pairs, a training of two steps."""
+"""What every entry starts from: pairs, a model in both forms, its scores of the pairs, a training of two steps, and a
+reward model with answers to score.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from tests.conftest import PAIRS
 from tests.faults.inputs.entry import BadInput, score, train
 from tests.faults.inputs.run import Programs, _environment
+from tests.support.reward_models import answered, write_lines
 
 
 def make_parts(folder: Path, programs: Programs) -> None:
@@ -20,6 +23,9 @@ def make_parts(folder: Path, programs: Programs) -> None:
     tokenizer = train_tokenizer([text for row in PAIRS for text in row.values()] * 2, vocab_size=330)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
     make_model(folder / "hf", tokenizer, **sizes)
+    make_model(folder / "scorer", tokenizer, reward_model=True, **sizes)
+    answers = [answered(row["instruction"], [row["chosen"], row["rejected"]]) for row in PAIRS]
+    write_lines(folder / "answers.jsonl", answers)
     hf_to_megatron(folder / "hf", folder / "megatron")
     scratch = folder.with_name(f"{folder.name}-scratch")
     scratch.mkdir()
