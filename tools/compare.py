@@ -23,6 +23,7 @@ from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.evaluation.models import Model, find_models
+from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
 from tgdpo_megatron.sampling.engine import Sampling, max_length_of
 
@@ -95,7 +96,8 @@ def answers_of(
     if parsed.answers:
         if len(parsed.answers) != len(models):
             raise UserError(
-                f"--answers: {len(parsed.answers)} files for {len(models)} models; give one for each, in their order."
+                f"--answers: {plural(len(parsed.answers), 'file')} for {len(models)} models; give one for each, in "
+                "their order."
             )
         return read_aligned({model.name: path for model, path in zip(models, parsed.answers, strict=True)})
     files = {model.name: parsed.output / "answers" / model.file for model in models}

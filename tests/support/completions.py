@@ -60,21 +60,18 @@ class Completions:
         prompt = request["prompt"]
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ends = request.get("stop_token_ids") or [self.tokenizer.eos_token_id]
-        drawn = bool(request.get("temperature"))
-        how = {
-            "temperature": request["temperature"],
-            "top_p": request["top_p"],
-            "top_k": max(request["top_k"], 0),
-        }
+        how: dict[str, Any] = {"do_sample": False}
+        if request.get("temperature"):
+            how = {"do_sample": True, "temperature": request["temperature"], "top_p": request["top_p"]}
+            how["top_k"] = max(request["top_k"], 0)
         with self.lock:
             torch.manual_seed(request.get("seed", 0))
             made = self.model.generate(
                 torch.tensor([ids]),
                 max_new_tokens=request["max_tokens"],
-                do_sample=drawn,
                 eos_token_id=ends,
                 pad_token_id=0,
-                **(how if drawn else {}),
+                **how,
             )[0, len(ids) :].tolist()
         choice = {
             "index": 0,

@@ -220,8 +220,8 @@ def test_a_file_that_lacks_questions_is_refused_with_their_names(run: Run, tmp_p
     [
         ("mt-bench", [*MT_BENCH, MT_BENCH[1]], "line 4: has the id 82 of line 2; give each question its own."),
         ("mt-bench", [{"category": "math", "turns": ["a", "b"]}], "line 1: the question has no question_id; give"),
-        ("mt-bench", [{**MT_BENCH[0], "turns": ["a"]}], "line 1: the question has 1 turns where MT-Bench's have two"),
-        ("mt-bench", [{**MT_BENCH[0], "turns": "ab"}], "line 1: the question has no turns where MT-Bench's have two"),
+        ("mt-bench", [{**MT_BENCH[0], "turns": ["a"]}], "line 1: the question has 1 turn, and MT-Bench's have two"),
+        ("mt-bench", [{**MT_BENCH[0], "turns": "ab"}], "line 1: the question has no turns, and MT-Bench's have two"),
         ("mt-bench", [{**MT_BENCH[0], "turns": ["a", 3]}], "line 1: a turn is no text"),
         ("mt-bench", [[1]], "line 1: expected an object, found list"),
         ("alpaca-eval", [{"dataset": "koala"}], "line 1: instruction is no text"),

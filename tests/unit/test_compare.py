@@ -326,7 +326,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
         ((hf_model, other, *pairs, "--scorer", scorer), f"--scorer {scorer}: scores answers; give --prompts"),
         ((hf_model, other, "--prompts", pairs_file, "--scorer", other), "is no reward model that is known"),
         ((hf_model, other, "--prompts", pairs_file, "--n", 0), "--n 0: give 1 or more."),
-        ((hf_model, other, "--answers", pairs_file), "--answers: 1 files for 2 models; give one for each"),
+        ((hf_model, other, "--answers", pairs_file), "--answers: 1 file for 2 models; give one for each"),
     ):
         code, said = run(*arguments)
         assert code == 2 and says in said, (said, says)
@@ -345,7 +345,7 @@ def test_files_of_answers_must_answer_the_same_prompts(
     for content, says in (
         (rows[:-2], "lacks answers to 2 prompts of"),
         ([*rows, rows[0]], "answers 'Add 2 and 3.' twice; leave one of them out."),
-        ([json.dumps(damaged) + "\n", *rows[1:]], "has 1 answers to one prompt and 2 to another; give as many."),
+        ([json.dumps(damaged) + "\n", *rows[1:]], "has 1 answer to one prompt and 2 answers to another; give as many."),
         ([], "holds no answers."),
     ):
         theirs.write_text("".join(content))

@@ -195,6 +195,8 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "recipes.align": ("train.output",),
     "recipes.train": ("train.output",),
     "recipes.score": ("scores.path",),
+    "tools.answers": ("--output",),
+    "tools.compare": ("--output",),
     "tools.convert_hf_to_megatron": (1,),
     "tools.convert_megatron_to_hf": (1,),
     "tools.demo": ("--output",),

@@ -107,7 +107,7 @@ def check_written(form: Form, path: Path, questions: Sequence[Question]) -> None
         if form.as_list
         else [row for _, row in read_json_lines(path, what=what)]
     )
-    given = [row.get(form.key) if isinstance(row, dict) else None for row in rows]
+    given = [row.get(form.key) if isinstance(row, dict) else None for row in (rows if isinstance(rows, list) else [])]
     asked = [question.turns[0] if form.as_list else question.id for question in questions]
     if given != asked:
         lacking = [str(question.id) for question, key in zip(questions, asked, strict=True) if key not in given]

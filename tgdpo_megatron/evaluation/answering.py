@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tgdpo_megatron.bounded import parse_json, read_json
 from tgdpo_megatron.data.tokenizer import encode_prompt, template_hash
 from tgdpo_megatron.errors import UserError
@@ -48,23 +50,23 @@ def answer(
     Raises:
         UserError: What is there was made in another way or lacks questions, a prompt is too long, or the engine failed.
     """
-    told = _told(engine, questions, settings, seed, model, about)
+    made_with = _made_with(engine, questions, settings, seed, model, about)
     beside, part = file.with_suffix(".decoding.json"), file.with_suffix(".part")
     if beside.is_file():
-        _check_same(beside, told)
+        _check_same(beside, made_with)
     if file.is_file():
         check_written(form, file, questions)
         return int(read_json(beside, what="description of answers").get("unfinished", 0))
-    _write(beside, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    _write(beside, json.dumps(made_with, indent=2, ensure_ascii=False) + "\n")
     said = _asked(engine, questions, settings, seed, part)
     unfinished = sum(reason == "length" for one in said for reason in one.finish_reasons)
     _write(file, written(form, questions, said, model))
-    _write(beside, json.dumps({**told, "unfinished": unfinished}, indent=2, ensure_ascii=False) + "\n")
+    _write(beside, json.dumps({**made_with, "unfinished": unfinished}, indent=2, ensure_ascii=False) + "\n")
     part.unlink()
     return unfinished
 
 
-def _told(
+def _made_with(
     engine: Engine,
     questions: Sequence[Question],
     settings: Callable[[Question], Sampling],
@@ -92,7 +94,7 @@ def _told(
     }
 
 
-def _check_same(beside: Path, told: dict[str, Any]) -> None:
+def _check_same(beside: Path, made_with: dict[str, Any]) -> None:
     """Refuse to go on with answers that were made in another way.
 
     Raises:
@@ -100,9 +102,9 @@ def _check_same(beside: Path, told: dict[str, Any]) -> None:
     """
     kept = read_json(beside, what="description of answers")
     kept = kept if isinstance(kept, dict) else {}
-    differs = [name for name, value in told.items() if kept.get(name) != value]
+    differs = [name for name, value in made_with.items() if kept.get(name) != value]
     if "sampling" in differs and isinstance(kept.get("sampling"), dict):
-        names = [name for name, value in told["sampling"].items() if kept["sampling"].get(name) != value]
+        names = [name for name, value in made_with["sampling"].items() if kept["sampling"].get(name) != value]
         differs[differs.index("sampling")] = ", ".join(names) or "sampling"
     if differs:
         raise UserError(
@@ -115,27 +117,16 @@ def _asked(
     engine: Engine, questions: Sequence[Question], settings: Callable[[Question], Sampling], seed: int, part: Path
 ) -> list[Said]:
     """The answers to all questions, those in `part` first. New ones are added there."""
-    from tqdm import tqdm
-
     together = engine.block * -(-AT_ONCE // engine.block)
     said = _kept(part, together)
-    with (
-        part.open("a", encoding="utf-8") as file,
-        tqdm(total=len(questions), initial=len(said), desc="answering", unit="question") as bar,
-    ):
-        tokens, started = 0, time.monotonic()
-
-        def count(new: int) -> None:
-            nonlocal tokens
-            tokens += new
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
-
+    # Tokens are counted as they come, since some questions together may take minutes.
+    with part.open("a", encoding="utf-8") as file, tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
         for first in range(len(said), len(questions), together):
-            some = _conversations(engine, questions[first : first + together], settings, seed, count)
+            bar.set_postfix_str(f"{first}/{len(questions)} questions")
+            some = _conversations(engine, questions[first : first + together], settings, seed, bar.update)
             file.write("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in some))
             file.flush()
             said += some
-            bar.update(len(some))
     return said
 
 
@@ -153,9 +144,13 @@ def _conversations(
     questions: Sequence[Question],
     settings: Callable[[Question], Sampling],
     seed: int,
-    count: Callable[[int], object],
+    told: Callable[[int], object],
 ) -> list[Said]:
-    """All turns of some questions: the first of all, then the second of those that have one."""
+    """All turns of some questions: the first of all, then the second of those that have one.
+
+    Args:
+        told: Called with numbers of new tokens, as they come.
+    """
     said = [Said((), (), (), 0.0)] * len(questions)
     for turn in range(max(len(question.turns) for question in questions)):
         places = [place for place, question in enumerate(questions) if len(question.turns) > turn]
@@ -163,7 +158,7 @@ def _conversations(
             Request(_prompt(engine, questions[place], said[place]), 0, seed, settings(questions[place]))
             for place in places
         ]
-        for place, found in zip(places, engine.answers(requests, count), strict=True):
+        for place, found in zip(places, engine.answers(requests, told), strict=True):
             said[place] = _with(said[place], found, engine.tokenizer)
     return said
 

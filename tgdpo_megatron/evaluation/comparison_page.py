@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from tgdpo_megatron.evaluation.bootstrap import DRAWS, LEVEL
@@ -113,10 +114,11 @@ def _side_by_side(
 
 def _known(numbers: AnswerNumbers, place: int) -> str:
     """What is known of the first answer to a prompt."""
-    scores = numbers.scores
-    words = [f"score {number(float(scores[place, 0]))}"] if scores is not None else []
-    words.append(f"{numbers.tokens[place, 0]:.0f} tokens")
-    return ", ".join(words + (["unfinished"] if numbers.unfinished[place, 0] else []))
+    words = [f"{numbers.tokens[place, 0]:.0f} tokens"]
+    if numbers.scores is not None:
+        score = float(numbers.scores[place, 0])
+        words.insert(0, "too long to score" if math.isnan(score) else f"score {number(score)}")
+    return ", ".join([*words, "unfinished"] if numbers.unfinished[place, 0] else words)
 
 
 def _meanings(comparison: Comparison) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers
-from tgdpo_megatron.report.words import percent
+from tgdpo_megatron.report.words import percent, plural
 from tgdpo_megatron.sampling.answers import Answered, read_answers
 
 if TYPE_CHECKING:
@@ -46,14 +46,15 @@ def read_aligned(files: Mapping[str, Path]) -> dict[str, list[Answered]]:
             raise UserError(f"{path}: holds no answers.")
         counts = sorted({len(answered.num_tokens) for answered in of_model.values()})
         if counts[0] < 1 or len(counts) > 1:
-            raise UserError(f"{path}: has {counts[0]} answers to one prompt and {counts[-1]} to another; give as many.")
+            fewest, most = (plural(number, "answer") for number in (counts[0], counts[-1]))
+            raise UserError(f"{path}: has {fewest} to one prompt and {most} to another; give as many.")
         found[name] = of_model
     first, *others = found
     for name in others:
         for lacks, has in ((name, first), (first, name)):
             if missing := [answered for asked, answered in found[has].items() if asked not in found[lacks]]:
                 raise UserError(
-                    f"{files[lacks]}: lacks answers to {len(missing)} prompts of {files[has]}, such as "
+                    f"{files[lacks]}: lacks answers to {plural(len(missing), 'prompt')} of {files[has]}, such as "
                     f"{_short(missing[0])}; sample them, or leave them out of both files."
                 )
     return {name: [of_model[asked] for asked in found[first]] for name, of_model in found.items()}
@@ -157,6 +158,7 @@ def with_log_probs(
                     under_start[name] = found
                 if name == model.name:
                     ratios[name] = (found - under_start[name]).reshape(len(answers[name]), -1)
+        del loaded  # before the next one is
     return of_model, ratios, notes
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tgdpo_megatron.bounded import parse_json, read_text
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.report.words import plural
 
 Row = Mapping[str, Any]
 
@@ -80,8 +81,8 @@ def _rows(path: Path) -> list[tuple[int, str, Any]]:
 def _mt_bench(_: int, row: Row) -> Question:
     turns = row.get("turns")
     if not isinstance(turns, list) or len(turns) != 2:
-        found = f"{len(turns)} turns" if isinstance(turns, list) else "no turns"
-        raise _Wrong(f"the question has {found} where MT-Bench's have two")
+        found = plural(len(turns), "turn") if isinstance(turns, list) else "no turns"
+        raise _Wrong(f"the question has {found}, and MT-Bench's have two")
     texts = tuple(_text({"a turn": turn}, "a turn") for turn in turns)
     return Question(_id(row, "question_id"), texts, _text(row, "category"), row)
 

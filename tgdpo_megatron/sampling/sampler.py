@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,6 @@ def sample(
         UserError: Another job writes the file, it holds other answers, the disk is full, or the engine fails.
     """
     identity = {
-        "model": engine.model,
         "sampling": {
             "engine": engine.name,
             "n": n,
@@ -69,10 +68,11 @@ def sample(
             "seed": seed,
             "template": template_hash(engine.tokenizer),
         },
+        "model": engine.model,
     }
     with _alone(output) as file:
         before = _keep(file, output, prompts, identity, engine.block)
-        tally = Tally(**asdict(before))
+        tally = replace(before)
         rest = prompts[before.prompts :]
 
         def asked(prompt: Prompt) -> list[Request]:
@@ -144,7 +144,7 @@ def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: di
         _check(answered, output, number, prompts, identity)
         tally.add(answered)
         if tally.prompts % block == 0 or tally.prompts == len(prompts):
-            kept, end = Tally(**asdict(tally)), reader.tell()
+            kept, end = replace(tally), reader.tell()
     if len(line) == LIMIT:
         raise UserError(f"{output} line {tally.prompts + 1}: too long for an answer; give another --output.")
     reader.detach()

@@ -42,8 +42,7 @@ from tgdpo_megatron.sampling.engine import (
 )
 
 _BLOCK = 2
-"""Prompts that are computed together, in batches of one answer to each. More of them pad less, and a killed run loses
-more."""
+"""Prompts of a block, for each answer of a batch. More of them pad less, and a killed run loses more."""
 _DROPPED_FROM = 0.25
 """Share of finished answers in a batch from which they are dropped: each time, the cache is copied."""
 
@@ -215,10 +214,10 @@ def _draw(logits: Tensor, uniforms: Tensor | None) -> Tensor:
     Returns:
         Token ids; -1 for a row whose logits are not numbers. [rows]
     """
+    if uniforms is None:
+        highest, tokens = logits.max(dim=-1)
+        return tokens.where(highest.isfinite(), -1)
     # In float64: in fp32 the sum over a large vocabulary would round away what rare tokens add.
     sums = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    if uniforms is None:
-        tokens = logits.argmax(dim=-1)
-    else:
-        tokens = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
     return tokens.where(sums[:, -1].isfinite(), -1)

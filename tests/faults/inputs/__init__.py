@@ -3,7 +3,18 @@
 A file for each subject holds a list ENTRIES; `entry.py` says what an entry is, `run.py` runs it and judges.
 """
 
-from tests.faults.inputs import annotation, checkpoints, configuration, data, environment, hf_folders, layouts, scores
+from tests.faults.inputs import (
+    annotation,
+    checkpoints,
+    configuration,
+    data,
+    environment,
+    evaluation,
+    hf_folders,
+    layouts,
+    sampling,
+    scores,
+)
 
 SUBJECTS = {
     "configuration": configuration.ENTRIES,
@@ -13,5 +24,7 @@ SUBJECTS = {
     "checkpoints": checkpoints.ENTRIES,
     "scores": scores.ENTRIES,
     "annotation": annotation.ENTRIES,
+    "sampling": sampling.ENTRIES,
+    "evaluation": evaluation.ENTRIES,
     "environment": environment.ENTRIES,
 }
