@@ -29,6 +29,7 @@ FAST = Effort(
     train=72,
     held_out=12,
     epoch=2,
+    epochs=2,
     checked=2,
     configurations=2,
     answers=3,

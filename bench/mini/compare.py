@@ -14,7 +14,18 @@ from typing import Any
 
 from bench.mini.commands import import_everything, side_by_side
 from bench.mini.methods import SPREADS, Rewards, Setting, configurations, with_other_beta
-from bench.mini.stages import Effort, Plan, World, make_world, score_run, scores_of, tokens_moved, train
+from bench.mini.stages import (
+    Effort,
+    Plan,
+    World,
+    make_pairs,
+    make_scorer,
+    make_start,
+    score_run,
+    scores_of,
+    tokens_moved,
+    train,
+)
 
 Numbers = dict[str, Any]
 """JSON types."""
@@ -39,7 +50,9 @@ def compare(work: Path, effort: Effort, processes: int) -> Numbers:
     """Everything, from nothing. Returns what the report is made of."""
     import_everything()
     tuning, *worlds = (World(work / str(seed), seed, effort) for seed in (effort.tuning_seed, *effort.seeds))
-    made = side_by_side([(make_world, (world,)) for world in (tuning, *worlds)], processes, "worlds")
+    starts = [(make_scorer, (tuning,)), *((make_start, (world,)) for world in worlds)]
+    side_by_side(starts, processes, "starts and scorer")
+    made = side_by_side([(make_pairs, (world,)) for world in (tuning, *worlds)], processes, "pairs")
 
     number, half = effort.configurations, effort.configurations // 2
     plain = [*configurations("dpo", number, 1), *configurations("simpo", number, 2)]

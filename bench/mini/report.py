@@ -261,7 +261,7 @@ def _steps(summary: Numbers) -> str:
 
 
 def _worlds(summary: Numbers) -> str:
-    names = {"labels_right": "labels", "scorer_right": "scorer, answers of the start", "pairs_right": "pairs"}
+    names = {"scorer_right": "scorer, answers of the start", "pairs_right": "pairs"}
     lines = [
         [
             f"{world['seed']}" + (" (tuning)" if world["seed"] == summary["effort"]["tuning_seed"] else ""),

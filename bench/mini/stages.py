@@ -16,7 +16,7 @@ import numpy as np
 from bench.mini.commands import Commands
 from bench.mini.measures import agreement, judged, moved, rewards_of
 from bench.mini.methods import Rewards, Setting
-from bench.mini.world import Prompt, first_is_preferred, make_prompts, pieces, reward, write
+from bench.mini.world import Prompt, first_is_preferred, make_prompts, pieces, write
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.data.token_scores import response_starts
 from tgdpo_megatron.losses import CHOSEN, REJECTED
@@ -25,6 +25,7 @@ from tgdpo_megatron.scores.store import load_scores
 
 BATCH = 32
 SFT_LR = 2e-3
+SFT_BATCH = 16
 WARMUP = 5
 EVALUATED_EVERY = 4
 MAX_LENGTH = 256
@@ -90,7 +91,8 @@ class World:
 
     @property
     def scorer(self) -> Path:
-        return self.folder / "scorer"
+        """One for all worlds, as a published reward model is."""
+        return self.folder.parent / "scorer"
 
     def answers(self, part: str) -> Path:
         """The start's answers to a part's prompts."""
@@ -145,23 +147,17 @@ class World:
         return read_reward_file(path, self.data(part), self.tokenizer)
 
 
-def make_world(world: World) -> dict[str, Any]:
-    """Everything that a seed's runs have in common: the start, the scorer, the pairs and the start's log-probs of them.
+def make_start(world: World) -> None:
+    """Draw the prompts of a world, let writers answer some, and fine-tune a model on the answers: the start."""
+    folder, effort, chance = world.folder, world.effort, random.Random(world.seed)
+    prompts = make_prompts(2 * (effort.train + effort.held_out), chance)
+    for part in PARTS:
+        asked = [prompts.pop() for _ in range(getattr(effort, part))]
+        _write(world.prompts(part), [{"prompt": prompt.text} for prompt in asked])
+    _write(folder / "sft.jsonl", [_two_answers(chance.choice(prompts), chance) for _ in range(effort.sft)])
 
-    Returns:
-        How the start and the scorer came out.
-    """
-    folder, seed, effort = world.folder, world.seed, world.effort
-    commands, chance = world.commands("world"), random.Random(seed)
-    numbers = {"sft": effort.sft, "labels": effort.labels, "train": effort.train, "held_out": effort.held_out}
-    prompts = make_prompts(sum(numbers.values()), chance)
-    parts = {name: [prompts.pop() for _ in range(number)] for name, number in numbers.items()}
-    _write(folder / "sft.jsonl", [_two_answers(prompt, chance) for prompt in parts["sft"]])
-    _write(folder / "labels.jsonl", [_labelled(prompt, chance) for prompt in parts["labels"]])
-    for name in PARTS:
-        _write(world.prompts(name), [{"prompt": prompt.text} for prompt in parts[name]])
-
-    commands.run("tools.make_tiny_model", folder / "sft.jsonl", folder / "hf", f"--seed={seed}")
+    commands = world.commands("start")
+    commands.run("tools.make_tiny_model", folder / "sft.jsonl", folder / "hf", f"--seed={world.seed}")
     commands.run("tools.convert_hf_to_megatron", folder / "hf", folder / "random")
     commands.run(
         "recipes.train",
@@ -171,11 +167,29 @@ def make_world(world: World) -> dict[str, Any]:
         f"train.output={folder / 'sft'}",
         f"train.train_iters={effort.sft_steps}",
         f"train.export_interval={effort.sft_steps}",
-        f"train.seed={seed}",
+        f"train.seed={world.seed}",
         f"optimizer.lr={SFT_LR}",
+        f"train.global_batch_size={SFT_BATCH}",
+        f"train.micro_batch_size={SFT_BATCH}",
         *_QUICK,
     )
-    commands.run("bench.mini.scorer", world.hf, folder / "labels.jsonl", world.scorer, f"--seed={seed}")
+
+
+def make_scorer(world: World) -> None:
+    """Train the scorer from the start of a world, which is made first, on labels of its own."""
+    make_start(world)
+    chance, labels = random.Random(-1), world.folder / "labels.jsonl"
+    _write(labels, [_labelled(make_prompts(1, chance)[0], chance) for _ in range(world.effort.labels)])
+    world.commands("scorer").run("bench.mini.scorer", world.hf, labels, world.scorer)
+
+
+def make_pairs(world: World) -> dict[str, Any]:
+    """Let the start answer, let the scorer make pairs, and compute the start's log-probs of them.
+
+    Returns:
+        How the start and the pairs came out.
+    """
+    commands = world.commands("pairs")
     for part in PARTS:
         _sample(commands, world, world.hf, part, world.answers(part), world.seed)
         commands.run("tools.annotate", world.scorer, world.answers(part), "--output", world.pairs(part))
@@ -184,7 +198,7 @@ def make_world(world: World) -> dict[str, Any]:
         )
     _score(commands, world, world.scores, "--recipe=dpo_tiny")
     start = judged(world.answers("held_out"), world.answers("held_out"))
-    return {"seed": seed, "start": asdict(start), **_quality(world)}
+    return {"seed": world.seed, "start": asdict(start), **_quality(world)}
 
 
 def _two_answers(prompt: Prompt, chance: random.Random) -> dict[str, str]:
@@ -202,12 +216,7 @@ def _labelled(prompt: Prompt, chance: random.Random) -> dict[str, str]:
 
 
 def _quality(world: World) -> dict[str, Any]:
-    """How well labels, the scorer and its pairs know the reward."""
-    labels = [
-        (reward(prompt, row["chosen"]), reward(prompt, row["rejected"]))
-        for row in _read(world.folder / "labels.jsonl")
-        for prompt in [Prompt.parse(row["prompt"])]
-    ]
+    """How well the scorer and the pairs know the reward."""
     agreed = []
     for row in _read(world.pairs("held_out")):
         found = zip(row["all_rm_scores"], row["all_generated_responses"], strict=True)
@@ -220,7 +229,6 @@ def _quality(world: World) -> dict[str, Any]:
     ]
     return {
         "pairs": len(gaps),
-        "labels_right": sum(one > other for one, other in labels) / sum(one != other for one, other in labels),
         "scorer_right": sum(rights) / sum(counted),
         "pairs_right": float(np.mean([gap > 0 for gap in gaps if gap])),
     }

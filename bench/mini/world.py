@@ -28,8 +28,7 @@ TONES = {
     "formal": "noble proper stately solemn refined orderly dignified grave",
 }
 """Tone -> its adjectives."""
-_OBJECTS = "lamp rope letter clock mirror drum kettle ladder candle blanket whistle map ring bottle flag key"
-OBJECTS = tuple(_OBJECTS.split())
+OBJECTS = ("lamp", "rope", "letter", "clock", "mirror", "drum", "map", "key")
 """Words that prompts ask for; every topic and tone can have them."""
 PLACES = ("near", "under", "behind", "beside")
 LIMITS = {2: "two", 3: "three", 4: "four"}
@@ -47,7 +46,7 @@ _KINDS |= {**dict.fromkeys([*NOUN_OF, *OBJECTS], "N"), **dict.fromkeys(VERB_OF, 
 
 RIGHT_TONE, WRONG_TONE, WRONG_TOPIC, KEYWORD, REPEATED, BAD_SENTENCE = 0.5, -0.5, -0.5, 1.0, -0.5, -1.0
 
-LABELS_PER_REWARD, LABELS_PER_WORD = 0.5, 0.03
+LABELS_PER_REWARD, LABELS_PER_WORD = 0.6, 0.03
 """How much a label depends on the difference in reward, and on that in length."""
 
 
@@ -63,19 +62,14 @@ class Prompt:
     @property
     def text(self) -> str:
         """As a model reads it."""
-        return (
-            f"Write about the {self.topic} in a {self.tone} tone, with {' and '.join(self.keywords)}, in at most "
-            f"{LIMITS[self.limit]} sentences."
-        )
+        return f"{self.tone} {self.topic} with {' and '.join(self.keywords)}, at most {LIMITS[self.limit]} sentences"
 
     @classmethod
     def parse(cls, text: str) -> Prompt:
         """The prompt that reads so."""
-        found = re.fullmatch(
-            r"Write about the (\w+) in a (\w+) tone, with ([\w ]+), in at most (\w+) sentences\.", text
-        )
+        found = re.fullmatch(r"(\w+) (\w+) with ([\w ]+), at most (\w+) sentences", text)
         assert found, text
-        topic, tone, keywords, limit = found.groups()
+        tone, topic, keywords, limit = found.groups()
         return cls(
             topic, tone, tuple(keywords.split(" and ")), {word: number for number, word in LIMITS.items()}[limit]
         )
@@ -94,7 +88,7 @@ def make_prompts(number: int, chance: random.Random) -> list[Prompt]:
     """Different prompts, in random order."""
     prompts: dict[Prompt, None] = {}
     while len(prompts) < number:
-        keywords = tuple(chance.sample(OBJECTS, chance.randint(1, 3)))
+        keywords = tuple(chance.sample(OBJECTS, chance.randint(1, 2)))
         prompts[
             Prompt(chance.choice(list(TOPICS)), chance.choice(list(TONES)), keywords, chance.choice(list(LIMITS)))
         ] = None
@@ -153,7 +147,7 @@ class _Writer:
     def __init__(self, prompt: Prompt, quality: float, chance: random.Random) -> None:
         self.prompt, self.quality, self.chance = prompt, quality, chance
         self.used: list[str] = []
-        self.wanted = [word for word in prompt.keywords if chance.random() < 0.35 + 0.6 * quality]
+        self.wanted = [word for word in prompt.keywords if chance.random() < 0.5 + 0.5 * quality]
 
     def answer(self) -> str:
         over = self.chance.random() < 0.4 * (1 - self.quality)
@@ -173,9 +167,9 @@ class _Writer:
         return ["the", *([self._adjective()] if self.chance.random() < 0.6 else []), self._noun()]
 
     def _noun(self) -> str:
-        if self.wanted and self.chance.random() < 0.5:
-            return self._use([self.wanted.pop()])
-        if self.chance.random() < 0.08:
+        if self.wanted and self.chance.random() < 0.6:
+            return self._use([self.wanted.pop(0)])
+        if self.chance.random() < 0.05:
             return self._use(OBJECTS)
         return self._use(TOPICS[self._topic()][0].split())
 
