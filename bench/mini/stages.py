@@ -27,6 +27,7 @@ BATCH = 32
 SFT_LR = 2e-3
 SFT_BATCH = 16
 WARMUP = 5
+"""Steps, or all but one of a shorter epoch."""
 EVALUATED_EVERY = 4
 MAX_LENGTH = 256
 LONGEST = 80
@@ -316,7 +317,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"loss.beta={plan.setting.beta}",
         f"optimizer.lr={plan.setting.lr}",
         "optimizer.lr_decay_style=constant",
-        f"optimizer.lr_warmup_iters={WARMUP}",
+        f"optimizer.lr_warmup_iters={min(WARMUP, world.effort.epoch - 1)}",
         f"train.output={output}",
         f"train.train_iters={plan.steps}",
         f"train.micro_batch_size={BATCH}",

@@ -46,7 +46,7 @@ _KINDS |= {**dict.fromkeys([*NOUN_OF, *OBJECTS], "N"), **dict.fromkeys(VERB_OF, 
 
 RIGHT_TONE, WRONG_TONE, WRONG_TOPIC, KEYWORD, REPEATED, BAD_SENTENCE = 0.5, -0.5, -0.5, 1.0, -0.5, -1.0
 
-LABELS_PER_REWARD, LABELS_PER_WORD = 0.6, 0.03
+LABELS_PER_REWARD, LABELS_PER_WORD = 1.2, 0.06
 """How much a label depends on the difference in reward, and on that in length."""
 
 
