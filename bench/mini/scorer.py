@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-EPOCHS = 2
-LR = 5e-4
+EPOCHS = 1
+LR = 1e-3
 HELD_OUT = 200
 """Labels that are not learned."""
-_BATCH = 32
+_BATCH = 16
 """Pairs of a step."""
 
 

@@ -26,6 +26,7 @@ from tgdpo_megatron.scores.store import load_scores
 BATCH = 32
 SFT_LR = 2e-3
 SFT_BATCH = 16
+SFT_PROMPTS = 400
 WARMUP = 5
 """Steps, or all but one of a shorter epoch."""
 EVALUATED_EVERY = 4
@@ -53,8 +54,8 @@ class Effort:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     tuning_seed: int = 100
     sft: int = 6000
-    sft_steps: int = 600
-    labels: int = 2200
+    sft_steps: int = 1500
+    labels: int = 7000
     train: int = 1500
     held_out: int = 300
     epoch: int = 44
@@ -151,7 +152,7 @@ class World:
 def make_start(world: World) -> None:
     """Draw the prompts of a world, let writers answer some, and fine-tune a model on the answers: the start."""
     folder, effort, chance = world.folder, world.effort, random.Random(world.seed)
-    prompts = make_prompts(2 * (effort.train + effort.held_out), chance)
+    prompts = make_prompts(effort.train + effort.held_out + SFT_PROMPTS, chance)
     for part in PARTS:
         asked = [prompts.pop() for _ in range(getattr(effort, part))]
         _write(world.prompts(part), [{"prompt": prompt.text} for prompt in asked])

@@ -1,7 +1,8 @@
 """A small world whose reward is known: prompts that ask for four things, writers of mixed quality, and the reward.
 
-A prompt names a topic, a tone, words to use and a largest number of sentences. Writers keep to all that, and to the
-grammar of a sentence, the more the better they are. So right and wrong tokens stand in good answers as in bad ones.
+A prompt names a topic, a tone, words to use and a largest number of sentences. Writers keep to all that, do without
+fillers, and keep to the grammar of a sentence, the more the better they are. So right and wrong tokens stand in good
+answers as in bad ones.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ TOPICS = {
 }
 """Topic -> its nouns and its verbs."""
 TONES = {
-    "warm": "gentle kind tender loving friendly sweet cosy soft",
-    "grim": "bleak harsh cruel bitter dreary gloomy savage dire",
-    "playful": "silly bouncy cheeky merry giddy zany jolly quirky",
-    "formal": "noble proper stately solemn refined orderly dignified grave",
+    "warm": "gentle kind tender loving friendly sweet cosy soft merry golden",
+    "grim": "bleak harsh cruel bitter dreary gloomy savage dire grey hollow",
 }
 """Tone -> its adjectives."""
+FILLERS = ("very", "really", "quite", "rather", "truly")
+"""Words before an adjective that no prompt wants."""
 OBJECTS = ("lamp", "rope", "letter", "clock", "mirror", "drum", "map", "key")
 """Words that prompts ask for; every topic and tone can have them."""
 PLACES = ("near", "under", "behind", "beside")
@@ -39,14 +40,14 @@ VERB_OF = {verb: topic for topic, (_, verbs) in TOPICS.items() for verb in verbs
 TONE_OF = {adjective: tone for tone, adjectives in TONES.items() for adjective in adjectives.split()}
 CONTENT = {**NOUN_OF, **VERB_OF, **TONE_OF, **dict.fromkeys(OBJECTS, "")}
 
-SENTENCE = re.compile("DA?NVDA?N(PDA?N)?")
-"""Kinds of the words of a sentence: determiner, adjective, noun, verb, preposition."""
-_KINDS = {"the": "D", **dict.fromkeys(PLACES, "P")}
+SENTENCE = re.compile("D(F?A)?NVD(F?A)?N(PD(F?A)?N)?")
+"""Kinds of the words of a sentence: determiner, filler, adjective, noun, verb, preposition."""
+_KINDS = {"the": "D", **dict.fromkeys(PLACES, "P"), **dict.fromkeys(FILLERS, "F")}
 _KINDS |= {**dict.fromkeys([*NOUN_OF, *OBJECTS], "N"), **dict.fromkeys(VERB_OF, "V"), **dict.fromkeys(TONE_OF, "A")}
 
-RIGHT_TONE, WRONG_TONE, WRONG_TOPIC, KEYWORD, REPEATED, BAD_SENTENCE = 0.5, -0.5, -0.5, 1.0, -0.5, -1.0
+RIGHT_TONE, WRONG_TONE, FILLER, WRONG_TOPIC, KEYWORD, REPEATED, BAD_SENTENCE = 0.5, -0.5, -0.5, -0.5, 1.0, -0.5, -1.0
 
-LABELS_PER_REWARD, LABELS_PER_WORD = 1.2, 0.06
+LABELS_PER_REWARD, LABELS_PER_WORD = 0.8, 0.04
 """How much a label depends on the difference in reward, and on that in length."""
 
 
@@ -98,9 +99,9 @@ def make_prompts(number: int, chance: random.Random) -> list[Prompt]:
 def pieces(prompt: Prompt, answer: str) -> list[Piece]:
     """Every word and full stop with what it adds to the reward.
 
-    A content word that the answer had before costs. Otherwise an adjective counts by its tone, a noun or verb of
-    another topic costs, and a word that was asked for counts. A sentence that the grammar does not have costs, and so
-    does one over the limit, at its full stop, or at the last word where that is missing.
+    A filler costs, and so does a content word that the answer had before. Otherwise an adjective counts by its tone, a
+    noun or verb of another topic costs, and a word that was asked for counts. A sentence that the grammar does not have
+    costs, and so does one over the limit, at its full stop, or at the last word where that is missing.
     """
     found: list[Piece] = []
     seen: set[str] = set()
@@ -125,6 +126,8 @@ def pieces(prompt: Prompt, answer: str) -> list[Piece]:
 def _of_word(prompt: Prompt, word: str) -> float:
     if word in prompt.keywords:
         return KEYWORD
+    if word in FILLERS:
+        return FILLER
     if word in TONE_OF:
         return RIGHT_TONE if TONE_OF[word] == prompt.tone else WRONG_TONE
     topic = NOUN_OF.get(word) or VERB_OF.get(word)
@@ -164,7 +167,11 @@ class _Writer:
         return " ".join(words) + "."
 
     def _object(self) -> list[str]:
-        return ["the", *([self._adjective()] if self.chance.random() < 0.6 else []), self._noun()]
+        return ["the", *(self._described() if self.chance.random() < 0.6 else []), self._noun()]
+
+    def _described(self) -> list[str]:
+        fills = self.chance.random() < 0.6 * (1 - self.quality)
+        return [*([self.chance.choice(FILLERS)] if fills else []), self._adjective()]
 
     def _noun(self) -> str:
         if self.wanted and self.chance.random() < 0.6:

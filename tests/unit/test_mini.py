@@ -27,6 +27,8 @@ PROMPT = Prompt("harbor", "warm", ("rope", "key"), 2)
         ("the boat sails the pier. the boat floats the key.", -0.5 + 1),
         ("the rope sails the pier. the wave docks the rope.", 1 - 0.5),
         ("the boat sails the pier. the wave docks the gull. the kind anchor rows the ferry.", 0.5 - 1),
+        ("the very kind sailor docks the rope.", -0.5 + 0.5 + 1),
+        ("the very sailor docks the rope.", -0.5 + 1 - 1),
         ("the boat sails", -1),
         ("sails the boat.", -1),
         ("the boat sails the pier under the sweet lamp.", 0.5),
@@ -62,14 +64,14 @@ def test_better_writers_earn_more_and_good_and_bad_words_stand_in_answers_of_bot
         assert np.mean([{1.0, -1.0} <= some for some in signs]) > 0.25
 
 
-def test_labels_agree_with_the_reward_in_three_of_four_pairs() -> None:
+def test_labels_agree_with_the_reward_in_four_of_five_pairs() -> None:
     chance = random.Random(2)
     right = []
-    for prompt in make_prompts(3000, chance):
+    for prompt in make_prompts(1500, chance):
         one, other = (write(prompt, chance.random(), chance) for _ in range(2))
         if (gap := reward(prompt, one) - reward(prompt, other)) != 0:
             right.append(first_is_preferred(prompt, one, other, chance) == (gap > 0))
-    assert np.mean(right) == pytest.approx(0.75, abs=0.03)
+    assert np.mean(right) == pytest.approx(0.8, abs=0.04)
 
 
 @pytest.mark.parametrize("seed", range(3))
