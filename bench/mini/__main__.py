@@ -33,6 +33,7 @@ FAST = Effort(
     checked=2,
     configurations=2,
     answers=3,
+    judged=2,
 )
 
 

@@ -48,7 +48,7 @@ class Effort:
         epoch: Steps of 32 pairs in an epoch.
         checked: Steps between the checkpoints that are judged.
         configurations: Of each method. Half of TGDPO's go to its guidance.
-        answers: To every prompt.
+        answers, judged: To every prompt, of the start and of a trained model.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -63,6 +63,7 @@ class Effort:
     checked: int = 22
     configurations: int = 12
     answers: int = 5
+    judged: int = 3
 
     @property
     def steps(self) -> int:
@@ -193,7 +194,7 @@ def make_pairs(world: World) -> dict[str, Any]:
     """
     commands = world.commands("pairs")
     for part in PARTS:
-        _sample(commands, world, world.hf, part, world.answers(part), world.seed)
+        _sample(commands, world, world.hf, part, world.answers(part), number=world.effort.answers, seed=world.seed)
         commands.run("tools.annotate", world.scorer, world.answers(part), "--output", world.pairs(part))
         commands.run(
             "tools.prepare_pairs", world.pairs(part), world.hf, world.tokens(part), f"--max-length={MAX_LENGTH}"
@@ -240,10 +241,11 @@ _QUICK = ("train.async_save=false", "train.save_optimizer=false", "train.report=
 """For runs of a minute."""
 
 
-def _sample(commands: Commands, world: World, model: Path, part: str, answers: Path, seed: int) -> None:
+def _sample(commands: Commands, world: World, model: Path, part: str, answers: Path, *, number: int, seed: int) -> None:
     """All models answer in the same way: sampled from their own distribution, as it is.
 
     Args:
+        number: Of answers to a prompt.
         seed: Of the noise. That of the start's answers is another than that of all trained models.
     """
     commands.run(
@@ -252,7 +254,7 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
         world.prompts(part),
         "--output",
         answers,
-        f"--n={world.effort.answers}",
+        f"--n={number}",
         "--temperature=1",
         "--top-p=1",
         "--top-k=0",
@@ -338,7 +340,7 @@ def _judge(commands: Commands, world: World, plan: Plan) -> dict[int, dict[str, 
     answers = {step: output / f"answers-{step}.jsonl" for step in plan.checks}
     models = {step: output / "hf" / f"iter-{step:07d}" for step in plan.checks}
     for step, path in answers.items():
-        _sample(commands, world, models[step], "held_out", path, 1000 + world.seed)
+        _sample(commands, world, models[step], "held_out", path, number=world.effort.judged, seed=1000 + world.seed)
     commands.run(
         "tools.compare",
         f"start={world.hf}",

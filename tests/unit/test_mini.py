@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from bench.mini.measures import agreement, at_divergence, moved, steps_to_reach, win_share
 from bench.mini.methods import Setting, configurations, with_other_beta
+from bench.mini.report import BEGIN, END, put_into_page
 from bench.mini.rules import CLAIMS, QUESTIONS, T_800, T_975, judge
 from bench.mini.world import CONTENT, Prompt, first_is_preferred, make_prompts, pieces, reward, write
 
@@ -144,6 +146,17 @@ def test_the_page_has_every_rule_word_for_word() -> None:
     page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
     for claim in (*CLAIMS, *QUESTIONS):
         assert f"| {claim.name} | {claim.says} | {claim.number} | {claim.unit} |" in page
+
+
+def test_the_page_has_the_tables_of_the_results_or_says_that_there_are_none() -> None:
+    page, results = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8"), ROOT / "results" / "mini.json"
+    if not results.is_file():
+        assert "There are no results yet" in page[page.index(BEGIN) : page.index(END)]
+        return
+    summary = json.loads(results.read_text(encoding="utf-8"))
+    emptied = page[: page.index(BEGIN) + len(BEGIN)] + page[page.index(END) :]
+    assert put_into_page(emptied, summary) == page
+    assert "dirty" not in summary["machine"]["commit"] and len(summary["effort"]["seeds"]) >= 5
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "tgdpo"])
