@@ -55,7 +55,7 @@ class Effort:
     tuning_seed: int = 100
     sft: int = 6000
     sft_steps: int = 1500
-    labels: int = 7000
+    labels: int = 14000
     train: int = 1500
     held_out: int = 300
     epoch: int = 44
