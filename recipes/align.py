@@ -319,6 +319,8 @@ def _call(stage: Stage, command: list[str]) -> None:
         # In a group of its own, so that Ctrl-C in a terminal reaches it once, from here.
         environment = os.environ | {PARENT: str(os.getpid())}
         running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment, process_group=0))
+        if received:  # before the program had begun
+            running[0].send_signal(received[-1])
         code = running[0].wait()
     finally:
         for number, handler in before.items():

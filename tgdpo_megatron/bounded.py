@@ -97,13 +97,13 @@ def read_json_lines(path: Path, *, what: str, limit: int = LIMIT) -> Iterator[tu
 
 
 def decoded(line: bytes, path: Path, number: int) -> str:
-    """The text of a line.
+    """The text of a line, without its end.
 
     Raises:
         UserError: It is not UTF-8.
     """
     try:
-        return line.decode()
+        return line.rstrip(b"\r\n").decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} line {number}: byte {error.start} is not UTF-8 text.") from None
 

@@ -85,6 +85,17 @@ _ARGPARSE = {
 """What argparse says -> the same in plain words."""
 
 
+def at_least(parsed: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers of a command line without meaning: option -> the smallest number that has one.
+
+    Raises:
+        UserError: A number is smaller.
+    """
+    for name, number in least.items():
+        if getattr(parsed, name) < number:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {number} or more.")
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory is left: torch's on a GPU or a CPU, Python's, or an NVIDIA library's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

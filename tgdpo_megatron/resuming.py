@@ -61,7 +61,7 @@ def find_start(output: Path, ranks: Ranks) -> Path | None:
         UserError: There are checkpoints, but none of them is whole; or one cannot be read.
     """
     on_first_rank(ranks, partial(_delete_unfinished, output))
-    moved: list[str] = []
+    moved = on_first_rank(ranks, partial(_damaged_names, output))
     while (newest := on_first_rank(ranks, partial(_newest_folder, output))) is not None:
         damage = _altered_file(newest, ranks) or on_first_rank(ranks, partial(_what_is_wrong, newest))
         if damage is None:
@@ -69,7 +69,7 @@ def find_start(output: Path, ranks: Ranks) -> Path | None:
         moved.append(on_first_rank(ranks, partial(_move_aside, newest, damage)))
     if moved:
         raise UserError(
-            f"{output}: no whole checkpoint is left to go on from; the damaged ones are {', '.join(moved)} in "
+            f"{output}: no whole checkpoint is left to go on from; those that are damaged are {', '.join(moved)} in "
             f"{output / run_folder.CHECKPOINTS}. Start a new run in another train.output."
         )
     return None
@@ -81,6 +81,11 @@ def _delete_unfinished(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _damaged_names(output: Path) -> list[str]:
+    """Names of the checkpoints that were found damaged before: a run that had some is not started anew over them."""
+    return sorted(path.name for path in (output / run_folder.CHECKPOINTS).glob(f"iter-*{run_folder.DAMAGED}*"))
 
 
 def _newest_folder(output: Path) -> Path | None:
@@ -138,8 +143,7 @@ def _move_aside(folder: Path, damage: str) -> str:
         target = folder.with_name(f"{folder.name}{run_folder.DAMAGED}-{number}")
     folder.rename(target)
     print(
-        f"warning: {folder} is damaged ({damage}); it is now called {target.name}, and the run goes on from the "
-        "checkpoint before it.",
+        f"warning: {folder} is damaged ({damage}); it is now called {target.name}, and an earlier one is looked for.",
         file=sys.stderr,
         flush=True,
     )
@@ -171,9 +175,11 @@ def check_continues(
         return []
     before = read_manifest(start, with_index=False)
     if before.weights_only and not is_finished(start, config):
+        whole = [folder for folder in run_folder.whole_checkpoints(start.parent.parent) if _has_optimizer(folder)]
+        earlier = f", or remove what is newer than {whole[-1].name}, which has the optimizer's state" if whole else ""
         raise UserError(
             f"{start}: holds weights alone (train.save_optimizer=false), so the run cannot go on; start a new run with "
-            f"model.checkpoint={start}."
+            f"model.checkpoint={start}{earlier}."
         )
     if description is not None and (differs := description.differs_from(describe(start))):
         raise UserError(f"{start}: the run has a model of another shape ({', '.join(differs)}); start a new run.")
@@ -194,6 +200,13 @@ def check_continues(
         said = "; ".join(changes[name] for name in changes if name in refused)
         raise UserError(f"{start}: {said}; continue it as it was, start a new run{all_the_same}.")
     return list(changes.values())
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
+    try:
+        return not read_manifest(checkpoint, with_index=False).weights_only
+    except UserError:
+        return False
 
 
 def _named(saved: dict[str, dict[str, Any]], current: dict[str, Any], group: str, setting: str) -> str:

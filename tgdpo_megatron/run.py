@@ -23,6 +23,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.data.tokenizer import hash_of, template_of
 from tgdpo_megatron.engine import Engine, build_engine
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.incidents import Incidents
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.planning.disk import check_disk
@@ -31,7 +32,7 @@ from tgdpo_megatron.platform.checks import check_fp8
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.pace import Pace
 from tgdpo_megatron.report.terminal import Loudness
-from tgdpo_megatron.run_lock import RunLock, take_together
+from tgdpo_megatron.run_lock import InUseError, RunLock, take_together
 from tgdpo_megatron.saves import Content, Saves
 
 
@@ -113,11 +114,43 @@ class Run:
         return Pace(self.config, description, self.training.pairs, ranks=ranks.world_size, gpu=gpu)
 
 
-def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is made from, once all of it has passed its checks.
+
+    Attributes:
+        config: The settings, with the number of steps filled in, and models where they were found.
+        frozen: Checkpoints of the models that are carried beside the policy.
+        resumed_from: The checkpoint from which the run continues; None for a new run.
+        identity: What the run's checkpoints say of it.
+        template: The text of a chat template that replaces the tokenizer's own, if any.
+    """
+
+    config: Config
+    found: dict[str, Source]
+    models: preflight.Models
+    frozen: list[Path]
+    resumed_from: Path | None
+    training: Part
+    validation: Part | None
+    mix: Mix | None
+    identity: CheckpointManifest
+    template: str | None
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that had done all its steps before: its last checkpoint, and the lock of its folder, which is held."""
+
+    checkpoint: Path
+    lock: RunLock
+
+
+def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | FinishedRun:
     """Check everything that can be wrong with the inputs, then build this rank's part of the models. Collective.
 
     Returns:
-        The run; or its last checkpoint where it is finished already, and then no model was built.
+        The run; or a finished one, for which no model was built.
 
     Raises:
         UserError: An input cannot be used. A run folder that was not there before is removed again.
@@ -132,76 +165,103 @@ def prepare(config: Config, ranks: Ranks, loudness: Loudness) -> Run | Path:
     with run_folder.removed_if_refused(output, is_first=ranks.is_first):
         lock = RunLock(output)
         take_together(lock, ranks, partial(_open, output, lock, config))
-        resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
-        run_folder.keep_output(output, ranks.rank)
-        quiet = loudness == Loudness.QUIET
-        commits = run_folder.kept_commits(output if resumed_from else None)
-        config = run_folder.with_kept_data(config, output if resumed_from else None)
-        config, found = located.models_on_every_rank(config, ranks, commits, quiet=quiet)
-        with located.named_as_given(config, found):
-            models = preflight.check_models(config)
-            frozen = preflight.carried_checkpoints(config)
-        template = template_of(config.data.template)
-        pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
-        counts = [file.pairs for file in pairs.files]
-        preflight.check_batch_fits(config, counts, config.train.global_batch_size)
-        mix = mix_of(counts, config.data.weights)
-        warmup = resuming.warmup_of(resumed_from) if resumed_from else None
-        config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
-        scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
-        identity = _identity(config, models, pairs, scores, template)
-        changes = resuming.check_continues(resumed_from, config, identity, models.description)
-        if ranks.is_first:
-            for change in changes:
-                print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
-        if resumed_from is not None and resuming.is_finished(resumed_from, config):
-            lock.release()
-            return resumed_from
-        on_first_rank(ranks, partial(check_disk, output, config, models.description))
-        initialize_model_parallel(config.parallel, config.train.seed)
-        life.at("building and loading the models")
-        engine = build_engine(
-            config,
-            models.description,
-            loss=PreferenceLoss(config),
-            start=None if resumed_from else start_of_training(config),
-            frozen=frozen,
-        )
-        before = read_manifest(resumed_from, with_index=False) if resumed_from else None
-        first = (before.iteration if before else None) or 0
-        if resumed_from is not None:
-            load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
-    training = Part(pairs, scores)
+        inputs = _checked(config, output, ranks, quiet=loudness == Loudness.QUIET)
+        if inputs.resumed_from is not None and resuming.is_finished(inputs.resumed_from, inputs.config):
+            return FinishedRun(inputs.resumed_from, lock)
+        return _built(inputs, output, ranks, lock, is_new=is_new)
+
+
+def _checked(config: Config, output: Path, ranks: Ranks, *, quiet: bool) -> _Inputs:
+    """Find, read and check the run's models, pairs and scores, and that it may go on where it is to. Collective.
+
+    Raises:
+        UserError: As prepare.
+    """
+    resumed_from = resuming.find_start(output, ranks) if config.train.resume else None
+    run_folder.keep_output(output, ranks.rank)
+    commits = run_folder.kept_commits(output if resumed_from else None)
+    config = run_folder.with_kept_data(config, output if resumed_from else None)
+    config, found = located.models_on_every_rank(config, ranks, commits, quiet=quiet)
+    with located.named_as_given(config, found):
+        models = preflight.check_models(config)
+        frozen = preflight.carried_checkpoints(config)
+    template = template_of(config.data.template)
+    pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
+    counts = [file.pairs for file in pairs.files]
+    preflight.check_batch_fits(config, counts, config.train.global_batch_size)
+    mix = mix_of(counts, config.data.weights)
+    warmup = resuming.warmup_of(resumed_from) if resumed_from else None
+    config = with_steps(config, mix.epoch_size if mix else len(pairs), warmup=warmup)
+    scores, validation_scores = preflight.load_scores_of(config, models, pairs, validation)
+    identity = _identity(config, models, pairs, scores, template)
+    changes = resuming.check_continues(resumed_from, config, identity, models.description)
+    if ranks.is_first:
+        for change in changes:
+            print(f"warning: {change}; train.resume_with_changes=true goes on all the same.", flush=True)
+    return _Inputs(
+        config=config,
+        found=found,
+        models=models,
+        frozen=frozen,
+        resumed_from=resumed_from,
+        training=Part(pairs, scores),
+        validation=Part(validation, validation_scores) if validation is not None else None,
+        mix=mix,
+        identity=identity,
+        template=template,
+    )
+
+
+def _built(inputs: _Inputs, output: Path, ranks: Ranks, lock: RunLock, *, is_new: bool) -> Run:
+    """Build this rank's part of the models, and load the checkpoint from which the run continues. Collective.
+
+    Raises:
+        UserError: The checkpoints of the run would not fit the disk.
+    """
+    config, models, resumed_from = inputs.config, inputs.models, inputs.resumed_from
+    on_first_rank(ranks, partial(check_disk, output, config, models.description))
+    initialize_model_parallel(config.parallel, config.train.seed)
+    life.at("building and loading the models")
+    engine = build_engine(
+        config,
+        models.description,
+        loss=PreferenceLoss(config),
+        start=None if resumed_from else start_of_training(config),
+        frozen=inputs.frozen,
+    )
+    before = read_manifest(resumed_from, with_index=False) if resumed_from else None
+    first = (before.iteration if before else None) or 0
+    if resumed_from is not None:
+        load_training_state(resumed_from, engine.chunks, engine.optimizer, engine.scheduler)
+    settings = run_folder.settings_text(config, inputs.found)
     saves = Saves(
+        output, config, engine, Content(inputs.identity, start_of_training(config), inputs.template, settings)
+    )
+    incidents = Incidents(
         output,
         config,
         engine,
-        Content(identity, start_of_training(config), template, run_folder.settings_text(config, found)),
+        inputs.training.pairs,
+        lambda picked: inputs.training.micro_batches(picked, config, ranks.device),
+        saves.what_is_kept,
+        first=first,
+        ranks=ranks,
     )
     return Run(
         config=config,
         output=output,
         engine=engine,
-        training=training,
-        mix=mix,
-        validation=Part(validation, validation_scores) if validation is not None else None,
+        training=inputs.training,
+        mix=inputs.mix,
+        validation=inputs.validation,
         resumed_from=resumed_from,
         first=first,
         was_evaluated=before is not None and before.held_out is not None,
         start=start_of(config.loss) if models.policy.weights == models.reference.weights else None,
         is_new=is_new,
-        found=found,
+        found=inputs.found,
         saves=saves,
-        incidents=Incidents(
-            output,
-            config,
-            engine,
-            pairs,
-            lambda picked: training.micro_batches(picked, config, ranks.device),
-            saves.what_is_kept,
-            first=first,
-            ranks=ranks,
-        ),
+        incidents=incidents,
         lock=lock,
     )
 
@@ -210,13 +270,18 @@ def _open(output: Path, lock: RunLock, config: Config) -> None:
     """Take the folder of the run for this job. Called on the first rank.
 
     Raises:
-        UserError: As check_output, or another job works there.
+        InUseError: Another job works there, or has used the folder.
+        UserError: As check_output.
     """
-    if lock.path.exists():  # that a run is under way is said first; a folder that is none is left as it was
+    if not lock.path.exists():  # a folder that is no run's is left as it was
+        run_folder.check_output(output, config)
         lock.take()
-    run_folder.check_output(output, config)
-    lock.take()
-    run_folder.check_output(output, config)  # again: a job that held the lock until now may have used the folder
+    else:
+        lock.take()  # first: that a run is under way is said before anything else
+    try:
+        run_folder.check_output(output, config)  # once more: a job that has just ended may have used the folder
+    except UserError as error:
+        raise InUseError(str(error)) from None  # so that nobody removes what is another job's
 
 
 def start_of_training(config: Config) -> Path:

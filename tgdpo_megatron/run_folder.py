@@ -125,7 +125,10 @@ def check_output(output: Path, config: Config) -> None:
     Raises:
         UserError: It holds another run, or cannot be written.
     """
-    used = output.is_dir() and any(entry.name not in ("data", "logs", LOCK) for entry in output.iterdir())
+    others = ("data", "logs", LOCK)
+    used = output.is_dir() and any(
+        entry.name not in others and not entry.name.startswith(_PROBE) for entry in output.iterdir()
+    )
     if used and not config.train.resume:
         raise UserError(
             f"{output}: already there and not empty; choose another train.output, or continue the run in it with "
@@ -259,6 +262,9 @@ def removed_if_refused(folder: Path, *, is_first: bool) -> Iterator[None]:
         raise
 
 
+_PROBE = ".writable-"
+
+
 def check_writable(folder: Path) -> None:
     """Make a folder and try to write into it.
 
@@ -267,7 +273,7 @@ def check_writable(folder: Path) -> None:
     """
     if folder.is_file():
         raise UserError(f"{folder}: cannot be written (it is a file, not a folder).")
-    probe = folder / f".writable-{os.getpid()}"
+    probe = folder / f"{_PROBE}{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -137,6 +138,29 @@ class RunLock:
                     "second job out of this folder.",
                     flush=True,
                 )
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[io.FileIO]:
+    """A file that one job adds to, open for reading and adding, and locked for as long as this process lives.
+
+    Raises:
+        InUseError: Another job writes it.
+        UserError: It cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(output, "a+")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
+        yield file
 
 
 def take_together(lock: RunLock, ranks: Ranks, take: Callable[[], None]) -> None:

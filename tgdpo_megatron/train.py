@@ -48,7 +48,7 @@ from tgdpo_megatron.report.terminal import (
     progress_words,
     result_words,
 )
-from tgdpo_megatron.run import Part, Run, prepare, start_of_training
+from tgdpo_megatron.run import FinishedRun, Part, Run, prepare, start_of_training
 from tgdpo_megatron.saves import best_checkpoint, is_due
 
 EVALUATED_AT_ONCE = 1024
@@ -67,8 +67,9 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         StoppedError: A signal or the clock asked for the end. The step was finished, and a checkpoint saved.
     """
     run = prepare(config, ranks, loudness)
-    if isinstance(run, Path):
-        return on_first_rank(ranks, partial(_say_finished, run, config, ranks))
+    if isinstance(run, FinishedRun):
+        on_first_rank(ranks, partial(_say_finished, run.checkpoint, config, ranks))
+        return run.lock.release()
     if ranks.is_first:
         _introduce(run, loudness)
     last = run.config.train.train_iters or 0
@@ -87,10 +88,12 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             if done == last:
                 logger.close()
         if done < last:
+            code = code_of([asked.received] if asked.received else [])
+            on_first_rank(ranks, partial(logger.close, code))  # the others wait: all ranks end together
             raise StoppedError(
                 f"stopped as asked after step {done} of {last}, which is saved; go on with the same command and "
                 "train.resume=true.",
-                code_of([asked.received] if asked.received else []),
+                code,
             )
 
 
@@ -105,6 +108,8 @@ def _begin(run: Run, ranks: Ranks, logger: Logger) -> None:
         _answer(run, ranks, "before")
     elif is_due(run.first, train.eval_interval) and not run.was_evaluated:  # a run that is stopped leaves it out
         logger.complete(run.first, _held_out(run, ranks, f"after step {run.first}"))
+    if run.resumed_from is not None and is_due(run.first, train.export_interval):  # so does a run that is killed
+        on_first_rank(ranks, partial(_export, run.resumed_from, run.output))
     run.engine.clock.restart()
 
 
@@ -141,6 +146,7 @@ def _do_steps(run: Run, ranks: Ranks, loudness: Loudness, logger: Logger, asked:
         with engine.clock.during(SAVING):
             run.saves.settle()
             if wanted["save"] or run.saves.due(done, stop=stop):
+                _check_written(run, ranks, logger)  # a checkpoint is never ahead of the files that go with it
                 _save(run, ranks, done, learned, held_out, stop=stop)
         if stop:
             account.bar.update()
@@ -342,6 +348,7 @@ def _check_start(found: float, start: Start, run: Run) -> None:
 
 def _introduce(run: Run, loudness: Loudness) -> None:
     """Keep the settings with the run, and say what is about to happen."""
+    (run.output / "metrics.jsonl").touch()  # first: by this file a run that is killed is known as one
     settings = run_folder.keep_settings(run.output, run.config, run.found)
     words, unusual = length_of_run(run.config, run.epoch_size)
     if loudness == Loudness.VERBOSE:

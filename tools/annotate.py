@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors, ran_out_of_memory
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors, ran_out_of_memory
 from tgdpo_megatron.reward_models.annotation import Report, annotate, begun, report_file, settings_of
 from tgdpo_megatron.reward_models.candidates import read_candidates
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
@@ -97,8 +97,7 @@ def main() -> None:
         parsed = parser.parse_args()
         rules = Rules(parsed.pick, parsed.margin, parsed.keep_unfinished, parsed.seed)
         rules.check()
-        if parsed.batch_tokens < 1:
-            raise UserError(f"--batch-tokens {parsed.batch_tokens} is refused: it should be a positive number.")
+        at_least(parsed, batch_tokens=1)
         run(parsed.scorer, parsed.answers, parsed.output, rules, parsed.batch_tokens)
 
 
@@ -115,9 +114,10 @@ def run(scorer: Path, answers: list[Path], output: Path, rules: Rules, batch_tok
     check_writable(output.parent)
     prompts = sum(1 for _ in read_candidates(answers))
     report = begun(output, settings_of(identify(scorer), answers, rules, batch_tokens))
-    started, before = time.monotonic(), report.tokens
-    if not report.complete:
-        opened = open_scorer(scorer, batch_tokens=batch_tokens)
+    before = report.tokens
+    opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens)
+    started = time.monotonic()
+    if opened:
         with tqdm(total=prompts, desc="scoring", unit="prompt") as bar, smaller_batches(batch_tokens):
 
             def told(more_prompts: int, tokens: int) -> None:

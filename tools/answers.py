@@ -18,7 +18,7 @@ from typing import get_args
 
 from recipes.settings import changed
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
 from tgdpo_megatron.evaluation.answer_files import Dialect, Form, form_of, judge
 from tgdpo_megatron.evaluation.questions import READERS, Question, read_questions
 from tgdpo_megatron.sampling.engine import EngineName, Sampling, open_engine
@@ -68,7 +68,8 @@ def main() -> None:
             file=file,
             about={"benchmark": parsed.benchmark, "dialect": dialect},
         )
-        print(f"{file}: answers to {len(questions)} questions, {unfinished} unfinished")
+        total = sum(len(question.turns) for question in questions)
+        print(f"{file}: {total} answers to {len(questions)} questions; {unfinished} of them are unfinished")
         if len(questions) not in form.usual:
             usual = " or ".join(map(str, form.usual))
             print(f"# {parsed.benchmark} has {usual} questions: a score on others is not the benchmark's.")
@@ -84,9 +85,7 @@ def _check(parsed: argparse.Namespace) -> None:
     for change in parsed.changes:
         if not change.startswith(READ):
             raise UserError(f"{change}: changes nothing here; settings are {' and '.join(READ)}.")
-    for name, least in {"seed": 0, "batch_size": 1, "concurrency": 1}.items():
-        if getattr(parsed, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
+    at_least(parsed, seed=0, batch_size=1, concurrency=1)
     if (parsed.engine == "http") != bool(parsed.url):
         raise UserError("--engine http and --url belong together: give both, such as --url http://localhost:8000.")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
 from tgdpo_megatron.evaluation.models import Model, find_models
 from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     with one_sentence_errors():
-        parsed = _parser().parse_args()
+        parsed = _parser().parse_intermixed_args()
         data = changed(Config(), [given for given in parsed.models if given.startswith("data.")]).data
         _check(parsed)
         settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)
@@ -46,8 +46,7 @@ def main() -> None:
 
         pairs = held_out(parsed.pairs, models[0], data) if parsed.pairs else None
         check_writable(parsed.output)
-        answers = answers_of(models, parsed, settings, data)
-        compare(models, pairs, answers, parsed)
+        compare(models, pairs, files_of_answers(models, parsed, settings, data), parsed)
 
 
 def _check(parsed: argparse.Namespace) -> None:
@@ -62,9 +61,7 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
     if parsed.scorer and not (parsed.prompts or parsed.answers):
         raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
-    for name, least in {"n": 1, "seed": 0, "batch_size": 1, "batch_tokens": 1}.items():
-        if getattr(parsed, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
+    at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
 
 
 def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
@@ -81,33 +78,30 @@ def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
     return pairs
 
 
-def answers_of(
+def files_of_answers(
     models: Sequence[Model], parsed: argparse.Namespace, settings: Sampling, data: DataConfig
-) -> dict[str, list[Answered]]:
-    """Every model's answers to the same prompts; empty without prompts.
+) -> dict[str, Path]:
+    """The files of every model's answers, sampled or given, by the names of the models; empty without prompts.
 
     Raises:
-        UserError: There are not as many files as models, or a file cannot be used, or sampling fails.
+        UserError: There are not as many files as models, or sampling fails.
     """
-    if not (parsed.prompts or parsed.answers):
-        return {}
-    from tgdpo_megatron.evaluation.gathering import read_aligned
-
     if parsed.answers:
         if len(parsed.answers) != len(models):
             raise UserError(
                 f"--answers: {plural(len(parsed.answers), 'file')} for {len(models)} models; give one for each, in "
                 "their order."
             )
-        return read_aligned({model.name: path for model, path in zip(models, parsed.answers, strict=True)})
-    files = {model.name: parsed.output / "answers" / model.file for model in models}
-    for model in models:
+        return {model.name: path for model, path in zip(models, parsed.answers, strict=True)}
+    files = {model.name: parsed.output / "answers" / model.file for model in models} if parsed.prompts else {}
+    for model in models if files else ():
         _sample(model, files[model.name], parsed, settings, data)
-    return read_aligned(files)
+    return files
 
 
 def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Sampling, data: DataConfig) -> None:
     from tgdpo_megatron.data.prepare import few
+    from tgdpo_megatron.evaluation.kept_ids import KeepsIds, ids_file
     from tgdpo_megatron.sampling.engine import open_engine
     from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
     from tgdpo_megatron.sampling.sampler import sample
@@ -121,7 +115,7 @@ def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Samp
         device=parsed.device,
     )
     encoded = encode_prompts(prompts, engine.tokenizer, data, max_length=engine.max_length)
-    tally, _ = sample(engine, encoded, file, settings=settings, n=parsed.n, seed=parsed.seed)
+    tally, _ = sample(KeepsIds(engine, ids_file(file)), encoded, file, settings=settings, n=parsed.n, seed=parsed.seed)
     left_out = "".join(f"; left out: {reason} (row {few(rows)})" for reason, rows in prompts.left_out.items())
     print(f"{file}: {tally.prompts} prompts, {tally.answers} answers{left_out}")
 
@@ -129,17 +123,25 @@ def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Samp
 def compare(
     models: Sequence[Model],
     pairs: PreparedPairs | None,
-    answers: dict[str, list[Answered]],
+    files: Mapping[str, Path],
     parsed: argparse.Namespace,
 ) -> None:
-    """Measure everything, print the tables, and write comparison.json and comparison.html."""
+    """Measure everything, print the tables, and write comparison.json and comparison.html.
+
+    Args:
+        files: Of every model's answers, as files_of_answers gives them.
+    """
     from tgdpo_megatron.data.tokenizer import special_texts
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
-    from tgdpo_megatron.evaluation.gathering import answer_numbers, scores_of, with_log_probs
+    from tgdpo_megatron.evaluation.gathering import answer_numbers, read_aligned, scores_of, with_log_probs
+    from tgdpo_megatron.evaluation.kept_ids import ids_file, read_ids
 
-    device = _device(parsed)
-    pairs_of, ratios, notes = with_log_probs(models, pairs, answers, device=device, batch_tokens=parsed.batch_tokens)
+    device, answers = _device(parsed), read_aligned(files)
+    kept = {name: read_ids(ids_file(path)) for name, path in files.items()}
+    pairs_of, ratios, notes = with_log_probs(
+        models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
+    )
     is_bradley_terry, scores, made_with = False, dict[str, Any](), _made_with(models, pairs, answers, parsed)
     if parsed.scorer:
         scorer = open_scorer(parsed.scorer, device=device)
@@ -154,7 +156,8 @@ def compare(
     for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
         print("", *_aligned(table), sep="\n")
     print("", INTERVALS, *notes, sep="\n")
-    content = {"made_with": made_with, "notes": notes, **as_json(comparison)}
+    numbers_of = {"pairs": len(pairs or ()), "prompts": len(answers[models[0].name]) if answers else 0}
+    content = {"made_with": made_with, **numbers_of, "notes": notes, **as_json(comparison)}
     _write(parsed.output / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     html = page(
         comparison,

@@ -22,7 +22,7 @@ from typing import get_args
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.data.prepare import few
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
 from tgdpo_megatron.sampling.engine import EngineName, Sampling, open_engine
 from tgdpo_megatron.sampling.prompts import Prompts, encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import Tally, sample
@@ -107,9 +107,7 @@ def _parser() -> CommandLine:
 
 def _check(parsed: argparse.Namespace) -> None:
     """Refuse numbers without meaning, and options of the other engine."""
-    for name, least in {"n": 1, "seed": 0, "batch_size": 1, "concurrency": 1, "retries": 0}.items():
-        if getattr(parsed, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: give {least} or more.")
+    at_least(parsed, n=1, seed=0, batch_size=1, concurrency=1, retries=0)
     if parsed.engine == "http" and not parsed.url:
         raise UserError("--engine http: say with --url where the server listens, such as http://localhost:8000.")
     if parsed.engine != "http" and parsed.url:

@@ -109,13 +109,18 @@ def test_no_family_waits_for_the_device_where_llama_does_not(family: str, one_ra
     assert files[0] == files[1]
 
 
+def waits(job: dict[str, Any]) -> Counter[str]:
+    """What waited. How often a run looks whether its last save is done depends on the disk, and is left out."""
+    return Counter(wait for wait in job["waits"] if not wait.startswith("saving.py"))
+
+
 def test_a_micro_batch_never_waits_for_the_device(one_rank: Jobs) -> None:
-    assert Counter(one_rank["more micro-batches"]["waits"]) == Counter(one_rank["plain"]["waits"])
+    assert waits(one_rank["more micro-batches"]) == waits(one_rank["plain"])
 
 
 def test_a_step_waits_for_the_device_three_times(one_rank: Jobs) -> None:
     """For the number of pairs (Megatron asks whether it is 0), the gradient's norm, and the metrics."""
-    more = Counter(one_rank["more steps"]["waits"]) - Counter(one_rank["plain"]["waits"])
+    more = waits(one_rank["more steps"]) - waits(one_rank["plain"])
     assert sorted(line.partition(":")[0] for line in more.elements()) == [
         "clip_grads.py",
         "finalize_model_grads.py",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = 60
+STEPS = 30
 
 
 def command(checkpoint: Path, pairs: Path, output: Path, ranks: int, *more: str) -> list[str]:
@@ -25,6 +25,7 @@ def command(checkpoint: Path, pairs: Path, output: Path, ranks: int, *more: str)
             f"train.output={output}",
         ),
         *(f"train.train_iters={STEPS}", "train.global_batch_size=4", "train.micro_batch_size=1", "optimizer.lr=1e-3"),
+        "train.report=false",
         *more,
     ]
 

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks: list[str] = re.findall(
         r"^```\n(.*?)^```", section[: section.index("\n## ")], flags=re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 3 and "recipes.align" in blocks[1] and "--family qwen3" in blocks[2]
+    assert len(blocks) == 3 and "recipes.align" in blocks[1] and "tools.compare" in blocks[2]
     folder = tmp_path_factory.mktemp("quick_start")
     (folder / "docs").symlink_to(ROOT / "docs")
     environment = {
@@ -47,8 +47,8 @@ def test_recipes_align_a_second_time_has_nothing_left_to_do(folder: Path) -> Non
 
 
 def test_a_training_says_no_more_than_fits_a_screen_and_ends_with_its_result(folder: Path) -> None:
-    """Of the commands that recipes.align prints and runs, the last training."""
-    (said,) = re.findall(
+    """Of the commands that the first recipes.align prints and runs, the last training."""
+    said, _ = re.findall(
         r"^\$ python -m recipes\.train --recipe=tgdpo_tiny.*?\n\n", (folder / "said.txt").read_text(), re.M | re.S
     )
     lines = said.strip().splitlines()
@@ -76,14 +76,16 @@ def test_held_out_accuracy_is_about_what_the_readme_says(folder: Path) -> None:
     assert last["eval/rewards/accuracies"] == pytest.approx(0.74, abs=0.05)
 
 
-def test_a_model_of_another_family_is_scored_trained_and_exported_without_a_conversion_by_hand(folder: Path) -> None:
-    """The export loads in transformers and is no longer the start."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    names = ("qwen3-hf", "qwen3-dpo-hf")
-    start, trained = (AutoModelForCausalLM.from_pretrained(folder / "runs" / name) for name in names)
-    assert type(start) is type(trained) and trained.config.model_type == "qwen3"
-    ids = torch.arange(8)[None]
-    with torch.no_grad():
-        assert not torch.equal(start(ids).logits, trained(ids).logits)
+def test_prompts_become_pairs_a_model_and_a_verdict(folder: Path) -> None:
+    """A pair for each of the 500 prompts whose two answers differ, and a verdict over the 100 held-out prompts."""
+    answers, pairs = (
+        [json.loads(line) for line in (folder / "runs" / name).read_text().splitlines()]
+        for name in ("answers.jsonl", "pairs.jsonl")
+    )
+    differ = [row["prompt"] for row in answers if len(set(row["all_generated_responses"])) == 2]
+    assert len(answers) == 500 and [row["prompt"] for row in pairs] == differ
+    assert all(row["score_chosen"] > row["score_rejected"] for row in pairs)
+    found = json.loads((folder / "runs" / "verdict" / "comparison.json").read_text())
+    assert found["prompts"] == 100
+    rate = found["models"]["runs/on-policy/hf"]["win_rate"]
+    assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1

@@ -63,12 +63,14 @@ def test_a_run_that_is_stopped_and_goes_on_leaves_the_metrics_of_one_that_was_no
     assert runs.metrics(name) == runs.metrics("whole")
 
 
-def test_a_disk_without_room_for_a_line_ends_all_ranks_in_one_sentence_after_the_save_under_way(runs: Runs) -> None:
-    """The fourth line is refused, the fourth step is saved meanwhile, and the fifth step tells all ranks."""
+def test_a_disk_without_room_for_a_line_ends_all_ranks_in_one_sentence_and_no_step_is_saved_without_its_line(
+    runs: Runs,
+) -> None:
+    """The fourth line is refused before the fourth step would be saved."""
     folder = runs.folder / "full/checkpoints"
     assert runs.said["full"].startswith("/dev/full: this file of the run cannot be written (")
     assert runs.said["full"].endswith(
         f"No space left on device); look at the space left there, and at the permissions; "
-        f"the last good checkpoint is {folder / 'iter-0000004'}."
+        f"the last good checkpoint is {folder / 'iter-0000002'}."
     )
-    assert runs.checkpoints("full") == ["iter-0000002", "iter-0000004"]
+    assert runs.checkpoints("full") == ["iter-0000002"]

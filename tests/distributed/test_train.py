@@ -95,6 +95,7 @@ def runs(
         "altered start": job("altered start", start=folder / "altered"),
         "altered run": job("still", train_iters=6, resume=True, **still)
         | {"altered": str(folder / "still/checkpoints/iter-0000005")},
+        "altered run again": job("still", train_iters=6, resume=True, **still),
         "finished": job("bf16", start=folder / "stepped/checkpoints/iter-0000004", precision="bf16", resume=True)
         | {"lost": str(folder / "bf16/report.html")},
         "disk full": job("full") | {"no_room_for": "manifest.json"},
@@ -240,6 +241,7 @@ def test_one_flipped_bit_of_a_checkpoint_that_a_run_starts_from_is_refused(runs:
 
 
 def test_one_flipped_bit_of_the_only_checkpoint_that_a_run_could_go_on_from_is_refused(runs: Runs) -> None:
-    """It is moved out of the way, and stays."""
-    assert "no whole checkpoint is left to go on from" in runs.refusals["altered run"]
+    """It is moved out of the way, and stays. The same command given again does not start the run anew."""
+    for start in ("altered run", "altered run again"):
+        assert "no whole checkpoint is left to go on from" in runs.refusals[start]
     assert runs.checkpoints("still") == ["iter-0000005.damaged"]

@@ -7,10 +7,10 @@ step, and every tensor of the last checkpoint with the optimizer's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -173,7 +173,8 @@ def _launched(world: World, mode: str, output: Path, moment: str, chance: random
     came = _wait_for(moment, output, chance, lambda: launcher.poll() is None)
     step = _lines(output)
     family = launcher.children(recursive=True) if came else []
-    launcher.send_signal(signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):  # the run has ended before the moment came
+        launcher.kill()
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=5)
     for process in alive:

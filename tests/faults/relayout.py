@@ -64,5 +64,7 @@ def _losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def _samples(output: Path) -> str:
-    return (output / "samples.jsonl").read_text(encoding="utf-8")
+def _samples(output: Path) -> list[list[int]]:
+    """The pairs of each step, in their order."""
+    lines = (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["pairs"] for line in lines]

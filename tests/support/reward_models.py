@@ -65,7 +65,9 @@ def make_armorm(folder: Path, *, seed: int = 0) -> Path:
     tokenizer = tokenizer_with(names)
     tokenizer.bos_token, tokenizer.chat_template = names[0], LLAMA_3
     more = {"num_objectives": 19, "gating_temperature": 10, "gating_hidden_dim": 24, "gating_n_hidden": 3}
-    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=256, **more)
+    config = LlamaConfig(
+        **SIZES, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024, **more
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tensors = {f"model.{name}": tensor for name, tensor in LlamaModel(config).state_dict().items()}
@@ -103,6 +105,7 @@ def make_pairrm(folder: Path, *, seed: int = 0) -> Path:
         pos_att_type=["p2c", "c2p"],
         position_biased_input=False,
         n_tasks=1,
+        initializer_range=0.3,  # so that a score depends on all tokens
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

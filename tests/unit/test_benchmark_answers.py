@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.completions import Completions, served
+from tests.support.in_process import Program
 from tgdpo_megatron.data.tokenizer import encode_prompt, load_tokenizer
 from tgdpo_megatron.evaluation.answer_files import Said, form_of, written
 from tgdpo_megatron.evaluation.questions import Question
@@ -45,21 +45,13 @@ def write(path: Path, rows: Sequence[Any], *, as_list: bool = False) -> Path:
 
 
 @pytest.fixture
-def run(hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(hf_model: Path, tmp_path: Path, in_process: Program) -> Run:
     """A function that runs tools.answers in this process: its exit code, and what it said."""
 
     def run(benchmark: str, questions: Sequence[Any], *options: str, as_list: bool = False) -> tuple[int, str]:
         file = write(tmp_path / "questions.json", questions, as_list=as_list)
         common = ["--output", str(tmp_path / "out"), "--model-id", "tiny-1.5", "--max-new-tokens", "6"]
-        monkeypatch.setattr(sys, "argv", ["answers", benchmark, str(hf_model), str(file), *common, *options])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [benchmark, hf_model, file, *common, *options])
 
     return run
 
@@ -170,7 +162,7 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
     """A server that fails after 66 questions, and then answers again."""
     questions = [{"dataset": "made up", "instruction": f"Add {number} and 4."} for number in range(70)]
     with served(Completions(hf_model, str(hf_model))) as server:
-        over_http = ("--engine", "http", "--url", server.url)
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "4")
         assert run("alpaca-eval", questions, *over_http)[0] == 0
         whole = (tmp_path / "out" / "tiny-1.5.json").read_bytes()
         for path in (tmp_path / "out").iterdir():
@@ -184,7 +176,7 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, t
         server.fails = lambda number: 0
         server.asked.clear()
         assert run("alpaca-eval", questions, *over_http)[0] == 0
-        assert len(server.asked) == 6
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 6
         assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole
         server.asked.clear()
         code, said = run("alpaca-eval", questions, *over_http)
@@ -223,7 +215,7 @@ def test_a_file_that_lacks_questions_is_refused_with_their_names(run: Run, tmp_p
         ("mt-bench", [{**MT_BENCH[0], "turns": ["a"]}], "line 1: the question has 1 turn, and MT-Bench's have two"),
         ("mt-bench", [{**MT_BENCH[0], "turns": "ab"}], "line 1: the question has no turns, and MT-Bench's have two"),
         ("mt-bench", [{**MT_BENCH[0], "turns": ["a", 3]}], "line 1: a turn is no text"),
-        ("mt-bench", [[1]], "line 1: expected an object, found list"),
+        ("mt-bench", ["Why?"], "line 1: expected an object, found str"),
         ("alpaca-eval", [{"dataset": "koala"}], "line 1: instruction is no text"),
         ("arena-hard", [{"uid": True, "prompt": "a"}], "line 1: the question has no uid"),
         ("arena-hard", [{"question_id": "a", "turns": []}], "line 1: the question has neither a uid and a prompt nor"),
@@ -265,6 +257,21 @@ def test_fastchat_finds_every_answer(run: Run, tmp_path: Path) -> None:
     common.check_data(questions, answers, {}, ["tiny-1.5"], {})
     for question in questions:
         assert len(answers["tiny-1.5"][question["question_id"]]["choices"][0]["turns"]) == 2
+
+
+def test_alpaca_eval_finds_every_answer(run: Run, tmp_path: Path) -> None:
+    """Equal answers are ties, for which its judge is not asked."""
+    annotators = pytest.importorskip("alpaca_eval.annotators")
+    from alpaca_eval.utils import load_or_convert_to_dataframe
+
+    run("alpaca-eval", ALPACA[:2], as_list=True)
+    ours = load_or_convert_to_dataframe(tmp_path / "out" / "tiny-1.5.json")
+    judge = annotators.PairwiseAnnotator(annotators_config="weighted_alpaca_eval_gpt4_turbo", caching_path=None)
+    found = judge.annotate_head2head(outputs_1=ours, outputs_2=ours)
+    assert [(row["instruction"], row["dataset"], row["preference"]) for row in found] == [
+        (row["instruction"], row["dataset"], 1.5) for row in ALPACA[:2]
+    ]
+    assert {row["generator_2"] for row in found} == {"tiny-1.5"}
 
 
 def test_what_is_written_is_what_json_reads(tmp_path: Path) -> None:

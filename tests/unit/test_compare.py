@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import PAIRS
+from tests.support.in_process import Program
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import tokenised
 from tgdpo_megatron.data.tokenizer import load_tokenizer
@@ -57,19 +57,11 @@ def scorer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 @pytest.fixture
-def run(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(pairs_file: Path, tmp_path: Path, in_process: Program) -> Run:
     """A function that runs tools.compare in this process: its exit code, and what it said."""
 
     def run(*arguments: Any, output: str = "out") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments), "--output", str(tmp_path / output)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [*arguments, "--output", tmp_path / output])
 
     return run
 
@@ -77,6 +69,10 @@ def run(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def results(tmp_path: Path, output: str = "out") -> dict[str, Any]:
     content: dict[str, Any] = json.loads((tmp_path / output / "comparison.json").read_text(encoding="utf-8"))
     return content
+
+
+def kept_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def plain_log_prob(model: Any, ids: list[int], prompt: int) -> float:
@@ -176,6 +172,7 @@ def test_numbers_of_answers_are_those_of_plain_loops(
 
     run(f"start={hf_model}", f"other={other}", *sampled)
     found, tokenizer = results(tmp_path)["models"], load_tokenizer(hf_model)
+    kept = {(prompt, place): ids for prompt, place, ids in kept_lines(tmp_path / "out" / "answers" / "other.ids.jsonl")}
     lines = {name: list(read_answers(tmp_path / "out" / "answers" / f"{name}.jsonl")) for name in ("start", "other")}
     judge, start, trained = AutoModelForSequenceClassification.from_pretrained(scorer), loaded(hf_model), loaded(other)
 
@@ -188,8 +185,9 @@ def test_numbers_of_answers_are_those_of_plain_loops(
         for ours, theirs in zip(lines["other"], lines["start"], strict=True):
             for place, answer in enumerate(ours.all_generated_responses):
                 ids = tokenizer(ours.format_prompt, add_special_tokens=False)["input_ids"]
-                whole = ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
-                whole += [tokenizer.eos_token_id] * (ours.finish_reasons[place] == "stop")
+                whole = ids + kept[ours.prompt_id, place]
+                assert len(kept[ours.prompt_id, place]) == ours.num_tokens[place]
+                assert (whole[-1] == tokenizer.eos_token_id) == (ours.finish_reasons[place] == "stop")
                 log_ratios.append(plain_log_prob(trained, whole, len(ids)) - plain_log_prob(start, whole, len(ids)))
                 tokens.append(ours.num_tokens[place])
                 unfinished.append(ours.finish_reasons[place] == "length")
@@ -219,7 +217,7 @@ def test_a_second_run_samples_nothing_and_given_files_give_the_same(
 ) -> None:
     models = (f"start={hf_model}", f"other={other}")
     run(*models, *sampled)
-    first, files = results(tmp_path), sorted((tmp_path / "out" / "answers").iterdir())
+    first, files = results(tmp_path), sorted((tmp_path / "out" / "answers").glob("*[!s].jsonl"))
     before = [path.read_bytes() for path in files]
     assert run(*models, *sampled)[0] == 0
     assert results(tmp_path) == first and [path.read_bytes() for path in files] == before
@@ -228,6 +226,22 @@ def test_a_second_run_samples_nothing_and_given_files_give_the_same(
     assert results(tmp_path, "given")["models"] == first["models"]
     code, said = run(*models, *sampled, "--temperature", 0.7)
     assert code == 2 and "temperature" in said and [path.read_bytes() for path in files] == before
+
+
+def test_texts_whose_tokens_are_not_known_give_no_kl_divergence(
+    run: Run, hf_model: Path, other: Path, sampled: list[Any], tmp_path: Path
+) -> None:
+    """A random model writes in other tokens than its tokenizer. Ids of another text, and torn lines, are not taken."""
+    run(f"start={hf_model}", f"other={other}", *sampled)
+    given = [tmp_path / "out" / "answers" / f"{name}.jsonl" for name in ("start", "other")]
+    ids = given[1].with_suffix(".ids.jsonl")
+    lines = kept_lines(ids)
+    assert len(lines) == 3 * len(PAIRS)
+    for damaged in ("", json.dumps(lines[0])[:-3], "".join(json.dumps([*line[:2], [5, 6]]) + "\n" for line in lines)):
+        ids.write_text(damaged, encoding="utf-8")
+        code, said = run(f"start={hf_model}", f"other={other}", "--answers", *given, output="given")
+        assert code == 0 and re.search(r"No KL divergence of other: \d.* with --prompts the tokens are kept.", said)
+        assert "kl" not in results(tmp_path, "given")["models"]["other"]
 
 
 def test_tempered_samples_have_no_kl_divergence(

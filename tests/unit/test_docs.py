@@ -203,6 +203,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.make_tiny_model": (1,),
     "tools.marked_pairs": (0,),
     "tools.prepare_pairs": (2,),
+    "tools.annotate": ("--output",),
     "tools.sample": ("--output",),
     "tools.submit": ("train.output",),
     "tools.view": ("--output",),
@@ -214,7 +215,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "tools.certify": (1,),
 }
 """Program -> where its command line says what it writes: places among its arguments, options, settings."""
-WRITE_NOTHING = {"tests.faults", "tools.plan", "tools.runs", "tools.tokens", "pip", "pytest"}
+WRITE_NOTHING = {"bench.speed.sampling", "tests.faults", "tools.plan", "tools.runs", "tools.tokens", "pip", "pytest"}
 WRITE_TRACKED_FILES = {"tools.docs"}
 
 

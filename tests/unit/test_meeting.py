@@ -75,7 +75,7 @@ def test_a_node_that_is_lost_does_not_keep_the_first_waiting(port: int, monkeypa
     verdict = first.agree(Report((Failure(0, "a", 3, "another rank ended"),), cut_short=True), judge)
     first.leave()
     other.leave()
-    assert verdict.code == 1
+    assert verdict.code == 75  # on another node the job can go on
     assert verdict.sentence.startswith("the launcher of node 1 (") and "was lost" in verdict.sentence
 
 

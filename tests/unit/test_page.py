@@ -16,6 +16,8 @@ from tgdpo_megatron.report.page import (
     Page,
     Sample,
     Section,
+    Side,
+    SideBySide,
     Table,
     TokenPair,
     TokenPairs,
@@ -45,6 +47,7 @@ def html() -> str:
                 Section(
                     "Answers", [Sample(HOSTILE, "42.", [Answer(HOSTILE, HOSTILE, False), Answer("after", "42.", True)])]
                 ),
+                Section("Side by side", [SideBySide(HOSTILE, [Side(HOSTILE, HOSTILE, HOSTILE), Side("b", "", "42.")])]),
                 Section(
                     HOSTILE, [Commands(["python -m recipes.train 'data.train=a b.jsonl'", HOSTILE, f"# {HOSTILE}"])]
                 ),
@@ -131,6 +134,8 @@ def test_an_empty_part_is_left_out() -> None:
 def test_an_answer_without_words_is_no_gap() -> None:
     sample = Sample("Why?", "Because.", [Answer("after", "")])
     assert "(no words)" in build_page(Page("a run", [], [Section("Answers", [sample])]))
+    beside = SideBySide("Why?", [Side("start", "0 tokens", "")])
+    assert "(no words)" in build_page(Page("a comparison", [], [Section("Answers", [beside])]))
 
 
 def test_more_lines_than_colours_are_told_apart_by_dashes() -> None:

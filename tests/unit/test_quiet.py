@@ -29,7 +29,8 @@ with one_sentence_errors():
 
 def loud(**environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program whose libraries say all they can."""
-    ours = ("PYTHONWARNINGS", "TGDPO_DEBUG")
+    # A program that ran in this process before may have set the others.
+    ours = ("PYTHONWARNINGS", "TGDPO_DEBUG", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, "-c", LOUD], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=True

@@ -77,6 +77,11 @@ def test_a_job_that_was_asked_to_end_asks_for_a_requeue_unless_a_person_asked(as
         assert judge([ended(*codes, asked=(asked,)), Report()]).code == code
 
 
+def test_a_second_ctrl_c_is_said_to_have_ended_a_step_at_once() -> None:
+    verdict = judge([ended((ASKED, None), asked=(signal.SIGINT, signal.SIGINT))])
+    assert verdict.sentence.startswith("stopped at once by a second Ctrl-C;") and not verdict.is_failure
+
+
 def test_a_job_whose_ranks_all_came_to_a_good_end_says_nothing() -> None:
     verdict = judge([Report(), Report(asked=(signal.SIGTERM,))])
     assert (verdict.code, verdict.sentence) == (0, "")

@@ -58,13 +58,17 @@ def one_at_a_time(folder: Path, groups: list[Group] = GROUPS) -> np.ndarray:
     return np.array(scores)
 
 
-@pytest.mark.parametrize("pad", ["a token of its own", "the end of every turn", "none"])
+@pytest.mark.parametrize("pad", ["a token of its own", "the end of every turn", "none", "no token"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
 def test_classifiers_score_as_huggingface_does_one_at_a_time_in_any_batches(
     family: str, pad: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    ids = {"a token of its own": tokenizer.pad_token_id, "the end of every turn": tokenizer.eos_token_id, "none": None}
-    folder = make_classifier(tmp_path / "rm", tokenizer, family, pad_token_id=ids[pad])
+    ids = {
+        "a token of its own": tokenizer.pad_token_id,
+        "the end of every turn": tokenizer.eos_token_id,
+        "no token": -1,
+    }
+    folder = make_classifier(tmp_path / "rm", tokenizer, family, pad_token_id=ids.get(pad))
     expected = one_at_a_time(folder)
     assert expected.std() > 0.1, "the case has power"
     for budget in BUDGETS:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import re
-import sys
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.completions import Completions, served
+from tests.support.in_process import Program
 from tests.support.ports import free_port
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.errors import UserError
@@ -36,22 +36,12 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(
-    hf_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
+def run(hf_model: Path, prompts: Path, tmp_path: Path, in_process: Program) -> Callable[..., tuple[int, str]]:
     """A function that runs tools.sample in this process: its exit code, and what it said."""
 
     def run(*options: str, output: str = "answers.jsonl", given: Sequence[str] = ()) -> tuple[int, str]:
         common = ["--output", str(tmp_path / output), "--n", "2", "--max-new-tokens", "6", "--batch-size", "2"]
-        monkeypatch.setattr(sys, "argv", ["sample", *(given or (str(hf_model), str(prompts))), *common, *options])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        refused = re.search(r"^error: (.*)$", captured.err, flags=re.MULTILINE)
-        return code, refused[1] if refused else captured.out
+        return in_process(main, [*(given or (hf_model, prompts)), *common, *options])
 
     return run
 
@@ -99,15 +89,15 @@ def test_the_file_says_what_it_takes_to_sample_the_same_answers_again(run: Run, 
     assert (settings.temperature, settings.top_k, line.sampling["engine"]) == (0.9, 40, "transformers")
 
 
-@pytest.mark.parametrize("left", [0, 1, 3, 4, 5, 6])
-def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(left: int, run: Run, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:
     run(output="whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    torn = lines[left][: len(lines[left]) // 2] if left < len(lines) else b""
-    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
-    assert run()[0] == 0
-    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+    for left in (0, 1, 3, 4, 5, 6):
+        torn = lines[left][: len(lines[left]) // 2] if left < len(lines) else b""
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
+        assert run()[0] == 0
+        assert (tmp_path / "answers.jsonl").read_bytes() == whole, left
 
 
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
@@ -122,27 +112,28 @@ def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, p
         assert code == 0 and "nothing was left to do" in said and len(server.asked) == 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--temperature", "0.7"), "was sampled with temperature 0.8, and this run has 0.7"),
-        (("--top-p", "1"), "was sampled with top_p 0.95, and this run has 1.0"),
-        (("--n", "3"), "was sampled with n 2, and this run has 3"),
-        (("--seed", "1"), "was sampled with seed 0, and this run has 1"),
-        (("--max-new-tokens", "7"), "was sampled with max_new_tokens 6, and this run has 7"),
-        (("--shard", "2/2"), "line 1: answers another prompt than row 4 of the prompts now"),
-        (("--shard", "1/2"), "holds answers to more than these 3 prompts"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
+OTHERS = {
+    ("--temperature", "0.7"): "was sampled with temperature 0.8, and this run has 0.7",
+    ("--top-p", "1"): "was sampled with top_p 0.95, and this run has 1.0",
+    ("--n", "3"): "was sampled with n 2, and this run has 3",
+    ("--seed", "1"): "was sampled with seed 0, and this run has 1",
+    ("--max-new-tokens", "7"): "was sampled with max_new_tokens 6, and this run has 7",
+    ("data.template=none",): "was sampled with template",
+    ("--shard", "2/2"): "line 1: answers another prompt than row 4 of the prompts now",
+    ("--shard", "1/2"): "holds answers to more than these 3 prompts",
+}
+
+
 def test_a_file_of_other_answers_is_refused_by_what_differs_and_kept(
-    options: tuple[str, ...], says: str, run: Run, tmp_path: Path
+    run: Run, server: Completions, tmp_path: Path
 ) -> None:
-    run()
+    over_http = ("--engine", "http", "--url", server.url)
+    run(*over_http)
     before = (tmp_path / "answers.jsonl").read_bytes()
-    code, said = run(*options)
-    assert code == 2 and says in said
-    assert (tmp_path / "answers.jsonl").read_bytes() == before
+    for options, says in OTHERS.items():
+        code, said = run(*over_http, *options)
+        assert code == 2 and says in said
+        assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_a_file_of_another_model_or_of_something_else_is_refused(
@@ -206,7 +197,8 @@ def test_a_server_is_told_every_setting_and_the_prompts_token_ids(
     run: Run, server: Completions, hf_model: Path
 ) -> None:
     with changed(server):
-        assert run("--engine", "http", "--url", f"{server.url}/v1/", "--top-p", "0.9")[0] == 0
+        options = ("--engine", "http", "--url", f"{server.url}/v1/", "--concurrency", "1")
+        assert run(*options, "--top-p", "0.9")[0] == 0
         first, second = server.asked[:2]
     engine = open_engine(hf_model)
     for request in (first, second):

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,17 +113,28 @@ def test_the_disk_that_a_run_of_1050_steps_needs(
     assert need.export == (4 if train.get("precision") == "fp32" else 2) * BYTES_8B
 
 
-def test_a_run_whose_checkpoints_find_no_room_is_refused_and_what_is_there_counts(tmp_path: Path) -> None:
-    """Sparse files have their size without taking the disk."""
-    free = shutil.disk_usage(tmp_path).free
-    many = settings(precision="bf16", train_iters=10**6, keep_last=free // (14 * BYTES_8B) + 1)
+def free_are(monkeypatch: pytest.MonkeyPatch, amount: int) -> None:
+    """Let every file system seem to have so many bytes left."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=amount))
+
+
+def test_a_run_whose_checkpoints_find_no_room_is_refused_and_what_is_there_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse files have their size without taking the disk. One more always needs room, before an old one goes."""
+    checkpoint = 14 * BYTES_8B
+    free_are(monkeypatch, checkpoint)
+    two = settings(precision="bf16", train_iters=10**6, keep_last=2)
     with pytest.raises(UserError, match=r"the run will write [\d,.]+ GB more .*lower train.keep_last"):
-        check_disk(tmp_path / "run", many, LLAMA_8B)
+        check_disk(tmp_path / "run", two, LLAMA_8B)
     written = tmp_path / "run" / "checkpoints" / "iter-0000001" / "weights"
     written.mkdir(parents=True)
     with (written / "__0_0.distcp").open("wb") as file:
-        file.truncate(4 * 14 * BYTES_8B)
-    check_disk(tmp_path / "run", many, LLAMA_8B)
+        file.truncate(4 * checkpoint)
+    check_disk(tmp_path / "run", two, LLAMA_8B)
+    free_are(monkeypatch, checkpoint - 1)
+    with pytest.raises(UserError, match="GB more"):
+        check_disk(tmp_path / "run", two, LLAMA_8B)
 
 
 def test_damaged_checkpoints_make_no_room(tmp_path: Path) -> None:

@@ -122,11 +122,11 @@ def _asked(
     # Tokens are counted as they come, since some questions together may take minutes.
     with part.open("a", encoding="utf-8") as file, tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
         for first in range(len(said), len(questions), together):
-            bar.set_postfix_str(f"{first}/{len(questions)} questions")
             some = _conversations(engine, questions[first : first + together], settings, seed, bar.update)
             file.write("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in some))
             file.flush()
             said += some
+            bar.set_postfix_str(f"{len(said)}/{len(questions)} questions")
     return said
 
 
@@ -136,7 +136,8 @@ def _kept(part: Path, together: int) -> list[Said]:
     lines = lines[: len(lines) // together * together]
     rows = [parse_json(line, where=f"{part} line {number}") for number, line in enumerate(lines, 1)]
     _write(part, "".join(f"{line}\n" for line in lines))
-    return [Said(*map(tuple, (row["texts"], row["tokens"], row["finish_reasons"])), row["seconds"]) for row in rows]
+    lists = ("texts", "tokens", "finish_reasons")
+    return [Said(**{name: tuple(row[name]) for name in lists}, seconds=row["seconds"]) for row in rows]
 
 
 def _conversations(

@@ -210,19 +210,19 @@ def compared(
     """
     found: dict[str, dict[str, Measured]] = {name: {} for name in (pairs or answers)}
     if pairs:
-        start, *_ = pairs.values()
-        measures = {name: pair_measures(model, None if model is start else start) for name, model in pairs.items()}
-        _add(found, measures, int(start.prompts.max()) + 1)
+        start, first = next(iter(pairs.items()))
+        measures = {name: pair_measures(model, None if name == start else first) for name, model in pairs.items()}
+        _add(found, measures, int(first.prompts.max()) + 1)
     if answers:
-        first, *_ = answers.values()
+        start, theirs = next(iter(answers.items()))
         scored = np.all([_scored(model) for model in answers.values()], axis=0)
-        of_models = {
+        measures = {
             name: answer_measures(
-                model, None if model is first else first, scored=scored, is_bradley_terry=is_bradley_terry
+                model, None if name == start else theirs, scored=scored, is_bradley_terry=is_bradley_terry
             )
             for name, model in answers.items()
         }
-        _add(found, of_models, len(first.tokens))
+        _add(found, measures, len(theirs.tokens))
     return Comparison(found)
 
 

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     import torch
 
     from tgdpo_megatron.data.prepare import PreparedPairs
+    from tgdpo_megatron.evaluation.kept_ids import Ids
     from tgdpo_megatron.evaluation.log_probs import Tokenised
     from tgdpo_megatron.evaluation.models import Model
     from tgdpo_megatron.reward_models.scorer import Scorer
 
 PLAIN = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
 """Sampling that draws from the model itself: only then is a mean log-ratio a KL divergence."""
+MOST_IN_OTHER_TOKENS = 0.05
+"""Largest share of answers that were written in other tokens than their texts have. Of such an answer the log-ratio is
+that of other tokens, of which the mean is no KL divergence: it can be negative."""
 
 
 def read_aligned(files: Mapping[str, Path]) -> dict[str, list[Answered]]:
-    """The answers of several models to the same prompts, in the order of the first file.
+    """The answers of several models to the same prompts, in the order of the first file. None where there are no files.
 
     Raises:
         UserError: A file cannot be read, has a prompt twice, lacks one that another has, or has another number of
@@ -49,7 +53,7 @@ def read_aligned(files: Mapping[str, Path]) -> dict[str, list[Answered]]:
             fewest, most = (plural(number, "answer") for number in (counts[0], counts[-1]))
             raise UserError(f"{path}: has {fewest} to one prompt and {most} to another; give as many.")
         found[name] = of_model
-    first, *others = found
+    first, *others = found or [""]
     for name in others:
         for lacks, has in ((name, first), (first, name)):
             if missing := [answered for asked, answered in found[has].items() if asked not in found[lacks]]:
@@ -122,6 +126,7 @@ def with_log_probs(
     models: Sequence[Model],
     pairs: PreparedPairs | None,
     answers: Mapping[str, Sequence[Answered]],
+    kept: Mapping[str, Ids],
     *,
     device: torch.device,
     batch_tokens: int,
@@ -131,14 +136,15 @@ def with_log_probs(
     Args:
         models: The start first.
         answers: By the names of the models; empty where there are none.
+        kept: The token ids of the answers, as far as they are known.
 
     Returns:
-        By the names of the models: the pairs' log-probs; log π(answer) − log π_start(answer) of every answer, [P, n]
-        float64 in nats. And sentences on what is left out.
+        By the names of the models: the pairs' log-probs; log π(answer) − log π_start(answer) of every answer of a model
+        beside the start, [P, n] float64 in nats. And sentences on what is left out.
     """
     from tgdpo_megatron.evaluation.log_probs import load_model, of_pairs, response_log_probs
 
-    sequences, notes = _sequences(answers, models[0].tokenizer)
+    sequences, notes = _sequences(answers, models[0].tokenizer, kept)
     of_model: dict[str, PairNumbers] = {}
     under_start: dict[str, np.ndarray] = {}
     ratios: dict[str, np.ndarray] = {}
@@ -156,31 +162,33 @@ def with_log_probs(
                 found = response_log_probs(loaded, some, batch_tokens=batch_tokens, told=bar.update)
                 if is_start:
                     under_start[name] = found
-                if name == model.name:
+                else:
                     ratios[name] = (found - under_start[name]).reshape(len(answers[name]), -1)
         del loaded  # before the next one is
     return of_model, ratios, notes
 
 
 def _sequences(
-    answers: Mapping[str, Sequence[Answered]], tokenizer: Any
+    answers: Mapping[str, Sequence[Answered]], tokenizer: Any, kept: Mapping[str, Ids]
 ) -> tuple[dict[str, list[Tokenised]], list[str]]:
-    """The answers as token ids where a KL divergence can be made of them; and sentences on what it lacks."""
+    """The models' answers as token ids where a KL divergence can be made of them; and sentences on what it lacks."""
     from tgdpo_megatron.evaluation.log_probs import of_answers
 
     if not is_plain(answers):
         return {}, ["No KL divergence: it needs answers sampled at temperature 1 from all tokens."]
     found: dict[str, list[Tokenised]] = {}
     notes = []
-    for name, some in answers.items():
-        found[name] = of_answers(some, tokenizer)
+    for name, some in list(answers.items())[1:]:
+        sequences = of_answers(some, tokenizer, kept[name])
         sampled = [tokens for answered in some for tokens in answered.num_tokens]
-        other = sum(len(one.ids) - one.prompt != tokens for one, tokens in zip(found[name], sampled, strict=True))
+        other = np.mean([len(one.ids) - one.prompt != tokens for one, tokens in zip(sequences, sampled, strict=True)])
+        words = f"{percent(float(other))} of the answers of {name} were written in other tokens than their texts have"
+        if other > MOST_IN_OTHER_TOKENS:
+            notes.append(f"No KL divergence of {name}: {words}; with --prompts the tokens are kept.")
+            continue
         if other:
-            notes.append(
-                f"{name}: {percent(other / len(sampled))} of the answers have another number of tokens where their "
-                "texts are tokenised again, which the KL divergence is made of."
-            )
+            notes.append(f"{words}, which the KL divergence is made of.")
+        found[name] = sequences
     return found, notes
 
 

@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.tokenizer import encode_prompt, end_of_turn
+from tgdpo_megatron.data.tokenizer import encode_prompt, end_of_turn, special_ids
+from tgdpo_megatron.evaluation.kept_ids import Ids
 from tgdpo_megatron.reward_models.loading import load_weights
 from tgdpo_megatron.reward_models.scorer import Tokens, batches, padded
 from tgdpo_megatron.sampling.answers import Answered
+from tgdpo_megatron.sampling.engine import said
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,21 @@ def of_pairs(pairs: PreparedPairs) -> list[Tokenised]:
     ]
 
 
-def of_answers(answers: Iterable[Answered], tokenizer: Any) -> list[Tokenised]:
+def of_answers(answers: Iterable[Answered], tokenizer: Any, kept: Ids) -> list[Tokenised]:
     """All answers to all prompts as the model wrote them: with the token that closes the turn, unless unfinished.
 
-    Files have texts, which are tokenised again. That gives the sampled ids but where a model wrote a word in other
-    pieces than its tokenizer does.
+    Args:
+        kept: The ids of the answers, as far as they are known. The texts of the others are tokenised again.
     """
-    closing, found = end_of_turn(tokenizer), []
+    closing, special, found = end_of_turn(tokenizer), special_ids(tokenizer), []
     for answered in answers:
         _, prompt = encode_prompt(tokenizer, answered.messages, answered.tools)
-        for text, reason in zip(answered.all_generated_responses, answered.finish_reasons, strict=True):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            found.append(Tokenised([*prompt, *ids, *([closing] if reason == "stop" else [])], len(prompt)))
+        for sample, text in enumerate(answered.all_generated_responses):
+            ids = kept.get((answered.prompt_id, sample))
+            if ids is None or said(tokenizer, ids, special) != text:
+                end = [closing] if answered.finish_reasons[sample] == "stop" else []
+                ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+            found.append(Tokenised([*prompt, *ids], len(prompt)))
     return found
 
 

@@ -81,7 +81,10 @@ def check_disk(output: Path, config: Config, description: ModelDescription) -> N
         place = _existing(output / name)
         device = place.stat().st_dev
         places.setdefault(device, place)
-        wanted[device] = wanted.get(device, 0) + max(0, total - _bytes_below(output / name))
+        more = max(0, total - _bytes_below(output / name))
+        if name == "checkpoints":
+            more = max(more, need.checkpoint)  # what is not kept any more is removed after the next one is whole
+        wanted[device] = wanted.get(device, 0) + more
     for device, more in wanted.items():
         free = shutil.disk_usage(places[device]).free
         if free < more:

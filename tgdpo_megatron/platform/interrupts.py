@@ -46,12 +46,13 @@ class Deadline:
         self._began: float | None = None
 
     def is_near(self, longest_save: float = 0.0) -> bool:
-        """Whether there is no time left for one more step. Asked at the beginning of each.
+        """Whether there is no time left for another step after this one. Asked at the beginning of each.
 
         What a step took is measured from one beginning to the next, with all that comes after it. Time is reserved for
-        the longest so far twice: for the step that is about to begin, and for what follows the end of the run. For the
-        latter, two saves are reserved in any case: one that is written beside the steps may have to end before the
-        last one begins. So is a twentieth of all time, since the first save may be longer than any step before.
+        the longest so far three times: for the step that is about to begin, for the next one, and for what follows the
+        end of the run. For the latter, two saves are reserved in any case: one that is written beside the steps may
+        have to end before the last one begins. So is a twentieth of all time, since the first save may be longer than
+        any step before.
 
         Args:
             longest_save: Seconds that a save has taken at most, from its beginning until it was current.
@@ -60,7 +61,7 @@ class Deadline:
         if self._began is not None:
             self._longest = max(self._longest, now - self._began)
         self._began = now
-        return now + self._longest + max(self._longest, 2 * longest_save, self.reserve) > self.end
+        return now + 2 * self._longest + max(self._longest, 2 * longest_save, self.reserve) > self.end
 
 
 class Interrupts:

@@ -21,7 +21,6 @@ from types import FrameType
 import psutil
 
 from tgdpo_megatron.errors import (
-    INTERRUPTED,
     RANK_DIED,
     RANK_SILENT,
     REQUEUE,
@@ -128,6 +127,8 @@ def launch(
             for local in range(processes):
                 environment = _environment(nodes, meeting.port, processes, local)
                 launcher.ranks.append(_start(module, arguments, environment, Path(folder)))
+            if launcher.asked:  # before there was a rank to hand it on to
+                launcher.ask_to_finish(launcher.asked.pop(), None)
             report = _watch(launcher, meeting)
         finally:
             for rank in launcher.ranks:
@@ -146,8 +147,7 @@ def launch(
 def _say(verdict: Verdict, *, on_a_new_line: bool) -> None:
     """Say how the job ended. A first rank that was killed has left its progress bar without the end of a line."""
     start = "\n" if on_a_new_line else ""
-    stopped = verdict.code in (REQUEUE, INTERRUPTED)
-    print(start + verdict.sentence if stopped else f"{start}error: {verdict.sentence}", file=sys.stderr, flush=True)
+    print(f"{start}{'error: ' if verdict.is_failure else ''}{verdict.sentence}", file=sys.stderr, flush=True)
 
 
 def _environment(nodes: Nodes, port: int, processes: int, local: int) -> dict[str, str]:
@@ -221,15 +221,18 @@ def judge(reports: Sequence[Report]) -> Verdict:
     if refused := by_code.get(USER_ERROR):
         return Verdict(USER_ERROR, refused.message or "a rank refused its input; see the lines above.")
     if stopped := by_code.get(REQUEUE):
-        return Verdict(code_of(asked), stopped.message or "the run was stopped.")
+        return Verdict(code_of(asked), stopped.message or "the run was stopped.", is_failure=False)
     if silent := by_code.get(RANK_SILENT):  # the silent one ends later, by SIGKILL
-        return Verdict(UNEXPECTED, f"{silent.message} All ranks were stopped. {KEPT}")
+        said = silent.message or "A rank gave no sign of life."
+        return Verdict(UNEXPECTED, f"{said} All ranks were stopped. {KEPT}")
     if asked and (not failures or {-number for number in asking()} & by_code.keys()):
         name = signal.Signals(asked[0]).name
+        when = "at once by a second Ctrl-C" if asked.count(signal.SIGINT) > 1 else f"by {name}, with no step under way"
         return Verdict(
             code_of(asked),
-            f"stopped by {name}, with no training step under way; what was saved or scored is kept, and the same "
-            "command goes on (a training that has a checkpoint: with train.resume=true).",
+            f"stopped {when}; what was saved or scored is kept, and the same command goes on (a training that has a "
+            "checkpoint: with train.resume=true).",
+            is_failure=False,
         )
     if not failures:  # another node failed, and the launchers say which
         return Verdict(UNEXPECTED, f"all ranks were stopped. {KEPT}")

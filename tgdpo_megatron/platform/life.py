@@ -85,7 +85,8 @@ def _move_to(place: _Here) -> None:
     global _here
     _here = place
     if (file := _file_of_places()) is not None:
-        os.pwrite(file, place.words.encode()[:_BYTES_OF_A_PLACE].ljust(_BYTES_OF_A_PLACE), 0)
+        with contextlib.suppress(OSError):  # a full disk there must not end a healthy run
+            os.pwrite(file, place.words.encode()[:_BYTES_OF_A_PLACE].ljust(_BYTES_OF_A_PLACE), 0)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, in_short
+from tgdpo_megatron.errors import REQUEUE, USER_ERROR, UserError, in_short
 from tgdpo_megatron.platform.environment import UnknownNameError, reach
 from tgdpo_megatron.platform.nodes import SECONDS_TO_ANSWER, Nodes
 
@@ -62,10 +62,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a job ended: the exit code of all its launchers, and what the first says."""
+    """How a job ended: the exit code of all its launchers, and what the first says.
+
+    Attributes:
+        is_failure: Whether the sentence tells of a failure, and not of an end that was asked for.
+    """
 
     code: int
     sentence: str = ""
+    is_failure: bool = True
 
 
 class Meeting:
@@ -221,7 +226,7 @@ class Meeting:
         except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError
             self._lose(0, f"does not answer at {self.nodes.endpoint} any more")
         self.speaks = True
-        return Verdict(UNEXPECTED, f"{self._lost[0]}; all ranks of this node were stopped. {KEPT}")
+        return Verdict(REQUEUE, f"{self._lost[0]}; all ranks of this node were stopped. {KEPT}")
 
     def _agree(self, report: Report, judge: Callable[[Sequence[Report]], Verdict]) -> Verdict:
         store, nodes = self._store, self.nodes
@@ -237,7 +242,7 @@ class Meeting:
         missing = [node for node in range(nodes.count) if not store.check([f"report {node}"])]
         if missing and verdict.code != USER_ERROR:
             said = self._lost.get(missing[0], f"the launcher of node {missing[0]} ({self._hosts[missing[0]]}) was lost")
-            verdict = Verdict(UNEXPECTED, f"{said}; all ranks were stopped. {KEPT}")
+            verdict = Verdict(REQUEUE, f"{said}; all ranks were stopped. {KEPT}")  # on other nodes it can go on
         store.set("verdict", json.dumps(asdict(verdict)))
         reading = [f"read {node}" for node in range(1, nodes.count) if node not in missing]
         self._until(lambda: not reading or store.check(reading), seconds=_SECONDS_FOR_REPORTS)

@@ -66,7 +66,6 @@ class Logger:
         self.lines: Journal | None = None
         if not active:
             return
-        (output / "metrics.jsonl").touch()  # a folder that holds it is known as that of a run
         self.lines = Journal(output / "metrics.jsonl", first=first)
         if importlib.util.find_spec("tensorboard"):
             self.sinks.append(_TensorBoard(output, first))

@@ -279,7 +279,7 @@ def _sample(sample: Sample) -> str:
 
 def _side_by_side(part: SideBySide) -> str:
     sides = "".join(
-        f'<div class="side"><div class="label">{escape(side.name)}</div><div class="soft">{escape(side.note)}</div>'
+        f'<div class="side"><h3>{escape(side.name)}</h3><div class="soft">{escape(side.note)}</div>'
         f'<div class="answer" tabindex="0">{escape(side.text) or _NO_WORDS}</div></div>'
         for side in part.sides
     )

@@ -7,12 +7,10 @@ that an interrupted file has the same bytes as any other.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +24,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models.candidates import Candidates
 from tgdpo_megatron.reward_models.pairing import LEFT_OUT, NoPair, Rules, check_any, choose
 from tgdpo_megatron.reward_models.scorer import Group, Scorer
-from tgdpo_megatron.run_lock import InUseError
+from tgdpo_megatron.run_lock import alone
 
 BLOCK = 256
 """Prompts after which the report is written."""
@@ -134,7 +132,7 @@ def annotate(
     """
     rest = iter(candidates)
     told(sum(1 for _ in islice(rest, report.prompts)), 0)
-    with _alone(output) as file:
+    with alone(output) as file:
         file.truncate(report.bytes)
         _keep(file, output, report, b"")
         while some := list(islice(rest, block)):
@@ -143,23 +141,6 @@ def annotate(
             told(len(some), 0)
         report.complete = True
         _keep(file, output, report, b"")
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[io.FileIO]:
-    """The file of pairs, open to be written at its end, and locked for as long as this process lives.
-
-    Raises:
-        InUseError: Another job writes it.
-    """
-    with io.FileIO(output, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
-        except OSError as error:  # a file system without locks
-            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
-        yield file
 
 
 def _keep(file: io.FileIO, output: Path, report: Report, lines: bytes) -> None:

@@ -46,7 +46,7 @@ class Gate(nn.Module):
         return (last(state) / self.temperature).softmax(dim=-1) * self.logit_scale
 
 
-class ArmoRMModel(LlamaPreTrainedModel):
+class ArmoRMModel(LlamaPreTrainedModel):  # type: ignore[misc]  # transformers has no types
     """Llama with the regression layer, the transformation and the gate. Names of tensors are the published ones."""
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -28,12 +28,13 @@ class Classifier(ConversationModel):
 
         transformers reads the score at the last token that is not the padding id, and without a padding id it takes one
         sequence at a time, of which it reads the last token. An id with which no sequence of a batch ends gives the
-        same for many.
+        same for many. A padding id that is no token, such as -1, is as good as none.
         """
         config = self.model.config.get_text_config()
         before = config.pad_token_id
-        last = {sequence.ids[-1] for sequence in sequences}
-        config.pad_token_id = next(number for number in count() if number not in last) if before is None else before
+        if before is None or not 0 <= before < self.vocabulary:
+            last = {sequence.ids[-1] for sequence in sequences}
+            config.pad_token_id = next(number for number in count() if number not in last)
         try:
             ids, mask = padded(sequences, config.pad_token_id, self.device)
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits

@@ -33,7 +33,7 @@ TASK = "Finish the following coversation in each i-th turn by filling in <Respon
 """What stands before a conversation of several turns, spelt as it was in training."""
 
 
-class PairRMModel(DebertaV2PreTrainedModel):
+class PairRMModel(DebertaV2PreTrainedModel):  # type: ignore[misc]  # transformers has no types
     """DeBERTa with the head that compares. Names of tensors are the published ones."""
 
     def __init__(self, config: DebertaV2Config) -> None:

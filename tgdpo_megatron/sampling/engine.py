@@ -236,6 +236,6 @@ def said(tokenizer: Any, ids: Sequence[int], special: set[int]) -> str:
     return text_of(tokenizer, [token for token in ids if token not in special])
 
 
-def prompt_id(ids: Sequence[int]) -> str:
+def prompt_id(ids: Sequence[int] | np.ndarray) -> str:
     """SHA-256 of a prompt's token ids, as hex."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()

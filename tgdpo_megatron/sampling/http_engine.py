@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -79,7 +80,7 @@ class HttpEngine:
         free = threading.Semaphore(self._concurrency)
         for request in requests:
             free.acquire()
-            pending.append(_begun(lambda request=request: self._answer(request), free))
+            pending.append(_begun(partial(self._answer, request), free))
             while pending and (pending[0].done() or len(pending) >= _AHEAD * self._concurrency):
                 yield _told(pending.popleft().result(), told)
         while pending:

@@ -91,11 +91,10 @@ def read_prompts(path: Path, data: DataConfig) -> Prompts:
         UserError: A source that read_rows refuses, rows without a prompt, or malformed rows.
     """
     rows = _lines(path) if path.suffix == ".txt" else renamed(path, read_rows(path), data.columns)
-    if data.format or _is_pair(rows[0][1]):
-        name, form = format_of(path, rows, data.format)
-    else:
-        name, form = _prompt_format(path, rows)
-    asked, left_out = texts_of(path, rows, name, form)
+    is_pairs = data.format is not None or _is_pair(rows[0][1])
+    asked, left_out = texts_of(
+        path, rows, *(format_of(path, rows, data.format) if is_pairs else _prompt_format(path, rows))
+    )
     once = {json.dumps([text.messages, text.tools]): text for text in reversed(asked)}
     first = {text.row for text in once.values()}
     if repeated := [text.row for text in asked if text.row not in first]:

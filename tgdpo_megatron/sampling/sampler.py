@@ -6,12 +6,10 @@ and the settings that it was made with. Nothing else is kept, and no answer stay
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from tqdm import tqdm
 from tgdpo_megatron.bounded import LIMIT, decoded, parse_json
 from tgdpo_megatron.data.tokenizer import template_hash
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_lock import InUseError
+from tgdpo_megatron.run_lock import alone
 from tgdpo_megatron.sampling.answers import Answered, as_line, from_json
-from tgdpo_megatron.sampling.engine import Engine, Request, Sampling
+from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 from tgdpo_megatron.sampling.prompts import Prompt
 
 
@@ -60,7 +58,7 @@ def sample(
     Raises:
         UserError: Another job writes the file, it holds other answers, the disk is full, or the engine fails.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "sampling": {
             "engine": engine.name,
             "n": n,
@@ -70,59 +68,40 @@ def sample(
         },
         "model": engine.model,
     }
-    with _alone(output) as file:
+
+    def requests(prompt: Prompt) -> list[Request]:
+        ids = tuple(prompt.ids.tolist())
+        return [Request(ids, number, seed, settings) for number in range(n)]
+
+    with alone(output) as file:
         before = _keep(file, output, prompts, identity, engine.block)
-        tally = replace(before)
-        rest = prompts[before.prompts :]
-
-        def asked(prompt: Prompt) -> list[Request]:
-            ids = tuple(prompt.ids.tolist())
-            return [Request(ids, number, seed, settings) for number in range(n)]
-
+        tally, rest = replace(before), prompts[before.prompts :]
         # Tokens are counted as they come, since a block of answers may take minutes.
         with tqdm(desc="sampling", unit=" tokens", unit_scale=True) as bar:
-            answers = engine.answers((request for prompt in rest for request in asked(prompt)), bar.update)
+            answers = engine.answers(chain.from_iterable(map(requests, rest)), bar.update)
             for prompt in rest:
-                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts")
-                some = list(islice(answers, n))
-                answered = Answered(
-                    prompt=prompt.written,
-                    format_prompt=prompt.text,
-                    prompt_id=prompt.id,
-                    all_generated_responses=[answer.text for answer in some],
-                    finish_reasons=[answer.finish_reason for answer in some],
-                    num_tokens=[answer.num_tokens for answer in some],
-                    seeds=[request.own_seed for request in asked(prompt)],
-                    source=prompt.source,
-                    tools=list(prompt.asked.tools),
-                    **identity,
-                )
+                seeds = [request.own_seed for request in requests(prompt)]
+                answered = _answered(prompt, list(islice(answers, n)), seeds, identity)
                 _write(file, output, as_line(answered))
                 tally.add(answered)
+                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts", refresh=False)
     return tally, before
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[io.FileIO]:
-    """The file of answers, open for reading and writing, and locked for as long as this process lives.
-
-    Raises:
-        InUseError: Another job writes it.
-        UserError: It cannot be written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = io.FileIO(output, "a+")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"{output}: another job writes it; wait for its end, or give another --output.") from None
-        except OSError as error:  # a file system without locks
-            print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
-        yield file
+def _answered(prompt: Prompt, answers: Sequence[Answer], seeds: list[int], identity: dict[str, Any]) -> Answered:
+    """The line of a prompt."""
+    return Answered(
+        prompt=prompt.written,
+        format_prompt=prompt.text,
+        prompt_id=prompt.id,
+        all_generated_responses=[answer.text for answer in answers],
+        finish_reasons=[answer.finish_reason for answer in answers],
+        num_tokens=[answer.num_tokens for answer in answers],
+        seeds=seeds,
+        source=prompt.source,
+        tools=list(prompt.asked.tools),
+        **identity,
+    )
 
 
 def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: dict[str, Any], block: int) -> Tally:

@@ -23,8 +23,8 @@ SUBJECTS = {
     "HuggingFace folders": hf_folders.ENTRIES,
     "checkpoints": checkpoints.ENTRIES,
     "scores": scores.ENTRIES,
-    "annotation": annotation.ENTRIES,
     "sampling": sampling.ENTRIES,
+    "annotation": annotation.ENTRIES,
     "evaluation": evaluation.ENTRIES,
     "environment": environment.ENTRIES,
 }

@@ -164,7 +164,7 @@ ENTRIES = [
     BadInput(
         "batches of no tokens",
         annotate("--batch-tokens", "0"),
-        "--batch-tokens 0 is refused: it should be a positive number.",
+        "--batch-tokens 0: give 1 or more.",
     ),
     BadInput(
         "a choice of answers that is not known",

@@ -41,7 +41,7 @@ ENTRIES = [
         "a loss that is not known",
         train("loss.type=dpo2"),
         "command line: loss.type='dpo2' is refused: it should be 'dpo', 'dpo_norm', 'robust', "
-        "'hinge', 'ipo', 'ipo_sum', 'sepo', 'sft', 'simpo', 'tdpo1', 'tdpo2', 'tgdpo', 'dpo_reg' or "
+        "'hinge', 'ipo', 'ipo_sum', 'rpo', 'sepo', 'sft', 'simpo', 'tdpo1', 'tdpo2', 'tgdpo', 'dpo_reg' or "
         "'simpo_reg'.",
     ),
     BadInput("beta 0", train("loss.beta=0"), "command line: loss.beta=0 is refused: it should be more than 0."),

@@ -40,7 +40,7 @@ class Outcome:
 
     Attributes:
         code: Exit code; None where it had to be killed.
-        out, err: What it wrote, with FOLDER and ROOT in the place of the two folders' names.
+        out, err: What it wrote, with FOLDER, ROOT and ~ in the place of three folders' names.
         seconds: How long it took.
         left: Command lines of processes that outlived it.
         changed: Files that are there or differ, and were not to.
@@ -103,11 +103,17 @@ def run(entry: BadInput, parts: Path, programs: Programs) -> Outcome:
         forgotten = [f"TMPDIR/{path.name}" for path in (scratch / "tmp").iterdir()]
     return Outcome(
         code,
-        *(text.replace(str(folder), "FOLDER").replace(str(ROOT), "ROOT") for text in (out, err)),
+        *(_without_places(text, folder) for text in (out, err)),
         seconds,
         tuple(left),
         tuple(name for name in (*changed, *forgotten) if not any(fnmatch(name, known) for known in entry.leaves)),
     )
+
+
+def _without_places(text: str, folder: Path) -> str:
+    for place, name in ((folder, "FOLDER"), (ROOT, "ROOT"), (Path.home(), "~")):
+        text = text.replace(str(place), name)
+    return text
 
 
 def _make(entry: BadInput, folder: Path) -> None:
