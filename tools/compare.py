@@ -101,8 +101,8 @@ def files_of_answers(
 
 def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Sampling, data: DataConfig) -> None:
     from tgdpo_megatron.data.prepare import few
-    from tgdpo_megatron.evaluation.kept_ids import KeepsIds, ids_file
     from tgdpo_megatron.sampling.engine import open_engine
+    from tgdpo_megatron.sampling.kept_ids import KeepsIds, ids_file
     from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
     from tgdpo_megatron.sampling.sampler import sample
 
@@ -135,7 +135,7 @@ def compare(
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
     from tgdpo_megatron.evaluation.gathering import answer_numbers, read_aligned, scores_of, with_log_probs
-    from tgdpo_megatron.evaluation.kept_ids import ids_file, read_ids
+    from tgdpo_megatron.sampling.kept_ids import ids_file, read_ids
 
     device, answers = _device(parsed), read_aligned(files)
     kept = {name: read_ids(ids_file(path)) for name, path in files.items()}

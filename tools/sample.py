@@ -23,7 +23,8 @@ from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.data.prepare import few
 from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
-from tgdpo_megatron.sampling.engine import EngineName, Sampling, open_engine
+from tgdpo_megatron.sampling.engine import Engine, EngineName, Sampling, open_engine
+from tgdpo_megatron.sampling.kept_ids import KeepsIds, ids_file
 from tgdpo_megatron.sampling.prompts import Prompts, encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import Tally, sample
 
@@ -96,6 +97,11 @@ def _parser() -> CommandLine:
         "--max-prompt-tokens", type=int, help="leave longer prompts out; default: refuse what is too long"
     )
     parser.add_argument("--shard", metavar="i/n", default="1/1", help="answer the i-th of n parts of the prompts")
+    parser.add_argument(
+        "--keep-ids",
+        action="store_true",
+        help="also write the answers' token ids, for the KL divergence of tools.compare",
+    )
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers", help=f"who answers {said}")
     parser.add_argument("--batch-size", type=int, default=32, help=f"transformers: answers computed at once {said}")
     parser.add_argument("--url", default="", help="http: where the server listens, such as http://localhost:8000")
@@ -129,7 +135,7 @@ def main() -> None:
         data = data_settings(parsed.changes)
         prompts = read_prompts(parsed.prompts, data)
         shard_of(prompts, parsed.shard)
-        engine = open_engine(
+        engine: Engine = open_engine(
             parsed.model,
             engine=parsed.engine,
             url=parsed.url,
@@ -143,6 +149,8 @@ def main() -> None:
         encoded = encode_prompts(
             prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens
         )
+        if parsed.keep_ids:
+            engine = KeepsIds(engine, ids_file(parsed.output))
         began = time.monotonic()
         tally, before = sample(engine, encoded, parsed.output, settings=settings, n=parsed.n, seed=parsed.seed)
         sys.stderr.flush()

@@ -98,7 +98,7 @@ class _Seed:
     def at_equal_divergence(self, *names: str) -> list[float]:
         """The known reward of runs where both are as far from the start."""
         curves = [_curve(self.runs[name, self.seed]) for name in names]
-        level = min(max(point["kl"] for point in curve) for curve in curves)
+        level = max(0.0, min(max(point["kl"] for point in curve) for curve in curves))  # what is sampled can be below 0
         return [
             at_divergence(
                 level,

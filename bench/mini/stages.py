@@ -261,6 +261,7 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
         f"--max-new-tokens={LONGEST}",
         f"--seed={seed}",
         "--batch-size=256",
+        "--keep-ids",
     )
 
 

@@ -35,6 +35,9 @@ PLACES = ("near", "under", "behind", "beside")
 LIMITS = {2: "two", 3: "three", 4: "four"}
 """Largest number of sentences, as a prompt says it."""
 
+_POSSIBLE = len(TOPICS) * len(TONES) * len(LIMITS) * len(OBJECTS) ** 2
+"""Prompts: one keyword, or two different ones in either order."""
+
 NOUN_OF = {noun: topic for topic, (nouns, _) in TOPICS.items() for noun in nouns.split()}
 VERB_OF = {verb: topic for topic, (_, verbs) in TOPICS.items() for verb in verbs.split()}
 TONE_OF = {adjective: tone for tone, adjectives in TONES.items() for adjective in adjectives.split()}
@@ -47,7 +50,7 @@ _KINDS |= {**dict.fromkeys([*NOUN_OF, *OBJECTS], "N"), **dict.fromkeys(VERB_OF, 
 
 RIGHT_TONE, WRONG_TONE, FILLER, WRONG_TOPIC, KEYWORD, REPEATED, BAD_SENTENCE = 0.5, -0.5, -0.5, -0.5, 1.0, -0.5, -1.0
 
-LABELS_PER_REWARD, LABELS_PER_WORD = 0.8, 0.04
+LABELS_PER_REWARD, LABELS_PER_WORD = 0.8, 0.02
 """How much a label depends on the difference in reward, and on that in length."""
 
 
@@ -86,7 +89,8 @@ class Piece:
 
 
 def make_prompts(number: int, chance: random.Random) -> list[Prompt]:
-    """Different prompts, in random order."""
+    """Different prompts, in random order; there are 2,304 in all."""
+    assert number <= _POSSIBLE, number
     prompts: dict[Prompt, None] = {}
     while len(prompts) < number:
         keywords = tuple(chance.sample(OBJECTS, chance.randint(1, 2)))

@@ -240,7 +240,9 @@ def test_texts_whose_tokens_are_not_known_give_no_kl_divergence(
     for damaged in ("", json.dumps(lines[0])[:-3], "".join(json.dumps([*line[:2], [5, 6]]) + "\n" for line in lines)):
         ids.write_text(damaged, encoding="utf-8")
         code, said = run(f"start={hf_model}", f"other={other}", "--answers", *given, output="given")
-        assert code == 0 and re.search(r"No KL divergence of other: \d.* with --prompts the tokens are kept.", said)
+        assert code == 0 and re.search(
+            r"No KL divergence of other: \d.* tools.sample keeps the tokens with --keep-ids.", said
+        )
         assert "kl" not in results(tmp_path, "given")["models"]["other"]
 
 

@@ -21,6 +21,7 @@ from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.sampling.answers import read_answers
 from tgdpo_megatron.sampling.engine import Request, Sampling, open_engine
+from tgdpo_megatron.sampling.kept_ids import read_ids
 from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import sample
 from tools.sample import main
@@ -87,6 +88,23 @@ def test_the_file_says_what_it_takes_to_sample_the_same_answers_again(run: Run, 
         assert [answer.text for answer in engine.answers(again)] == line.all_generated_responses
     assert line.model["name"] == str(hf_model) and re.fullmatch("[0-9a-f]{64}", line.model["fingerprint"])
     assert (settings.temperature, settings.top_k, line.sampling["engine"]) == (0.9, 40, "transformers")
+
+
+def test_the_tokens_of_the_answers_are_kept_on_request(
+    run: Run, hf_model: Path, server: Completions, tmp_path: Path
+) -> None:
+    assert run("--keep-ids")[0] == 0
+    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids.jsonl")
+    assert len(kept) == 12
+    tokenizer = open_engine(hf_model).tokenizer
+    for line in lines:
+        for number, text in enumerate(line.all_generated_responses):
+            ids = kept[line.prompt_id, number]
+            assert len(ids) == line.num_tokens[number]
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    with changed(server, says_ids=False):
+        run("--keep-ids", "--engine", "http", "--url", server.url, output="there.jsonl")
+    assert not read_ids(tmp_path / "there.ids.jsonl")
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from tgdpo_megatron.data.prepare import PreparedPairs
-    from tgdpo_megatron.evaluation.kept_ids import Ids
     from tgdpo_megatron.evaluation.log_probs import Tokenised
     from tgdpo_megatron.evaluation.models import Model
     from tgdpo_megatron.reward_models.scorer import Scorer
+    from tgdpo_megatron.sampling.kept_ids import Ids
 
 PLAIN = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
 """Sampling that draws from the model itself: only then is a mean log-ratio a KL divergence."""
@@ -184,7 +184,7 @@ def _sequences(
         other = np.mean([len(one.ids) - one.prompt != tokens for one, tokens in zip(sequences, sampled, strict=True)])
         words = f"{percent(float(other))} of the answers of {name} were written in other tokens than their texts have"
         if other > MOST_IN_OTHER_TOKENS:
-            notes.append(f"No KL divergence of {name}: {words}; with --prompts the tokens are kept.")
+            notes.append(f"No KL divergence of {name}: {words}; tools.sample keeps the tokens with --keep-ids.")
             continue
         if other:
             notes.append(f"{words}, which the KL divergence is made of.")

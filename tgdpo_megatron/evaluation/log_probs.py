@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import encode_prompt, end_of_turn, special_ids
-from tgdpo_megatron.evaluation.kept_ids import Ids
 from tgdpo_megatron.reward_models.loading import load_weights
 from tgdpo_megatron.reward_models.scorer import Tokens, batches, padded
 from tgdpo_megatron.sampling.answers import Answered
 from tgdpo_megatron.sampling.engine import said
+from tgdpo_megatron.sampling.kept_ids import Ids
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class KeepsIds:
     """An engine that writes down the token ids of its answers as it gives them. Attributes as Engine's.
 
     Args:
-        file: Is added to. An answer that is there twice, because a run was interrupted, counts as it was last.
+        file: Is added to, where the engine tells the ids. An answer that is there twice, because a run was interrupted,
+            counts as it was last.
     """
 
     def __init__(self, engine: Engine, file: Path) -> None:
@@ -49,7 +50,8 @@ class KeepsIds:
             file.write("\n")  # the last line of an interrupted run may have no end
             for answer in self._engine.answers(remembered(), told):
                 request = asked.popleft()
-                file.write(json.dumps([prompt_id(request.ids), request.sample, answer.ids]) + "\n")
+                if answer.ids is not None:
+                    file.write(json.dumps([prompt_id(request.ids), request.sample, answer.ids]) + "\n")
                 yield answer
 
 
