@@ -51,7 +51,9 @@ def import_everything() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a copy of this process could not use a GPU
     from tgdpo_megatron.platform import checks, cpu, torch_adam, torch_clip
+    from tgdpo_megatron.quiet import quiet
 
+    quiet()
     checks.check_packages()
     cpu.install()
     torch_adam.install()

@@ -91,7 +91,7 @@ def _best(tried: Sequence[Tried]) -> Setting:
 
 def _guide(world: World, dpo: Setting, guide: Setting) -> list[Numbers]:
     """DPO for all epochs, and the guidance where that is another configuration."""
-    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checks)]
+    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checks, timed=True)]
     if guide != dpo:
         plans.append(Plan("guidance", guide, world.effort.epoch, (world.effort.epoch,)))
     return _follow(world, *plans)
@@ -103,10 +103,20 @@ def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Se
     guidance, other = scores_of(world, "DPO" if guide == dpo else "guidance"), scores_of(world, "other-guidance")
     return [
         [Plan("SimPO", simpo, effort.steps, effort.checks)],
-        [Plan("TGDPO", tgdpo, effort.steps, effort.checks, "guidance", guidance)],
+        [Plan("TGDPO", tgdpo, effort.steps, effort.checks, "guidance", guidance, timed=True)],
         *([Plan(control, tgdpo, effort.epoch, once, control, guidance)] for control in CONTROLS),
         *(
-            [Plan(f"spread-{spread:g}", replace(tgdpo, option=spread), effort.epoch, (), "guidance", guidance)]
+            [
+                Plan(
+                    f"spread-{spread:g}",
+                    replace(tgdpo, option=spread),
+                    effort.epoch,
+                    (),
+                    "guidance",
+                    guidance,
+                    timed=True,
+                )
+            ]
             for spread in SPREADS
             if spread != tgdpo.option
         ),

@@ -290,6 +290,7 @@ class Plan:
         steps: Optimizer steps.
         checks: Steps after which answers are sampled and judged.
         scored: Whether the scorer judges them as well, which is what a user could see.
+        timed: Whether held-out preference accuracy is measured every few steps, and not at the end alone.
     """
 
     name: str
@@ -299,6 +300,7 @@ class Plan:
     rewards: Rewards | None = None
     guidance: Path | None = None
     scored: bool = False
+    timed: bool = False
 
 
 def train(world: World, plan: Plan) -> dict[str, Any]:
@@ -325,7 +327,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"train.output={output}",
         f"train.train_iters={plan.steps}",
         f"train.micro_batch_size={BATCH}",
-        f"train.eval_interval={EVALUATED_EVERY}",
+        f"train.eval_interval={EVALUATED_EVERY if plan.timed else plan.steps}",
         f"train.seed={world.seed}",
         *_options(world, plan),
         *((f"train.export_interval={every}", "train.keep_last=0") if plan.checks else ()),
