@@ -22,7 +22,7 @@ from bench.credit.world import Effort
 from bench.machine import machine
 
 FULL = Effort(seeds=(1, 2, 3, 4, 5))
-FAST = Effort(seeds=(1, 2), train=200, validation=40, sft=400, sft_steps=15, steps=6, eval_interval=3)
+FAST = Effort(seeds=(1, 2), train=80, validation=24, sft=120, sft_steps=6, steps=4, eval_interval=2)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from bench.rows import table
 from tgdpo_megatron.quiet import quiet
 
 FULL = Effort(seeds=(1,), validation=200, sft_steps=300, steps=100)
-FAST = Effort(seeds=(1,), train=200, validation=72, sft=400, sft_steps=20, steps=6)
+FAST = Effort(seeds=(1,), train=80, validation=36, sft=160, sft_steps=10, steps=3)
 
 
 def main() -> None:

@@ -49,6 +49,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def filled(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the model's conversion."""
+    folder = tmp_path_factory.mktemp("filled") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TGDPO_CACHE", str(folder))
+        converted(find(hf_model))
+    return folder
+
+
+@pytest.fixture
+def made(filled: Path, cache: Path, hf_model: Path) -> Path:
+    """The conversion in a copy of that cache."""
+    shutil.copytree(filled, cache)
+    return converted(find(hf_model))
+
+
 def start(given: Path, **changes: str) -> subprocess.Popen[str]:
     """Another program that wants the checkpoint of a model."""
     command = [sys.executable, "-c", CONVERT, str(given)]
@@ -133,18 +150,17 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
         assert time.monotonic() - began < 10
 
 
-def test_a_checkpoint_whose_manifest_cannot_be_read_is_made_again(hf_model: Path, checkpoint: Path) -> None:
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_made_again(made: Path, hf_model: Path, checkpoint: Path) -> None:
     """As a loss of power leaves it: with its name, and without its content."""
-    made = converted(find(hf_model))
     (made / "manifest.json").write_bytes(b"")
     assert read_manifest(converted(find(hf_model))) == read_manifest(checkpoint)
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
 def test_a_conversion_in_the_cache_without_a_valid_certificate_is_made_again(
-    content: str | None, hf_model: Path, checkpoint: Path
+    content: str | None, made: Path, hf_model: Path, checkpoint: Path
 ) -> None:
-    certificate = converted(find(hf_model)) / "certificate.json"
+    certificate = made / "certificate.json"
     certificate.unlink()
     if content is not None:
         certificate.write_text(content)
@@ -154,9 +170,8 @@ def test_a_conversion_in_the_cache_without_a_valid_certificate_is_made_again(
 
 
 def test_a_checkpoint_whose_weights_are_damaged_in_the_cache_may_be_deleted_and_is_then_made_again(
-    hf_model: Path,
+    made: Path, hf_model: Path
 ) -> None:
-    made = converted(find(hf_model))
     config = Config(model=ModelConfig(checkpoint=hf_model))
     with pytest.raises(UserError, match=f"damaged; or delete {made}, since"), mended_by_deletion(made):
         raise UserError(f"{made}: damaged.")

@@ -31,8 +31,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[..., P
     for seed, name in enumerate(("start", "guidance")):
         make_hf_model(folder / name, family="gemma2", tie_word_embeddings=True, seed=seed)
     shared = ["--recipe=tgdpo_gemma2_2b", f"model.checkpoint={folder / 'start'}", f"data.train={pairs_file}"]
-    shared += ["data.max_length=64", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
-    shared += ["parallel.sequence_parallel=true", "--nproc-per-node=4", f"scores.path={folder / 'scores'}"]
+    shared += ["data.max_length=64", "parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
+    shared += ["parallel.sequence_parallel=false", "--nproc-per-node=2", f"scores.path={folder / 'scores'}"]
     cache = folder / "cache"
     program("recipes.score", *shared, f"model.guidance={folder / 'guidance'}", cache=cache)
     training = ["train.global_batch_size=4", "train.train_iters=4", "train.export_interval=2", "optimizer.lr=1e-3"]

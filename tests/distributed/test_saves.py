@@ -159,6 +159,11 @@ def test_a_write_that_never_returns_ends_all_ranks_with_the_name_of_the_one_that
     assert not (tmp_path / "c").exists()
 
 
+def test_a_rank_that_fails_while_a_checkpoint_becomes_current_takes_nothing_out_of_it(tmp_path: Path) -> None:
+    found = run_ranks("tests.support.saves", "fail_at_the_end", 1, folder=str(tmp_path / "c"))
+    assert found == ["another rank ended", ""]
+
+
 def test_a_run_that_is_continued_with_another_method_is_refused(runs: Runs) -> None:
     assert "the run has loss.beta=0.1, not 0.2" in runs.said["changed"]
     assert "train.resume_with_changes=true" in runs.said["changed"]

@@ -287,10 +287,10 @@ def kills(world: World, whole: dict[str, Path], number: int) -> Iterator[Row]:
     Args:
         whole: Mode -> the folder of the uninterrupted run.
     """
-    done, seed = 0, 0
+    done, seed, each = 0, 0, min(KILLS_PER_RUN, -(-number // len(MODES)))
     while done < number:
         mode = MODES[seed % len(MODES)]
-        row, killed = run_killed(world, mode, seed // len(MODES), whole[mode], min(KILLS_PER_RUN, number - done))
+        row, killed = run_killed(world, mode, seed // len(MODES), whole[mode], min(each, number - done))
         done += killed
         seed += 1
         yield row

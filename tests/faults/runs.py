@@ -21,7 +21,7 @@ from tests.support.forked import import_everything
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 100
-FEW_DAMAGES = 4
+FEW_DAMAGES = 2
 
 
 def disturbed_runs(folder: Path, only: str, *options: str) -> list[Row]:

@@ -6,6 +6,8 @@ that need more than one sentence to be compared; the others are a list, in tests
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.faults.inputs.forked import ForkedPrograms
 from tests.faults.inputs.run import MARK, ROOT, end_of
 
 
@@ -48,18 +51,35 @@ def environment(mark: str, **changes: str) -> dict[str, str]:
 
 
 def say(module: str, *arguments: str, **changes: str) -> Said:
-    """Run `python -m module` to its end, and assert that none of its processes outlives it."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        mark, started = uuid.uuid4().hex, time.monotonic()
-        command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment(mark, **changes), stdout=out, stderr=err, timeout=120)
-        seconds = time.monotonic() - started
-        out.seek(0)
-        err.seek(0)
-        said = Said(done.returncode, out.read(), err.read(), seconds)
+    """Run `python -m module` to its end, and assert that none of its processes outlives it.
+
+    A program whose environment differs is started in a Python of its own, which may read it while it starts. Others are
+    forks of a process that has imported torch and Megatron.
+    """
+    mark, started = uuid.uuid4().hex, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        variables = environment(mark, **changes)
+        if changes:
+            command = [sys.executable, "-m", module, *arguments]
+            with out.open("w") as to_out, err.open("w") as to_err:
+                done = subprocess.run(command, cwd=ROOT, env=variables, stdout=to_out, stderr=to_err, timeout=120)
+            code: int | None = done.returncode
+        else:
+            code, *_ = _programs().ask([module, *arguments], ROOT, variables, scratch=Path(folder), seconds=120)
+        assert code is not None, f"still running after 120 seconds\n{err.read_text()}"
+        said = Said(code, out.read_text(), err.read_text(), time.monotonic() - started)
     left = end_of(mark)
     assert not left, f"still running after the program ended: {left}\n{said.err}"
     return said
+
+
+@functools.cache
+def _programs() -> ForkedPrograms:
+    """This process's own, which live as long."""
+    programs = ForkedPrograms()
+    atexit.register(programs.close)
+    return programs
 
 
 def assert_refused(said: Said, *words: str) -> None:

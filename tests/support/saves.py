@@ -7,7 +7,9 @@ import errno
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 
 from recipes.settings import RECIPES
 from tgdpo_megatron.config import complete, load
-from tgdpo_megatron.errors import StoppedError, UserError
+from tgdpo_megatron.errors import LostRankError, StoppedError, UserError
 from tgdpo_megatron.platform.processes import Ranks, on_first_rank
 
 
@@ -130,6 +132,45 @@ def save_slowly(ranks: Ranks, *, folder: str, seconds: float, patience: float) -
     found: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(found, (longest, said))
     return [max(seconds for seconds, _ in found), [error for _, error in found]]
+
+
+def fail_at_the_end(ranks: Ranks, *, folder: str) -> list[str]:
+    """Save a tensor, and let the rank's main thread fail while another one adds the last files and renames the folder.
+
+    Returns:
+        The error, and afterwards what is wrong with the checkpoint, or "" where it is whole.
+    """
+    from tgdpo_megatron.checkpoint.manifest import CheckpointManifest
+    from tgdpo_megatron.checkpoint.saving import Save
+    from tgdpo_megatron.checkpoint.shards import Shard
+    from tgdpo_megatron.checkpoint.sums import first_damage
+
+    def fail(*_: Any) -> None:
+        raise LostRankError("another rank ended")
+
+    def last_files(_: Path) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)
+
+    signal.signal(signal.SIGUSR1, fail)
+    save = Save(
+        Path(folder),
+        [Shard("row", (1, 4), (0, 0), torch.ones(1, 4))],
+        {},
+        CheckpointManifest("", "float32", None, None),
+        add_files=last_files,
+        background=False,
+        patience=60,
+        device=ranks.device,
+    )
+    try:
+        save.finish()
+        said = ""
+    except LostRankError as error:
+        said = str(error)
+    while save.is_writing:
+        time.sleep(0.01)
+    return [said, (first_damage(Path(folder)) or "") if Path(folder).exists() else "it is not there"]
 
 
 def without_moments(ranks: Ranks, *, folder: str) -> list[list[float]]:

@@ -129,7 +129,9 @@ class Save:
         except StillWritingError:
             raise
         except BaseException:
-            if dist.get_rank() == 0:
+            # A rank that lost another one comes here while its own thread may be about to rename the folder. That is
+            # then left alone: whole, or for the next start to remove.
+            if dist.get_rank() == 0 and not self.is_writing:
                 shutil.rmtree(self._work, ignore_errors=True)
             raise
         return self.manifest

@@ -12,7 +12,9 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.faults.inputs.entry import BadInput
@@ -39,17 +41,44 @@ class ForkedPrograms(Programs):
     def run(self, entry: BadInput, folder: Path, environment: dict[str, str]) -> tuple[int | None, str, str]:
         if entry.fresh:
             return super().run(entry, folder, environment)
+        return self.ask(
+            entry.command,
+            folder,
+            environment,
+            scratch=Path(environment["TMPDIR"]).parent,
+            seconds=entry.seconds + SECONDS_TO_START,
+            limits=entry.limits,
+            obeys=entry.obeys,
+        )
+
+    def ask(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        scratch: Path,
+        seconds: float,
+        limits: Mapping[str, int] = MappingProxyType({}),
+        obeys: bool = False,
+    ) -> tuple[int | None, str, str]:
+        """Exit code, standard output and standard error of `python -m COMMAND` in a folder. None where it was killed.
+
+        Args:
+            scratch: Folder for what it says.
+            limits, obeys: As run.limit takes them.
+        """
         assert self._server.stdin and self._server.stdout
-        out, err = (Path(environment["TMPDIR"]).parent / name for name in ("out", "err"))
+        out, err = (scratch / name for name in ("out", "err"))
         request = {
-            "command": entry.command,
+            "command": [*command],
             "folder": str(folder),
-            "environment": environment,
-            "limits": dict(entry.limits),
-            "obeys": entry.obeys,
+            "environment": {**environment},
+            "limits": {**limits},
+            "obeys": obeys,
             "out": str(out),
             "err": str(err),
-            "seconds": entry.seconds + SECONDS_TO_START,
+            "seconds": seconds,
         }
         print(json.dumps(request), file=self._server.stdin, flush=True)
         code = json.loads(self._server.stdout.readline())
