@@ -105,7 +105,7 @@ def at_divergence(level: float, divergences: Sequence[float], rewards: Sequence[
     """
     for place in range(1, len(divergences)):
         low, high = divergences[place - 1], divergences[place]
-        if low <= level <= high:
+        if min(low, high) <= level <= max(low, high):
             share = (level - low) / (high - low) if high > low else 0.0
             return rewards[place - 1] + share * (rewards[place] - rewards[place - 1])
     raise ValueError(f"the run does not reach {level} nats: {divergences}")
