@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -64,9 +64,22 @@ class LostRankError(Exception):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaint is a UserError, like every other mistake."""
+    """A parser whose complaint is a UserError, like every other mistake.
+
+    Args:
+        others: What other programs call an option -> our option, such as --max-tokens -> --max-new-tokens.
+    """
+
+    def __init__(self, *, others: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._others = others or {}
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            name = unknown[1].replace("_", "-")
+            ours = self._others.get(name, name)
+            if ours in self._option_string_actions and ours != unknown[1]:
+                message = f"{unknown[1]} is called {ours} here"
         for pattern, words in _ARGPARSE.items():
             message = re.sub(pattern, words, message)
         raise UserError(f"command line: {message}; see {self.prog} --help.")

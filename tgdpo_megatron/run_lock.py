@@ -82,7 +82,7 @@ class RunLock:
         self._file.flush()
         os.fsync(self._file.fileno())  # so that other machines see it
         try:
-            self._lock(fcntl.LOCK_SH)
+            self._lock(self._file, fcntl.LOCK_SH)
         except BlockingIOError:  # the kernel gives the lock up before it shares it
             return False
         return True
@@ -98,10 +98,13 @@ class RunLock:
         """
         deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
         while self._file is None:
-            with contextlib.suppress(OSError):  # not there, or not yet
-                if mark in self.path.read_text(encoding="utf-8", errors="replace"):
-                    self._file = self.path.open("r+", encoding="utf-8")
-                    self._lock(fcntl.LOCK_SH)
+            # The file is not there, or not yet, or another job holds its lock.
+            with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+                file = opened.enter_context(self.path.open("r+", encoding="utf-8", errors="replace"))
+                if mark in file.read():
+                    self._lock(file, fcntl.LOCK_SH)
+                    opened.pop_all()
+                    self._file = file
                     break
             if time.monotonic() > deadline:
                 return False
@@ -116,19 +119,19 @@ class RunLock:
 
     def _wait(self) -> None:
         """Hold the lock alone. The ranks of a job that was killed just now may take a moment to end."""
+        assert self._file is not None
         deadline = time.monotonic() + _SECONDS_TO_BE_FREE
         while True:
             try:
-                return self._lock(fcntl.LOCK_EX)
+                return self._lock(self._file, fcntl.LOCK_EX)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(0.1)
 
-    def _lock(self, how: int) -> None:
-        assert self._file is not None
+    def _lock(self, file: IO[str], how: int) -> None:
         try:
-            fcntl.flock(self._file, how | fcntl.LOCK_NB)
+            fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -142,7 +145,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def alone(output: Path) -> Iterator[io.FileIO]:
-    """A file that one job adds to, open for reading and adding, and locked for as long as this process lives.
+    """A file that one job adds to, open for reading and adding, and locked until the block ends.
 
     Raises:
         InUseError: Another job writes it.
@@ -161,6 +164,32 @@ def alone(output: Path) -> Iterator[io.FileIO]:
         except OSError as error:  # a file system without locks
             print(f"warning: {output}: cannot be locked ({error.strerror}); nothing keeps a second job off it.")
         yield file
+
+
+@contextlib.contextmanager
+def resumable(output: Path, made: str) -> Iterator[None]:
+    """Say of a refusal to write such a file that nothing is lost.
+
+    Args:
+        made: What the file holds, in a word.
+
+    Raises:
+        UserError: The disk is full, or refuses for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); the {made} so far are kept: mend that, and give the same "
+            "command again."
+        ) from None
+
+
+def write_all(file: io.FileIO, content: bytes) -> None:
+    """Write all of it, which one call may not."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def take_together(lock: RunLock, ranks: Ranks, take: Callable[[], None]) -> None:

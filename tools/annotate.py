@@ -44,6 +44,11 @@ def closing(report: Report, output: Path, scorer: str, seconds: float, read: int
         if number:
             words = {"too_long": "too long for the reward model"}.get(reason, reason)
             lines.append(f"left out {number:>8,} answers: {words}")
+    if not report.pairs and "too_few" in report.prompts_left_out and report.answers_left_out["unfinished"]:
+        lines.append(
+            "there are no pairs because answers are unfinished: sample with a larger --max-new-tokens, or give "
+            "--keep-unfinished and another --output"
+        )
     return "\n".join([*lines, f"report: {report_file(output)}"])
 
 
@@ -94,14 +99,17 @@ def main() -> None:
             default=BATCH_TOKENS,
             help="most tokens that are scored together, padding included (default: %(default)s)",
         )
+        parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
         parsed = parser.parse_args()
         rules = Rules(parsed.pick, parsed.margin, parsed.keep_unfinished, parsed.seed)
         rules.check()
         at_least(parsed, batch_tokens=1)
-        run(parsed.scorer, parsed.answers, parsed.output, rules, parsed.batch_tokens)
+        run(parsed.scorer, parsed.answers, parsed.output, rules, parsed.batch_tokens, parsed.device)
 
 
-def run(scorer: Path, answers: list[Path], output: Path, rules: Rules, batch_tokens: int) -> None:
+def run(
+    scorer: Path, answers: list[Path], output: Path, rules: Rules, batch_tokens: int, device: str | None = None
+) -> None:
     """Annotate, with progress on the way and some lines at the end. All inputs are checked before the model is loaded.
 
     Raises:
@@ -113,19 +121,24 @@ def run(scorer: Path, answers: list[Path], output: Path, rules: Rules, batch_tok
 
     check_writable(output.parent)
     prompts = sum(1 for _ in read_candidates(answers))
-    report = begun(output, settings_of(identify(scorer), answers, rules, batch_tokens))
-    before = report.tokens
-    opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens)
+    settings = settings_of(identify(scorer), answers, rules)
+    report = begun(output, settings)
+    opened = None if report.complete else open_scorer(scorer, batch_tokens=batch_tokens, device=device)
     started = time.monotonic()
     if opened:
-        with tqdm(total=prompts, desc="scoring", unit="prompt") as bar, smaller_batches(batch_tokens):
+        # Prompts come in blocks that may take minutes: the bar is also drawn where none is done, and the time left
+        # follows from the mean since the start.
+        done = report.prompts
+        bar = tqdm(initial=done, total=prompts, desc="scoring", unit="prompt", mininterval=1, miniters=0, smoothing=0)
+        with bar, smaller_batches(batch_tokens):
 
             def told(more_prompts: int, tokens: int) -> None:
                 bar.set_postfix_str(f"{opened.tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
                 bar.update(more_prompts)
 
-            annotate(read_candidates(answers), opened, output, report, rules, told=told)
-    print(closing(report, output, str(scorer), time.monotonic() - started, report.tokens - before))
+            report = annotate(read_candidates(answers), opened, output, settings, rules, told=told)
+    read = opened.tokens if opened else 0
+    print(closing(report, output, str(scorer), time.monotonic() - started, read))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def main() -> None:
             chat_template_kwargs=data.chat_template_kwargs,
             batch_size=parsed.batch_size,
             concurrency=parsed.concurrency,
+            retries=parsed.retries,
             device=parsed.device,
         )
         file = parsed.output / f"{name}{form.suffix}"
@@ -85,7 +86,7 @@ def _check(parsed: argparse.Namespace) -> None:
     for change in parsed.changes:
         if not change.startswith(READ):
             raise UserError(f"{change}: changes nothing here; settings are {' and '.join(READ)}.")
-    at_least(parsed, seed=0, batch_size=1, concurrency=1)
+    at_least(parsed, seed=0, batch_size=1, concurrency=1, retries=0)
     if (parsed.engine == "http") != bool(parsed.url):
         raise UserError("--engine http and --url belong together: give both, such as --url http://localhost:8000.")
 
@@ -137,6 +138,9 @@ def _parser() -> CommandLine:
     parser.add_argument("--served-model", default="", help="with --engine http: what the server calls the model")
     parser.add_argument("--batch-size", type=int, default=32, help="answers computed at once (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=64, help="with --engine http: requests under way at once")
+    parser.add_argument(
+        "--retries", type=int, default=6, help="with --engine http: further tries of a request (default: %(default)s)"
+    )
     parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     return parser
 

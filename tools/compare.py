@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
 from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
@@ -26,10 +24,23 @@ from tgdpo_megatron.evaluation.models import Model, find_models
 from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
 from tgdpo_megatron.sampling.engine import Sampling, max_length_of
+from tools.annotate import smaller_batches
 
 if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs
+    from tgdpo_megatron.evaluation.comparison import AnswerNumbers
     from tgdpo_megatron.sampling.answers import Answered
+
+SAMPLED: dict[str, float | None] = {
+    "n": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 1024,
+    "max_prompt_tokens": None,
+    "seed": 0,
+    "batch_size": 32,
+}
+"""Options that say how prompts are answered -> what they are where they are not given."""
 
 
 def main() -> None:
@@ -37,9 +48,12 @@ def main() -> None:
         parsed = _parser().parse_intermixed_args()
         data = changed(Config(), [given for given in parsed.models if given.startswith("data.")]).data
         _check(parsed)
+        vars(parsed).update({name: usual for name, usual in SAMPLED.items() if getattr(parsed, name) is None})
+        at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
         settings = Sampling(temperature=parsed.temperature, top_p=parsed.top_p, max_new_tokens=parsed.max_new_tokens)
         settings.check()
-        models = find_models([given for given in parsed.models if not given.startswith("data.")], data)
+        given = [given for given in parsed.models if not given.startswith("data.")]
+        models = find_models(given, data, of_same_tokens=parsed.pairs is not None)
         if parsed.scorer:
             identify(parsed.scorer)  # what is no reward model is refused before hours of sampling
         from tgdpo_megatron.run_folder import check_writable
@@ -61,7 +75,17 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--prompts and --answers: give prompts to answer, or the files of their answers, not both.")
     if parsed.scorer and not (parsed.prompts or parsed.answers):
         raise UserError(f"--scorer {parsed.scorer}: scores answers; give --prompts to answer, or files with --answers.")
-    at_least(parsed, n=1, seed=0, batch_size=1, batch_tokens=1)
+    if parsed.no_kl and not (parsed.prompts or parsed.answers):
+        raise UserError("--no-kl: a KL divergence is made of answers, and there are none; leave it out.")
+    for given in map(str, parsed.answers or ()):
+        if given.startswith("data."):
+            raise UserError(f"--answers … {given}: is a setting, not a file; give it before --answers.")
+    for name in SAMPLED:
+        if not parsed.prompts and getattr(parsed, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(parsed, name)}: says how prompts are answered, and none are "
+                "given with --prompts; leave it out."
+            )
 
 
 def held_out(path: Path, start: Model, data: DataConfig) -> PreparedPairs:
@@ -114,7 +138,9 @@ def _sample(model: Model, file: Path, parsed: argparse.Namespace, settings: Samp
         batch_size=parsed.batch_size,
         device=parsed.device,
     )
-    encoded = encode_prompts(prompts, engine.tokenizer, data, max_length=engine.max_length)
+    encoded = encode_prompts(
+        prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens
+    )
     tally, _ = sample(KeepsIds(engine, ids_file(file)), encoded, file, settings=settings, n=parsed.n, seed=parsed.seed)
     left_out = "".join(f"; left out: {reason} (row {few(rows)})" for reason, rows in prompts.left_out.items())
     print(f"{file}: {tally.prompts} prompts, {tally.answers} answers{left_out}")
@@ -131,27 +157,37 @@ def compare(
     Args:
         files: Of every model's answers, as files_of_answers gives them.
     """
+    from tgdpo_megatron.checkpoint.hf_models import device_of
     from tgdpo_megatron.data.tokenizer import special_texts
     from tgdpo_megatron.evaluation.comparison import as_json, compared, rows, rows_of_differences
     from tgdpo_megatron.evaluation.comparison_page import INTERVALS, page
     from tgdpo_megatron.evaluation.gathering import answer_numbers, read_aligned, scores_of, with_log_probs
+    from tgdpo_megatron.evaluation.origins import check_origins
     from tgdpo_megatron.sampling.kept_ids import ids_file, read_ids
 
-    device, answers = _device(parsed), read_aligned(files)
+    device, answers = device_of(parsed.device), read_aligned(files)
+    notes = check_origins(models, answers, files)
     kept = {name: read_ids(ids_file(path)) for name, path in files.items()}
-    pairs_of, ratios, notes = with_log_probs(
-        models, pairs, answers, kept, device=device, batch_tokens=parsed.batch_tokens
-    )
-    is_bradley_terry, scores, made_with = False, dict[str, Any](), _made_with(models, pairs, answers, parsed)
+    with smaller_batches(parsed.batch_tokens):
+        pairs_of, ratios, left_out = with_log_probs(
+            models, pairs, {} if parsed.no_kl else answers, kept, device=device, batch_tokens=parsed.batch_tokens
+        )
+    notes += left_out
+    scores, start_scores, is_bradley_terry, refused = dict[str, Any](), dict[str, Any](), False, 0
+    made_with = _made_with(models, pairs, answers, parsed)
     if parsed.scorer:
-        scorer = open_scorer(parsed.scorer, device=device)
-        scores, is_bradley_terry = scores_of(answers, scorer), scorer.is_bradley_terry
+        scorer = open_scorer(parsed.scorer, batch_tokens=parsed.batch_tokens, device=device)
+        is_bradley_terry = scorer.is_bradley_terry
+        with smaller_batches(parsed.batch_tokens):
+            scores, start_scores, refused = scores_of(answers, scorer)
         made_with["reward model"] = f"{scorer.name}, fingerprint {scorer.fingerprint}"
-        notes += _not_scored(scores)
     numbers = {
-        name: answer_numbers(some, scores=scores.get(name), log_ratios=ratios.get(name))
+        name: answer_numbers(
+            some, scores=scores.get(name), start_scores=start_scores.get(name), log_ratios=ratios.get(name)
+        )
         for name, some in answers.items()
     }
+    notes += _not_scored(numbers, refused) if parsed.scorer else []
     comparison = compared(pairs_of, numbers, is_bradley_terry=is_bradley_terry)
     for table in filter(None, (rows(comparison), rows_of_differences(comparison))):
         print("", *_aligned(table), sep="\n")
@@ -171,18 +207,24 @@ def compare(
     print(f"{parsed.output / 'comparison.html'}: open it in a browser")
 
 
-def _device(parsed: argparse.Namespace) -> Any:
-    import torch
+def _not_scored(numbers: Mapping[str, AnswerNumbers], refused: int) -> list[str]:
+    """Sentences on prompts without scores.
 
-    return torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    Args:
+        refused: How many of them the reward model's template does not take.
+    """
+    from tgdpo_megatron.evaluation.comparison import with_scores
 
-
-def _not_scored(scores: Mapping[str, np.ndarray]) -> list[str]:
-    """A sentence where prompts have an answer that is too long for the reward model."""
-    short = np.all([np.isfinite(some).all(axis=1) for some in scores.values()], axis=0)
-    left_out = len(short) - int(short.sum())
-    words = f"{left_out} of {len(short)} prompts have an answer that is too long for the reward model"
-    return [f"{words}; no number that is made of scores counts them."] if left_out else []
+    scored = with_scores(numbers)
+    reasons = {
+        "have an answer that is too long for the reward model": len(scored) - int(scored.sum()) - refused,
+        "have turns that the reward model's chat template does not take": refused,
+    }
+    return [
+        f"{number} of {len(scored)} prompts {reason}; no number that is made of scores counts them."
+        for reason, number in reasons.items()
+        if number
+    ]
 
 
 def _made_with(
@@ -219,7 +261,7 @@ def _parser() -> CommandLine:
     parser = CommandLine(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    said = "(default: %(default)s)"
+    usual = {name: f"(default: {value})" for name, value in SAMPLED.items()}
     parser.add_argument(
         "models",
         nargs="+",
@@ -232,14 +274,18 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--answers", type=Path, nargs="+", metavar="FILE", help="in place of --prompts: each model's answers, in order"
     )
+    parser.add_argument("--no-kl", action="store_true", help="no KL divergence, for which every model is loaded")
     parser.add_argument("--scorer", type=Path, metavar="REWARD_MODEL", help="folder or name on a hub")
-    parser.add_argument("--n", type=int, default=1, help=f"answers to each prompt {said}")
-    parser.add_argument("--temperature", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
-    parser.add_argument("--top-p", type=float, default=1.0, help=f"only 1 gives a KL divergence {said}")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help=f"longest answer {said}")
-    parser.add_argument("--seed", type=int, default=0, help=f"of the sampling {said}")
-    parser.add_argument("--batch-size", type=int, default=32, help=f"answers sampled at once {said}")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help=f"tokens scored at once {said}")
+    parser.add_argument("--n", type=int, help=f"answers to each prompt {usual['n']}")
+    parser.add_argument("--temperature", type=float, help=f"only 1 gives a KL divergence {usual['temperature']}")
+    parser.add_argument("--top-p", type=float, help=f"only 1 gives a KL divergence {usual['top_p']}")
+    parser.add_argument("--max-new-tokens", type=int, help=f"longest answer {usual['max_new_tokens']}")
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, help="leave longer prompts out; default: refuse what is too long"
+    )
+    parser.add_argument("--seed", type=int, help=f"of the sampling {usual['seed']}")
+    parser.add_argument("--batch-size", type=int, help=f"answers sampled at once {usual['batch_size']}")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens scored at once (default: %(default)s)")
     parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     return parser
 

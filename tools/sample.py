@@ -30,6 +30,15 @@ from tgdpo_megatron.sampling.sampler import Tally, sample
 
 READ = {"format", "columns", "template", "chat_template_kwargs", "special_tokens"}
 """Data settings that change prompts."""
+USUAL_NAMES = {
+    **dict.fromkeys(("--num-samples", "--num-return-sequences", "--num-generations"), "--n"),
+    **dict.fromkeys(("--max-tokens", "--max-completion-tokens"), "--max-new-tokens"),
+    "--max-prompt-length": "--max-prompt-tokens",
+    "--base-url": "--url",
+    "--max-concurrency": "--concurrency",
+    "--served-model-name": "--served-model",
+}
+"""What vLLM, OpenAI's client, transformers, TRL and others call an option -> ours."""
 
 
 def data_settings(changes: Sequence[str]) -> DataConfig:
@@ -49,6 +58,8 @@ def data_settings(changes: Sequence[str]) -> DataConfig:
 def shard_of(prompts: Prompts, shard: str) -> None:
     """Leave the i-th of n parts of the prompts, where `shard` is i/n. Parts follow each other, so that files join.
 
+    Each prompt's source says which part it is in, lest the file go on with another.
+
     Raises:
         UserError: `shard` is no such thing.
     """
@@ -60,6 +71,9 @@ def shard_of(prompts: Prompts, shard: str) -> None:
     prompts.asked = prompts.asked[count * (part - 1) // parts : count * part // parts]
     if not prompts.asked:
         raise UserError(f"--shard {shard}: this part of the {count} prompts is empty; make fewer parts.")
+    if parts > 1:
+        for text in prompts.asked:
+            prompts.sources[text.row]["shard"] = f"{part}/{parts}"
 
 
 def report(output: Path, tally: Tally, before: Tally, seconds: float, left_out: dict[str, list[int]]) -> str:
@@ -79,7 +93,10 @@ def report(output: Path, tally: Tally, before: Tally, seconds: float, left_out: 
 
 def _parser() -> CommandLine:
     parser = CommandLine(
-        prog="python -m tools.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        others=USUAL_NAMES,
     )
     parser.add_argument("model", type=Path, help="HuggingFace folder, or a model's name on a hub")
     parser.add_argument("prompts", type=Path, help="pairs, rows with prompts, or a .txt file of prompts")
@@ -87,7 +104,7 @@ def _parser() -> CommandLine:
     parser.add_argument("--output", type=Path, required=True, help="file of answers (.jsonl) to write or go on with")
     said = "(default: %(default)s)"
     parser.add_argument("--n", type=int, default=5, help=f"answers to each prompt {said}")
-    parser.add_argument("--temperature", type=float, default=0.8, help=f"0 takes the likeliest token {said}")
+    parser.add_argument("--temperature", type=float, default=0.8, help=f"0, with --n 1: the likeliest token {said}")
     parser.add_argument("--top-p", type=float, default=0.95, help=f"keep the likeliest tokens up to it; 1: all {said}")
     parser.add_argument("--top-k", type=int, default=0, help=f"keep so many of the likeliest tokens; 0: all {said}")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help=f"1: none {said}")
@@ -104,6 +121,7 @@ def _parser() -> CommandLine:
     )
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers", help=f"who answers {said}")
     parser.add_argument("--batch-size", type=int, default=32, help=f"transformers: answers computed at once {said}")
+    parser.add_argument("--device", help="such as cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--url", default="", help="http: where the server listens, such as http://localhost:8000")
     parser.add_argument("--served-model", default="", help="http: what the server calls the model; default: MODEL")
     parser.add_argument("--concurrency", type=int, default=64, help=f"http: requests under way at once {said}")
@@ -112,8 +130,15 @@ def _parser() -> CommandLine:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    """Refuse numbers without meaning, and options of the other engine."""
+    """Refuse numbers without meaning, a file of another kind, and options of the other engine."""
     at_least(parsed, n=1, seed=0, batch_size=1, concurrency=1, retries=0)
+    if parsed.output.suffix != ".jsonl":
+        raise UserError(f"--output {parsed.output}: JSON lines are written; give a name that ends in .jsonl.")
+    if parsed.temperature == 0 and parsed.n > 1:
+        raise UserError(
+            f"--temperature 0: all {parsed.n} answers to a prompt would be the same; give --n 1, or a higher "
+            "temperature."
+        )
     if parsed.engine == "http" and not parsed.url:
         raise UserError("--engine http: say with --url where the server listens, such as http://localhost:8000.")
     if parsed.engine != "http" and parsed.url:
@@ -145,6 +170,7 @@ def main() -> None:
             batch_size=parsed.batch_size,
             concurrency=parsed.concurrency,
             retries=parsed.retries,
+            device=parsed.device,
         )
         encoded = encode_prompts(
             prompts, engine.tokenizer, data, max_length=engine.max_length, max_prompt_tokens=parsed.max_prompt_tokens

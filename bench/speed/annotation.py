@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from bench.files import program
 from bench.pairs import VOCABULARY, read_lengths, ultrafeedback_like
 from bench.rows import Row, paired
+from tgdpo_megatron.reward_models.annotation import BLOCK
 from tgdpo_megatron.reward_models.classifier import Classifier
 from tgdpo_megatron.reward_models.scorer import BATCH_TOKENS, Group, RewardModel, Scorer, Tokens
 
@@ -65,8 +67,7 @@ def _padding() -> Row:
     pairs = ultrafeedback_like(PROMPTS)
     lengths = np.diff(pairs.starts).reshape(-1, 2)
     scorer = Scorer(Lengths(), name="lengths", fingerprint="")
-    for _ in scorer.scores(_groups(lengths)):
-        pass
+    _score(scorer, lengths)
     return Row(
         "annotation: tokens that a reward model reads, padding included, against those without",
         scorer.padded / scorer.tokens,
@@ -86,7 +87,7 @@ def _speed() -> Row:
         for budget, taken in seconds.items():
             scorer = Scorer(model, name="small", fingerprint="", batch_tokens=budget)
             began = time.process_time()
-            list(scorer.scores(_groups(lengths)))
+            _score(scorer, lengths)
             taken.append(time.process_time() - began)
             tokens = scorer.tokens
     return paired(
@@ -105,10 +106,12 @@ def _classifier() -> OfLengths:
     return OfLengths(model, None, LONGEST)
 
 
-def _groups(lengths: np.ndarray) -> Iterator[Group]:
-    """A group of answers for each row of lengths."""
-    for row in lengths.tolist():
-        yield Group([], [str(length) for length in row])
+def _score(scorer: Scorer, lengths: np.ndarray) -> None:
+    """Score answers of these lengths, a row for each prompt, as many prompts at a time as tools.annotate."""
+    groups = (Group([], [str(length) for length in row]) for row in lengths.tolist())
+    while block := list(islice(groups, BLOCK)):
+        for _ in scorer.scores(block):
+            pass
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""tools.sample as a program: killed in the middle of its work, it goes on as if nothing had been, with both engines."""
+"""tools.sample and tools.annotate, killed in the middle of their work, go on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.completions import Completions, served
+from tests.support.in_process import Program
+from tests.support.reward_models import answered, make_classifier, write_lines
 from tgdpo_megatron.sampling.answers import read_answers
+from tools.annotate import main as annotate
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 120
 
 
-def started(arguments: Sequence[object]) -> subprocess.Popen[str]:
+def started(arguments: Sequence[object], program: str = "tools.sample") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.sample", *map(str, arguments)],
+        [sys.executable, "-m", program, *map(str, arguments)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -79,3 +83,22 @@ def test_a_killed_run_goes_on_bit_for_bit(engine: str, hf_model: Path, tmp_path:
     if engine == "http":  # what is there is not asked for again
         kept = {seed for line in islice(read_answers(output), left) for seed in line.seeds}
         assert kept.isdisjoint(request["seed"] for request in islice(server.asked, before, None))
+
+
+def test_a_killed_annotation_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, in_process: Program) -> None:
+    texts = ["Blue.", "A stone sings of rivers.", "No house is blue.", "Hello there!"]
+    rows = [answered(f"Name {number} colours.", texts[number % 3 :][:2]) for number in range(700)]
+    answers = write_lines(tmp_path / "answers.jsonl", rows)
+    common = [make_classifier(tmp_path / "rm", tokenizer), answers, "--device", "cpu"]
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "pairs.jsonl"
+    assert in_process(annotate, [*common, "--output", whole])[0] == 0
+    arguments = [*common, "--output", output]
+    left = killed(started(arguments, "tools.annotate"), output, after=1)
+    assert left < len(lines_of(whole)) == 700
+    with output.open("ab") as file:
+        file.write(b'{"prompt": "half a li')
+    code, said = in_process(annotate, arguments)
+    assert code == 0 and "700 pairs of 700 prompts" in said
+    assert output.read_bytes() == whole.read_bytes()
+    reports = [path.with_suffix(".report.json").read_bytes() for path in (output, whole)]
+    assert reports[0] == reports[1]

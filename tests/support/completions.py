@@ -108,10 +108,11 @@ def served(server: Completions) -> Iterator[Completions]:
                 server.most_at_once = max(server.most_at_once, server.at_once)
             time.sleep(server.seconds)
             status = server.fails(number)
-            if status >= 0:
-                self._say(server.complete(request) if not status else {"error": "on purpose"}, status or 200)
-            with server.lock:
+            content = {"error": "on purpose"} if status else server.complete(request)
+            with server.lock:  # before it is answered: who has the answer may ask for the next one at once
                 server.at_once -= 1
+            if status >= 0:
+                self._say(content, status or 200)
 
         def _say(self, content: Any, status: int = 200) -> None:
             if server.key and self.headers["Authorization"] != f"Bearer {server.key}":

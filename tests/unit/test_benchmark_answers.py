@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.support.in_process import Program
 from tgdpo_megatron.data.tokenizer import encode_prompt, load_tokenizer
 from tgdpo_megatron.evaluation.answer_files import Said, form_of, written
 from tgdpo_megatron.evaluation.questions import Question
+from tgdpo_megatron.run_lock import InUseError, alone
 from tools.answers import main
 
 MT_BENCH = [
@@ -30,7 +32,7 @@ ALPACA = [
 ]
 ARENA = [
     {"uid": "a1", "category": "hard_prompt", "subcategory": "coding", "prompt": "Write the word tree."},
-    {"uid": "b2", "category": "hard_prompt", "subcategory": "math", "prompt": "Add 4 and 4."},
+    {"uid": "b2", "category": "creative_writing", "subcategory": "creative_writing", "prompt": "Add 4 and 4."},
 ]
 ARENA_BEFORE = [
     {"question_id": row["uid"], "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": row["prompt"]}]}
@@ -137,6 +139,14 @@ def test_arena_hards_dialects_hold_the_same_answers(
             assert list(row["choices"][0]["turns"][0]) == ["content"]
     assert decoding(tmp_path)["sampling"]["temperature"] == 0 and "api_config.yaml" in said
     assert ("arena-hard-v2.0" in said) == (questions is ARENA and written_as == "uid")
+    shown = [line for line in said.split("\n") if line.startswith("python show_result.py")]
+    categories = ["hard_prompt", "creative_writing"] if questions is ARENA else ["arena-hard-v0.1"]
+    version = "v2.0" if questions is ARENA else "v0.1"
+    assert shown == (
+        [f"python show_result.py -b arena-hard-{version} -j JUDGE -c {category}" for category in categories]
+        if written_as == "uid"
+        else ["python show_result.py"]
+    )
 
 
 def test_arena_hards_metadata_counts_markdown_outside_of_code() -> None:
@@ -159,28 +169,108 @@ def test_arena_hards_metadata_counts_markdown_outside_of_code() -> None:
 
 
 def test_an_interrupted_command_goes_on_where_it_was(run: Run, hf_model: Path, tmp_path: Path) -> None:
-    """A server that fails after 66 questions, and then answers again."""
+    """A server that fails after 66 questions, and then answers again. Meanwhile the last line is cut inside a letter,
+    and before, while the server is asked, no second command may write the same answers."""
     questions = [{"dataset": "made up", "instruction": f"Add {number} and 4."} for number in range(70)]
+    part, refused = tmp_path / "out" / "tiny-1.5.part", []
+
+    def fails(number: int) -> int:
+        if number == 65:
+            with pytest.raises(InUseError) as second, alone(part):
+                pass
+            refused.append(str(second.value))
+        return 400 if number >= 66 else 0
+
     with served(Completions(hf_model, str(hf_model))) as server:
-        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "4")
-        assert run("alpaca-eval", questions, *over_http)[0] == 0
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency")
+        assert run("alpaca-eval", questions, *over_http, "4")[0] == 0
         whole = (tmp_path / "out" / "tiny-1.5.json").read_bytes()
         for path in (tmp_path / "out").iterdir():
             path.unlink()
         server.asked.clear()
-        server.fails = lambda number: 400 if number >= 66 else 0
-        code, said = run("alpaca-eval", questions, *over_http)
+        server.fails = fails
+        code, said = run("alpaca-eval", questions, *over_http, "1")
         assert code == 2 and "400" in said
         assert not (tmp_path / "out" / "tiny-1.5.json").exists()
-        assert len(lines(tmp_path / "out" / "tiny-1.5.part")) == 64
+        assert [line["question"] for line in lines(part)] == list(range(1, 67))
+        assert refused == [f"{part}: another job writes it; wait for its end, or give another --output."]
+        with part.open("ab") as file:
+            file.write(b'{"question": 67, "texts": ["' + "你".encode()[:2])
         server.fails = lambda number: 0
         server.asked.clear()
-        assert run("alpaca-eval", questions, *over_http)[0] == 0
-        assert len({tuple(request["prompt"]) for request in server.asked}) == 6
-        assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole
+        assert run("alpaca-eval", questions, *over_http, "4")[0] == 0
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 4
+        assert (tmp_path / "out" / "tiny-1.5.json").read_bytes() == whole and not part.exists()
         server.asked.clear()
-        code, said = run("alpaca-eval", questions, *over_http)
+        code, said = run("alpaca-eval", questions, *over_http, "4")
         assert code == 0 and "answers to 70 questions" in said and server.asked == []
+
+
+def test_a_question_whose_last_turn_is_answered_is_kept_where_the_server_dies_after_it(
+    run: Run, hf_model: Path, tmp_path: Path
+) -> None:
+    """Of three questions the fifth request is the second one's second turn. Tries are as many as asked for."""
+    with served(Completions(hf_model, str(hf_model))) as server:
+        over_http = ("--engine", "http", "--url", server.url, "--concurrency", "1", "--retries", "0")
+        server.fails = lambda number: 503 if number >= 4 else 0
+        code, said = run("mt-bench", MT_BENCH, *over_http)
+        assert code == 2 and "no answer after 1 tries" in said
+        assert [line["question"] for line in lines(tmp_path / "out" / "tiny-1.5.part")] == [81]
+        server.fails = lambda number: 0
+        server.asked.clear()
+        assert run("mt-bench", MT_BENCH, *over_http)[0] == 0
+        assert len({tuple(request["prompt"]) for request in server.asked}) == 4
+
+
+def test_of_two_commands_at_once_the_second_is_refused(run: Run, tmp_path: Path) -> None:
+    part = tmp_path / "out" / "tiny-1.5.part"
+    with alone(part):
+        code, said = run("mt-bench", MT_BENCH)
+    assert code == 2 and said == f"{part}: another job writes it; wait for its end, or give another --output."
+    assert [path.name for path in part.parent.iterdir()] == [part.name]
+    assert run("mt-bench", MT_BENCH)[0] == 0 and not part.exists()
+
+
+def test_answers_of_another_question_are_not_gone_on_with(run: Run, tmp_path: Path) -> None:
+    """Lines of two jobs, one after another, as they were before there was a lock."""
+    file = tmp_path / "out" / "tiny-1.5.jsonl"
+    run("mt-bench", MT_BENCH)
+    said_of = {"texts": ["a", "b"], "tokens": [1, 1], "finish_reasons": ["stop"] * 2, "seconds": 0.0}
+    file.unlink()
+    for ids in ([81, 82, 81], [81, 82, 83] * 64):
+        kept = "".join(json.dumps({"question": number, **said_of}) + "\n" for number in ids)
+        file.with_suffix(".part").write_text(kept)
+        code, said = run("mt-bench", MT_BENCH)
+        assert code == 2 and re.search(r"part line [34]: answers another question than the one that is asked", said)
+        assert not file.exists() and file.with_suffix(".part").read_text() == kept
+
+
+def test_a_command_that_was_killed_at_its_end_says_how_many_answers_are_unfinished(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any of the last three writes; the second command may have nothing left to do."""
+    _, whole = run("mt-bench", MT_BENCH)
+    assert "; 6 of them are unfinished" in whole
+    replace, left = os.replace, [0]
+
+    def killed(*names: Any) -> None:
+        replace(*names)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    for writes in (1, 2, 3):
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+        left[0] = writes
+        with monkeypatch.context() as patched:
+            patched.setattr("tgdpo_megatron.evaluation.answering.os.replace", killed)
+            assert run("mt-bench", MT_BENCH)[0] == 130
+        assert (tmp_path / "out" / "tiny-1.5.jsonl").exists() == (writes == 3)
+        (tmp_path / "out" / "tiny-1.5.part").touch()  # which a kill would have left
+        code, said = run("mt-bench", MT_BENCH)
+        assert code == 0 and said == whole and decoding(tmp_path)["unfinished"] == 6
+        assert not (tmp_path / "out" / "tiny-1.5.part").exists()
 
 
 def test_answers_that_were_made_in_another_way_are_not_mixed(run: Run) -> None:

@@ -191,13 +191,16 @@ def test_a_pipe_that_broke_elsewhere_is_still_an_error() -> None:
         (["a", "--fast=1"], "--fast takes no value, but '1' was given"),
         ([], "FILE must be given"),
         (["a", "--rank", "2"], "--rank 2 is not known here"),
+        (["a", "--top_p=0.9"], "--top_p is called --top-p here"),
+        (["a", "--nucleus", "0.9"], "--nucleus is called --top-p here"),
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_refused_in_plain_words(arguments: list[str], sentence: str) -> None:
-    parser = CommandLine(prog="program", allow_abbrev=False)
+    parser = CommandLine(prog="program", allow_abbrev=False, others={"--nucleus": "--top-p"})
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--share", type=float)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--kind", choices=("x", "y"))
     parser.add_argument("--fast", action="store_true")
     with pytest.raises(UserError) as refused:

@@ -17,14 +17,14 @@ FROM_PYTHON = {"pip", "setuptools"}
 """In every virtual environment of Python 3.11."""
 
 
-SERVICES = ("wandb", "mlflow")
+NOT_LOCKED = ("wandb", "mlflow", "judges")
 
 
 def project() -> dict[str, list[str]]:
-    """What pyproject.toml asks for: to run, and with each extra that the locks hold. Services are their users' own."""
+    """What pyproject.toml asks for: to run, and with each extra that the locks hold."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = content["optional-dependencies"]
-    return {"run": content["dependencies"], **{name: extras[name] for name in extras if name not in SERVICES}}
+    return {"run": content["dependencies"], **{name: extras[name] for name in extras if name not in NOT_LOCKED}}
 
 
 def lock(name: str) -> dict[str, str]:

@@ -160,6 +160,18 @@ def test_a_grid_holds_every_chart_and_what_its_bars_are_called() -> None:
     assert all(svg.count(f"<!-- {words} -->") == 2 for words in ("one way", "another", "moved"))
 
 
+def test_a_whisker_reaches_as_far_to_either_side_as_its_interval() -> None:
+    """From 20 to 55 around 50, in the units of a bar that is 50 long."""
+    svg = chart_svg(Bars("wins", "%", ["a"], [Series("a", [50.0], [(30.0, 5.0)])]))
+
+    def ends(name: str) -> list[float]:
+        (found,) = re.findall(rf'id="{name}">\s*<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+)', svg)
+        return [float(end) for end in found]
+
+    left, right = ends("patch_3")
+    assert [(end - left) / (right - left) * 50 for end in ends("LineCollection_1")] == pytest.approx([20, 55], abs=0.01)
+
+
 def test_positive_and_negative_rewards_have_colours_of_their_own_and_zero_none() -> None:
     assert reward_colour(0.0, 1.0) == reward_colour(0.0, 0.0) == "#ffffff"
     assert len({reward_colour(value, 1.0) for value in (-2.0, -0.5, 0.5, 2.0)}) == 4

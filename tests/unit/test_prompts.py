@@ -89,6 +89,15 @@ def test_prompts_are_encoded_as_training_encodes_them(tokenizer: Any, pairs_file
         assert prompt.text.startswith("<|begin|><|user|>") and prompt.text.endswith("<|assistant|>\n")
 
 
+def test_prompts_that_the_template_writes_alike_are_one_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Say hello.\nSay hello. \nWhy?\n  Say hello.\nWhy?\n")
+    prompts = read_prompts(path, DATA)
+    found = encode_prompts(prompts, tokenizer, DATA, max_length=256)
+    assert [prompt.written for prompt in found] == ["Say hello.", "Why?"]
+    assert prompts.left_out == {"the prompt was there before": [5, 2, 4]}
+
+
 def test_a_prompt_of_several_turns_is_written_as_turns(
     tokenizer: Any, write_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -78,8 +79,6 @@ def test_classifiers_score_as_huggingface_does_one_at_a_time_in_any_batches(
 
 
 def test_a_bos_that_template_and_tokenizer_both_add_is_read_once(tokenizer: Any, tmp_path: Path) -> None:
-    import copy
-
     from tokenizers.processors import TemplateProcessing
 
     adding = copy.deepcopy(tokenizer)
@@ -225,6 +224,26 @@ def test_pairrm_refuses_turns_that_it_does_not_know(tmp_path: Path) -> None:
     scorer = open_scorer(make_pairrm(tmp_path / "rm"), device=CPU)
     with pytest.raises(UserError, match=r"^line 3: PairRM reads conversations .* this one has system, user"):
         list(scorer.scores([Group(PROMPTS[1], ["a", "b"], name="line 3")]))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "pairrm"])
+def test_turns_that_a_model_does_not_take_are_told_of_and_the_others_are_scored(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "rm"
+    if kind == "pairrm":
+        make_pairrm(folder)
+    else:
+        strict = copy.deepcopy(tokenizer)
+        no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        strict.chat_template = no_system + strict.chat_template
+        make_classifier(folder, strict)
+    scorer, refused = open_scorer(folder, device=CPU), list[Group]()
+    groups = [Group(prompt, ["Blue.", "No."]) for prompt in PROMPTS]
+    found = np.array(list(scorer.scores(groups, refused=refused.append)))
+    assert refused == groups[1:2]
+    np.testing.assert_array_equal(np.isnan(found), [[False] * 2, [True] * 2, [False] * 2])
+    np.testing.assert_allclose(found[[0, 2]].ravel(), flat(scorer, [groups[0], groups[2]]), rtol=0, atol=1e-5)
 
 
 def test_pairrm_leaves_out_answers_that_do_not_fit_beside_another(

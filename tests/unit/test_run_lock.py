@@ -85,6 +85,19 @@ def test_a_job_that_comes_while_the_lock_is_made_shared_is_never_taken_for_the_h
             lock.take()
 
 
+def test_a_rank_that_another_job_keeps_out_does_not_take_itself_for_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_SEEN", 0.05)
+    first, other = RunLock(tmp_path), RunLock(tmp_path)
+    first.take()
+    first.release()
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not other.share(first.mark)
+    assert other.share(first.mark)
+
+
 def test_the_lock_ends_with_a_holder_that_is_killed(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path

@@ -8,7 +8,8 @@ import json
 import re
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from tests.support.completions import Completions, served
 from tests.support.in_process import Program
 from tests.support.ports import free_port
 from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.sampling.answers import read_answers
-from tgdpo_megatron.sampling.engine import Request, Sampling, open_engine
+from tgdpo_megatron.sampling.engine import Answer, EngineName, Request, Sampling, nobody, open_engine
 from tgdpo_megatron.sampling.kept_ids import read_ids
 from tgdpo_megatron.sampling.prompts import encode_prompts, read_prompts
 from tgdpo_megatron.sampling.sampler import sample
-from tools.sample import main
+from tools.sample import USUAL_NAMES, main
 
 TEXTS = ["Add 2 and 3.", "Name a colour.", "Say hello.", "Write the word tree.", "Add 4 and 4, and then 5.", "Why?"]
 
@@ -94,8 +96,9 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
     run: Run, hf_model: Path, server: Completions, tmp_path: Path
 ) -> None:
     assert run("--keep-ids")[0] == 0
-    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids.jsonl")
+    lines, kept = list(read_answers(tmp_path / "answers.jsonl")), read_ids(tmp_path / "answers.ids")
     assert len(kept) == 12
+    assert [path.name for path in tmp_path.glob("answers*.jsonl")] == ["answers.jsonl"], "cat takes no ids"
     tokenizer = open_engine(hf_model).tokenizer
     for line in lines:
         for number, text in enumerate(line.all_generated_responses):
@@ -104,7 +107,7 @@ def test_the_tokens_of_the_answers_are_kept_on_request(
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
     with changed(server, says_ids=False):
         run("--keep-ids", "--engine", "http", "--url", server.url, output="there.jsonl")
-    assert not read_ids(tmp_path / "there.ids.jsonl")
+    assert not read_ids(tmp_path / "there.ids")
 
 
 def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_path: Path) -> None:
@@ -116,6 +119,59 @@ def test_a_file_that_was_cut_anywhere_is_completed_bit_for_bit(run: Run, tmp_pat
         (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]) + torn)
         assert run()[0] == 0
         assert (tmp_path / "answers.jsonl").read_bytes() == whole, left
+
+
+def test_prompts_that_the_template_writes_alike_are_answered_once_also_after_an_interruption(
+    run: Run, hf_model: Path, tmp_path: Path
+) -> None:
+    """Counted twice, they would shift all blocks that begin after them."""
+    prompts = tmp_path / "alike.txt"
+    prompts.write_text("\n".join([TEXTS[0], f"{TEXTS[0]} ", f"{TEXTS[0]}  ", *TEXTS[1:], f" {TEXTS[4]}"]))
+    given = (str(hf_model), str(prompts))
+    code, said = run(given=given, output="whole.jsonl")
+    assert code == 0 and "6 prompts, 12 answers" in said and "left out: the prompt was there before: 3 (row 2," in said
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for left in (1, 4, 5):
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:left]))
+        assert run(given=given)[0] == 0
+        assert (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True) == lines, left
+
+
+class Bursts:
+    """An engine that writes the answers to two prompts in ten seconds, a token of each answer in each second."""
+
+    name: EngineName = "transformers"
+    max_length, block = 256, 2
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.seconds = dict[str, Any](), tokenizer, 0.0
+
+    def answers(self, requests: Iterable[Request], told: Callable[[int], object] = nobody) -> Iterator[Answer]:
+        rest = iter(requests)
+        while some := list(islice(rest, 4)):
+            for _ in range(10):
+                self.seconds += 1
+                told(4)
+            yield from [Answer("a", (7,) * 10, 10, "stop")] * len(some)
+
+
+def test_the_bar_says_how_much_time_is_left(
+    hf_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the first prompts are answered, it moves; what was there already does not count as quickly done."""
+    engine = Bursts(load_tokenizer(hf_model))
+    monkeypatch.setattr("tqdm.std.time", lambda: engine.seconds)
+    found = read_prompts(prompts, DataConfig())
+    encoded = encode_prompts(found, engine.tokenizer, DataConfig(), max_length=256)
+    sample(engine, encoded, tmp_path / "a.jsonl", settings=Sampling(), n=2, seed=0)
+    shown = capsys.readouterr().err
+    assert "0/6 [00:05<?, ?prompt/s, 4 tokens/s]" in shown
+    assert "2/6 [00:11<00:22, " in shown and "4/6 [00:21<00:10, " in shown and "6/6 [00:30<00:00, " in shown
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:2]))
+    engine.seconds = 0
+    sample(engine, encoded, tmp_path / "a.jsonl", settings=Sampling(), n=2, seed=0)
+    assert "4/6 [00:11<00:11, " in capsys.readouterr().err
 
 
 def test_finished_blocks_are_not_computed_again(run: Run, server: Completions, prompts: Path, tmp_path: Path) -> None:
@@ -154,6 +210,12 @@ def test_a_file_of_other_answers_is_refused_by_what_differs_and_kept(
         assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", USUAL_NAMES)
+def test_an_option_by_its_name_elsewhere_is_answered_with_ours(name: str, run: Run) -> None:
+    code, said = run(name.replace("-", "_").replace("__", "--"), "1")
+    assert code == 2 and f" is called {USUAL_NAMES[name]} here" in said
+
+
 def test_a_file_of_another_model_or_of_something_else_is_refused(
     run: Run, make_hf_model: Callable[..., Path], prompts: Path, tmp_path: Path
 ) -> None:
@@ -165,12 +227,60 @@ def test_a_file_of_another_model_or_of_something_else_is_refused(
     assert code == 2 and "line 1: no field 'format_prompt'" in said
 
 
+def test_a_file_goes_on_with_the_servers_model_that_it_was_begun_with(
+    run: Run, server: Completions, tmp_path: Path
+) -> None:
+    over_http = ("--engine", "http", "--url", server.url, "--served-model")
+    with changed(server, name="start"):
+        assert run(*over_http, "start")[0] == 0
+    lines = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:2]))
+    with changed(server, name="aligned"):
+        code, said = run(*over_http, "aligned")
+    assert code == 2 and "line 1: was sampled with the server's model start, and this run has aligned; go on" in said
+    assert (tmp_path / "answers.jsonl").read_bytes() == b"".join(lines[:2])
+
+
 def test_shards_joined_are_the_whole(run: Run, tmp_path: Path) -> None:
     run(output="whole.jsonl")
     for part in ("1/3", "2/3", "3/3"):
         assert run("--shard", part, output=f"part-{part[0]}.jsonl")[0] == 0
-    joined = b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3))
-    assert joined == (tmp_path / "whole.jsonl").read_bytes()
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join((tmp_path / f"part-{part}.jsonl").read_bytes() for part in (1, 2, 3)))
+    lines = list(read_answers(joined))
+    assert [line.source.pop("shard") for line in lines] == ["1/3", "1/3", "2/3", "2/3", "3/3", "3/3"]
+    assert lines == list(read_answers(tmp_path / "whole.jsonl"))
+
+
+def test_a_part_goes_on_as_the_part_that_it_was_begun_as(run: Run, tmp_path: Path) -> None:
+    """Otherwise it would answer prompts that another part answers as well."""
+    output = tmp_path / "answers.jsonl"
+    assert run("--shard", "1/3")[0] == 0
+    before = output.read_bytes()
+    for shard, now in ((("--shard", "1/2"), "1/2"), ((), "1/1")):
+        code, said = run(*shard)
+        assert (code, output.read_bytes()) == (2, before)
+        assert said == (
+            f"{output} line 1: was sampled with --shard 1/3, and this run has {now}; go on with the old one, or give "
+            "another --output."
+        )
+    code, said = run("--shard", "1/3")
+    assert code == 0 and "nothing was left to do" in said and output.read_bytes() == before
+
+
+def test_a_part_that_does_not_say_so_goes_on(run: Run, tmp_path: Path) -> None:
+    """As earlier versions left them."""
+    output = tmp_path / "answers.jsonl"
+    run("--shard", "1/2")
+    after = list(read_answers(output))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        del line["source"]["shard"]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert run("--shard", "1/2")[0] == 0
+    assert [line.all_generated_responses for line in read_answers(output)] == [
+        line.all_generated_responses for line in after
+    ]
 
 
 def test_two_jobs_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
@@ -233,9 +343,9 @@ def test_a_server_is_told_every_setting_and_the_prompts_token_ids(
 def test_greedy_answers_of_a_server_are_those_of_transformers(
     says_ids: bool, run: Run, server: Completions, tmp_path: Path
 ) -> None:
-    run("--temperature", "0", output="here.jsonl")
+    run("--temperature", "0", "--n", "1", output="here.jsonl")
     with changed(server, says_ids=says_ids):
-        run("--temperature", "0", "--engine", "http", "--url", server.url, output="there.jsonl")
+        run("--temperature", "0", "--n", "1", "--engine", "http", "--url", server.url, output="there.jsonl")
     for here, there in zip(*(read_answers(tmp_path / name) for name in ("here.jsonl", "there.jsonl")), strict=True):
         assert here.all_generated_responses == there.all_generated_responses
         assert (here.finish_reasons, here.num_tokens) == (there.finish_reasons, there.num_tokens)

@@ -246,6 +246,24 @@ def test_an_answer_ends_at_the_models_last_position_unfinished(engine: Engine) -
         list(engine.answers([Request((7,) * engine.max_length, 0, 0, PLAIN)]))
 
 
+def test_the_models_last_position_is_known_whatever_its_family_calls_it(tokenizer: Any, tmp_path: Path) -> None:
+    """GPT-2 has `n_positions`. Its published files also hold masks, which are no weights."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {"transformer.h.0.attn.bias": torch.ones(24, 24)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    engine = open_engine(tmp_path)
+    assert engine.max_length == 24
+    (answer,) = engine.answers([Request((7,) * 21, 0, 0, PLAIN)])
+    assert answer.num_tokens <= 3
+    with pytest.raises(UserError, match="has 24 tokens, and the model takes 24 with the answer"):
+        list(engine.answers([Request((7,) * 24, 0, 0, PLAIN)]))
+
+
 def test_a_model_whose_files_lack_a_weight_is_refused(hf_model: Path, tmp_path: Path) -> None:
     """transformers would fill it with random numbers."""
     from safetensors.torch import load_file, save_file
@@ -254,7 +272,7 @@ def test_a_model_whose_files_lack_a_weight_is_refused(hf_model: Path, tmp_path: 
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lack 1 weights of the model, such as model.norm.weight"):
+    with pytest.raises(UserError, match="the weights lack model.norm.weight, so this is no LlamaForCausalLM"):
         open_engine(tmp_path / "model")
 
 

@@ -159,7 +159,7 @@ def test_parts_of_the_prompts_are_sampled_by_a_server_that_ends_with_the_job(slu
         f"set -- {arguments}; source slurm/serve.sbatch",
         SLURM_JOB_ID=str(os.getpid()),
         SLURM_ARRAY_TASK_ID="2",
-        SLURM_ARRAY_TASK_COUNT="4",
+        SLURM_ARRAY_TASK_MAX="4",
         TGDPO_VLLM=str(tmp_path),
     )
     port = 20000 + os.getpid() % 12000
@@ -170,6 +170,38 @@ def test_parts_of_the_prompts_are_sampled_by_a_server_that_ends_with_the_job(slu
         f"--url http://127.0.0.1:{port} runs/start-hf prompts.txt --n 5"
     )
     assert not Path(f"/proc/{(tmp_path / 'id').read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {},
+            r"slurm/serve\.sbatch: line \d+: TGDPO_VLLM: is not set; name the virtual environment of .*\n",
+        ),
+        ({"TGDPO_VLLM": "no"}, r".*no/bin/vllm: No such .*\nvLLM's server did not start; what it said is above\n"),
+    ],
+)
+def test_a_server_that_cannot_be_started_is_said_so_and_nothing_else(given: dict[str, str], said: str) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "TGDPO_VLLM"}
+    done = subprocess.run(
+        ["bash", "slurm/serve.sbatch", "runs/on-policy", "runs/start-hf", "prompts.txt"],
+        cwd=FOLDER.parent,
+        env={**variables, "SLURM_JOB_ID": str(os.getpid()), **given},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode not in (0, 75) and re.fullmatch(said, done.stderr), done.stderr
+
+
+def test_parts_that_are_submitted_again_are_the_same_parts(slurm: Slurm, tmp_path: Path) -> None:
+    """sbatch --array=1,3, after --array=1-4 of which two jobs failed."""
+    (tmp_path / "slurm").symlink_to(FOLDER)
+    line = "set -- runs/on-policy runs/start-hf prompts.txt; source slurm/sample.sbatch"
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for variables, shard in ((array | {"TGDPO_PARTS": "4"}, "3/4"), (array, "3/3"), ({}, "1/1")):
+        code, calls = slurm(line, **variables)
+        assert code == 0 and f" --shard {shard} runs/start-hf prompts.txt" in calls[-1]
 
 
 def test_make_slurm_says_what_it_lacks_before_it_installs_or_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,8 +200,12 @@ def check_unconverted(source: Source, *, needs: Needs = "model") -> None:
     Raises:
         UserError: What is missing.
     """
+    if source.folder.is_file():
+        raise UserError(f"{source.given}: is a file; give the folder that it is in, {source.given.parent}.")
     if not (source.folder / "config.json").is_file():
-        raise UserError(f"{source.given}: no config.json there; give a folder with a HuggingFace model.")
+        exported = _exported_in(source.folder)
+        meant = f"{exported}, which has one" if exported else "a folder with a HuggingFace model"
+        raise UserError(f"{source.given}: no config.json there; give {meant}.")
     try:
         missing = missing_file(source.folder) if needs == "model" else None
     except UserError as error:
@@ -215,6 +219,15 @@ def check_unconverted(source: Source, *, needs: Needs = "model") -> None:
         )
     if not (source.folder / "tokenizer.json").is_file():
         raise UserError(f"{source.given}: no tokenizer.json there; save the tokenizer beside the model.")
+
+
+def _exported_in(run: Path) -> Path | None:
+    """The HuggingFace model in the folder of a run, the newest where there are several; None where there is none."""
+    inside = (run / "hf", *sorted(run.glob("hf/*"), reverse=True))
+    return next(
+        (one for one in inside if (one / "config.json").is_file() and ((one / SINGLE).is_file() or has_index(one))),
+        None,
+    )
 
 
 def content_hash(folder: Path) -> str:

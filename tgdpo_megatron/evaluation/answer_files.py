@@ -214,5 +214,8 @@ def judge(benchmark: str, dialect: Dialect | None, file: Path, model: str, quest
         "# The first command counts token_len again in gpt-4o's tokens, by which lengths are controlled.",
         f"python utils/add_markdown_info.py --dir {file.absolute().parent} --output-dir data/{bench}/model_answer",
         f"python gen_judgment.py --setting-file config/{bench}.yaml --endpoint-file config/api_config.yaml",
-        f"python show_result.py -b {bench} -j JUDGE -c {bench}",
+        *(
+            f"python show_result.py -b {bench} -j JUDGE -c {category}"
+            for category in dict.fromkeys(question.category for question in questions if question.category)
+        ),
     ]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tgdpo_megatron.bounded import parse_json, read_json
+from tgdpo_megatron.bounded import decoded, parse_json, read_json
 from tgdpo_megatron.data.tokenizer import encode_prompt, template_hash
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.answer_files import Form, Said, check_written, written
 from tgdpo_megatron.evaluation.questions import Question
+from tgdpo_megatron.run_lock import alone, resumable, write_all
 from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 
 AT_ONCE = 64
-"""Questions, about, that are asked together and kept together."""
+"""Questions, about, that are asked together: the first turn of all, then the second."""
 
 
 def answer(
@@ -48,22 +50,27 @@ def answer(
         The number of answers that are unfinished.
 
     Raises:
-        UserError: What is there was made in another way or lacks questions, a prompt is too long, or the engine failed.
+        UserError: Another job answers them, what is there was made in another way or lacks questions, a prompt is too
+            long, or the engine failed.
     """
     made_with = _made_with(engine, questions, settings, seed, model, about)
     beside, part = file.with_suffix(".decoding.json"), file.with_suffix(".part")
-    if beside.is_file():
-        _check_same(beside, made_with)
-    if file.is_file():
-        check_written(form, file, questions)
-        return int(read_json(beside, what="description of answers").get("unfinished", 0))
-    _write(beside, json.dumps(made_with, indent=2, ensure_ascii=False) + "\n")
-    said = _asked(engine, questions, settings, seed, part)
-    unfinished = sum(reason == "length" for one in said for reason in one.finish_reasons)
-    _write(file, written(form, questions, said, model))
-    _write(beside, json.dumps({**made_with, "unfinished": unfinished}, indent=2, ensure_ascii=False) + "\n")
-    part.unlink()
-    return unfinished
+    with alone(part) as kept:
+        try:
+            if beside.is_file():
+                _check_same(beside, made_with)
+            if file.is_file():
+                check_written(form, file, questions)
+                return int(read_json(beside, what="description of answers").get("unfinished", 0))
+            _describe(beside, made_with)
+            said = _asked(engine, questions, settings, seed, kept, part)
+            unfinished = sum(reason == "length" for one in said for reason in one.finish_reasons)
+            _describe(beside, {**made_with, "unfinished": unfinished})
+            _write(file, written(form, questions, said, model))
+            return unfinished
+        finally:
+            if file.is_file() or not os.fstat(kept.fileno()).st_size:
+                part.unlink(missing_ok=True)
 
 
 def _made_with(
@@ -114,30 +121,52 @@ def _check_same(beside: Path, made_with: dict[str, Any]) -> None:
 
 
 def _asked(
-    engine: Engine, questions: Sequence[Question], settings: Callable[[Question], Sampling], seed: int, part: Path
+    engine: Engine,
+    questions: Sequence[Question],
+    settings: Callable[[Question], Sampling],
+    seed: int,
+    file: io.FileIO,
+    part: Path,
 ) -> list[Said]:
-    """The answers to all questions, those in `part` first. New ones are added there."""
+    """The answers to all questions, those in `file` first, which is `part` and gets new ones."""
     together = engine.block * -(-AT_ONCE // engine.block)
-    said = _kept(part, together)
+    said = _kept(file, part, questions, 1 if engine.block == 1 else together)
     # Tokens are counted as they come, since some questions together may take minutes.
-    with part.open("a", encoding="utf-8") as file, tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
+    with tqdm(desc="answering", unit=" tokens", unit_scale=True) as bar:
         for first in range(len(said), len(questions), together):
-            some = _conversations(engine, questions[first : first + together], settings, seed, bar.update)
-            file.write("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in some))
-            file.flush()
-            said += some
-            bar.set_postfix_str(f"{len(said)}/{len(questions)} questions")
+            asked = questions[first : first + together]
+            for question, one in zip(asked, _conversations(engine, asked, settings, seed, bar.update), strict=True):
+                line = json.dumps({"question": question.id, **asdict(one)}, ensure_ascii=False) + "\n"
+                with resumable(part, "answers"):
+                    write_all(file, line.encode())
+                said.append(one)
+                bar.set_postfix_str(f"{len(said)}/{len(questions)} questions", refresh=False)
     return said
 
 
-def _kept(part: Path, together: int) -> list[Said]:
-    """The answers of an interrupted command, as many as were asked and written together; the file keeps only those."""
-    lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.is_file() else []
-    lines = lines[: len(lines) // together * together]
-    rows = [parse_json(line, where=f"{part} line {number}") for number, line in enumerate(lines, 1)]
-    _write(part, "".join(f"{line}\n" for line in lines))
-    lists = ("texts", "tokens", "finish_reasons")
-    return [Said(**{name: tuple(row[name]) for name in lists}, seconds=row["seconds"]) for row in rows]
+def _kept(file: io.FileIO, part: Path, questions: Sequence[Question], together: int) -> list[Said]:
+    """The answers of an interrupted command, in whole groups of those that have the same bits only together; the file
+    keeps only those.
+
+    Raises:
+        UserError: The file holds something else than the answers to the first questions.
+    """
+    file.seek(0)
+    lines = file.readall().split(b"\n")[:-1]  # a line without an end is half a line
+    if len(lines) != len(questions):
+        lines = lines[: len(lines) // together * together]
+    said = []
+    for number, line in enumerate(lines, start=1):
+        row = parse_json(decoded(line, part, number), where=str(part), line=number)
+        if number > len(questions) or not isinstance(row, dict) or row.get("question") != questions[number - 1].id:
+            raise UserError(
+                f"{part} line {number}: answers another question than the one that is asked there; delete the file, "
+                "and give the same command again."
+            )
+        lists = {name: tuple(row[name]) for name in ("texts", "tokens", "finish_reasons")}
+        said.append(Said(**lists, seconds=row["seconds"]))
+    file.truncate(sum(len(line) + 1 for line in lines))
+    return said
 
 
 def _conversations(
@@ -146,22 +175,25 @@ def _conversations(
     settings: Callable[[Question], Sampling],
     seed: int,
     told: Callable[[int], object],
-) -> list[Said]:
-    """All turns of some questions: the first of all, then the second of those that have one.
+) -> Iterator[Said]:
+    """All turns of some questions, which have as many: the first of all, then the second.
 
     Args:
         told: Called with numbers of new tokens, as they come.
+
+    Yields:
+        The answers to each question, as soon as it has the last.
     """
-    said = [Said((), (), (), 0.0)] * len(questions)
-    for turn in range(max(len(question.turns) for question in questions)):
-        places = [place for place, question in enumerate(questions) if len(question.turns) > turn]
+    said: Iterable[Said] = [Said((), (), (), 0.0)] * len(questions)
+    for _ in questions[0].turns:
+        before = list(said)
         requests = [
-            Request(_prompt(engine, questions[place], said[place]), 0, seed, settings(questions[place]))
-            for place in places
+            Request(_prompt(engine, question, one), 0, seed, settings(question))
+            for question, one in zip(questions, before, strict=True)
         ]
-        for place, found in zip(places, engine.answers(requests, told), strict=True):
-            said[place] = _with(said[place], found, engine.tokenizer)
-    return said
+        answers = engine.answers(requests, told)
+        said = (_with(one, found, engine.tokenizer) for one, found in zip(before, answers, strict=True))
+    yield from said
 
 
 def _prompt(engine: Engine, question: Question, said: Said) -> tuple[int, ...]:
@@ -194,6 +226,11 @@ def _with(said: Said, found: Answer, tokenizer: Any) -> Said:
         finish_reasons=(*said.finish_reasons, found.finish_reason),
         seconds=time.time(),
     )
+
+
+def _describe(beside: Path, made_with: dict[str, Any]) -> None:
+    """Write what answers were made with."""
+    _write(beside, json.dumps(made_with, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Numbers with their uncertainty: each is measured again on prompts that are drawn anew, with replacement.
 
 What is drawn are prompts, with all that belongs to one: several answers to a prompt are alike, and counting them as
-independent would make intervals too narrow. All numbers of a comparison are measured on the same draws, so the
+independent would make intervals too narrow. The same number of all models is measured on the same draws, so the
 difference of two models has an interval of its own, in which what both owe to easy or hard prompts cancels.
 """
 

@@ -38,7 +38,9 @@ class AnswerNumbers:
         tokens: Length, the token that closes the turn included. [P, n] float64.
         characters: Length of the text. [P, n] float64.
         unfinished: Whether there was no room for more. [P, n] bool.
-        scores: The reward model's, NaN where an answer is too long for it. [P, n] float64; None without one.
+        scores: The reward model's, NaN where it does not read an answer. [P, n] float64; None without one.
+        start_scores: Those of the start's answers that these are compared with, where a reward model's scores depend on
+            what is scored together. [P, m] float64; None where they are the start's own `scores`.
         log_ratios: log π(answer) − log π_start(answer), in nats. [P, n] float64; None where the answers are no plain
             samples, so that their mean is no KL divergence.
     """
@@ -47,6 +49,7 @@ class AnswerNumbers:
     characters: np.ndarray
     unfinished: np.ndarray
     scores: np.ndarray | None = None
+    start_scores: np.ndarray | None = None
     log_ratios: np.ndarray | None = None
 
 
@@ -96,6 +99,12 @@ QUANTITIES = {
         "regression expects where both answers are equally long.",
         _share,
     ),
+    "win_rate_soft_length_controlled": Quantity(
+        "win rate, soft, length-controlled (minimal form)",
+        "The soft win rate that a logistic regression expects where both answers are equally long: σ(θ), with the "
+        "probabilities of a preference explained by θ + φ·tanh(Δlength / its standard deviation).",
+        _share,
+    ),
     "reward": Quantity("mean reward", "The mean score; its scale is the reward model's own.", number),
     "tokens": Quantity("tokens per answer", "The mean length of an answer.", number),
     "length_ratio": Quantity("length, as a multiple of the start's", "The ratio of the mean lengths.", number),
@@ -132,42 +141,49 @@ def _right(values: np.ndarray) -> np.ndarray:
     return (np.sign(values[:, 0] - values[:, 1]) + 1) / 2
 
 
-def answer_measures(
-    model: AnswerNumbers, start: AnswerNumbers | None, *, scored: np.ndarray, is_bradley_terry: bool
-) -> dict[str, Measure]:
-    """Measures of one model's answers, by their names in QUANTITIES.
+def answer_measures(model: AnswerNumbers, start: AnswerNumbers | None) -> dict[str, Measure]:
+    """Measures of one model's answers on all prompts, by their names in QUANTITIES.
 
     Args:
         start: The start's answers to the same prompts; None for the start itself.
-        scored: Whether all answers to a prompt have a score, whichever model they are of. [P] bool.
-        is_bradley_terry: Whether σ of a difference of scores is a probability.
     """
     tokens = model.tokens.mean(axis=1)
     found = {"tokens": mean(tokens), "unfinished": mean(model.unfinished.mean(axis=1))}
-    if model.scores is not None and scored.any():
-        found["reward"] = _among(scored, mean(model.scores[scored].mean(axis=1)))
     if start is None:
         return found
     found["length_ratio"] = ratio(tokens, start.tokens.mean(axis=1))
     if model.log_ratios is not None:
         log_ratios = model.log_ratios.mean(axis=1)
         found |= {"kl": mean(log_ratios), "kl_per_token": ratio(log_ratios, tokens)}
-    if model.scores is None or start.scores is None or not scored.any():
-        return found
-    wins = hard_wins(model.scores[scored], start.scores[scored])
-    soft = soft_wins(model.scores[scored], start.scores[scored])
-    longer = model.characters[scored][:, :, None] - start.characters[scored][:, None, :]
-    found["win_rate"] = _among(scored, mean(wins.mean(axis=(1, 2))))
-    if is_bradley_terry:
-        found["win_rate_soft"] = _among(scored, mean(soft.mean(axis=(1, 2))))
-    explained = soft if is_bradley_terry else wins
-    found["win_rate_length_controlled"] = _among(scored, length_controlled(explained, longer))
     return found
 
 
-def _among(kept: np.ndarray, measure: Measure) -> Measure:
-    """The measure on some of the prompts, which are drawn among all. [P] bool."""
-    return lambda counts: measure(counts[:, kept])
+def score_measures(
+    model: AnswerNumbers, start: AnswerNumbers | None, *, scored: np.ndarray, is_bradley_terry: bool
+) -> dict[str, Measure]:
+    """Measures of the scores of one model's answers, by their names in QUANTITIES; none where there are no scores.
+
+    Args:
+        start: As for answer_measures.
+        scored: The prompts to measure on, all of whose answers have a score. [P] bool.
+        is_bradley_terry: Whether σ of a difference of scores is a probability.
+    """
+    if model.scores is None:
+        return {}
+    found = {"reward": mean(model.scores[scored].mean(axis=1))}
+    if start is None:
+        return found
+    theirs = start.scores if model.start_scores is None else model.start_scores
+    assert theirs is not None
+    wins, soft = hard_wins(model.scores[scored], theirs[scored]), soft_wins(model.scores[scored], theirs[scored])
+    longer = model.characters[scored][:, :, None] - start.characters[scored][:, None, :]
+    found["win_rate"] = mean(wins.mean(axis=(1, 2)))
+    if is_bradley_terry:
+        found["win_rate_soft"] = mean(soft.mean(axis=(1, 2)))
+        found["win_rate_soft_length_controlled"] = length_controlled(soft, longer)
+    else:
+        found["win_rate_length_controlled"] = length_controlled(wins, longer)
+    return found
 
 
 @dataclass(frozen=True)
@@ -215,20 +231,25 @@ def compared(
         _add(found, measures, int(first.prompts.max()) + 1)
     if answers:
         start, theirs = next(iter(answers.items()))
-        scored = np.all([_scored(model) for model in answers.values()], axis=0)
-        measures = {
-            name: answer_measures(
-                model, None if name == start else theirs, scored=scored, is_bradley_terry=is_bradley_terry
-            )
-            for name, model in answers.items()
-        }
+        against = {name: None if name == start else theirs for name in answers}
+        measures = {name: answer_measures(model, against[name]) for name, model in answers.items()}
         _add(found, measures, len(theirs.tokens))
+        scored = with_scores(answers)
+        if scored.any():
+            # Drawn among the prompts that have scores: a draw among all could hold none of these.
+            measures = {
+                name: score_measures(model, against[name], scored=scored, is_bradley_terry=is_bradley_terry)
+                for name, model in answers.items()
+            }
+            _add(found, measures, int(scored.sum()))
     return Comparison(found)
 
 
-def _scored(model: AnswerNumbers) -> np.ndarray:
-    """Whether all answers to a prompt have a score. [P] bool"""
-    return np.full(len(model.tokens), False) if model.scores is None else np.isfinite(model.scores).all(axis=1)
+def with_scores(answers: Mapping[str, AnswerNumbers]) -> np.ndarray:
+    """Whether all answers to a prompt have a score, whichever model they are of. [P] bool"""
+    all_scores = [scores for model in answers.values() for scores in (model.scores, model.start_scores)]
+    finite = [np.isfinite(scores).all(axis=1) for scores in all_scores if scores is not None]
+    return np.all(finite, axis=0) if finite else np.full(len(next(iter(answers.values())).tokens), False)
 
 
 def _add(found: dict[str, dict[str, Measured]], measures: Mapping[str, Mapping[str, Measure]], prompts: int) -> None:

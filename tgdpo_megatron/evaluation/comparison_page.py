@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tgdpo_megatron.evaluation.bootstrap import DRAWS, LEVEL
+from tgdpo_megatron.evaluation.bootstrap import DRAWS, LEVEL, Measured
 from tgdpo_megatron.evaluation.comparison import QUANTITIES, AnswerNumbers, Comparison, rows, rows_of_differences
 from tgdpo_megatron.report.page import Curves, Facts, Page, Section, Side, SideBySide, Table, build_page
 from tgdpo_megatron.report.plots import Bars, Series
@@ -14,7 +14,7 @@ from tgdpo_megatron.sampling.answers import Answered
 
 SHOWN = 50
 """Most prompts whose answers are shown."""
-_CHARTED = ("accuracy_logp", "accuracy_reward", "win_rate", "win_rate_soft", "win_rate_length_controlled")
+_CHARTED = [name for name in QUANTITIES if name.startswith(("accuracy", "win_rate"))]
 INTERVALS = (
     f"In brackets: {LEVEL:.0%} intervals by bootstrap over prompts ({DRAWS:,} draws). Models are compared draw by draw."
 )
@@ -78,13 +78,19 @@ def _charts(comparison: Comparison) -> list[Bars]:
         Series(
             model,
             [100 * found[name].value for name in names],
-            [50 * (found[name].interval[1] - found[name].interval[0]) for name in names],
+            [_whiskers(found[name]) for name in names],
         )
         for model, found in models.items()
     ]
     headings = [QUANTITIES[name].heading for name in names]
-    note = "Whiskers: half the width of the interval to either side. The line is at one half."
+    note = "Whiskers: the intervals of the table. The line is at one half."
     return [Bars("Against the start", "%", headings, series, mark=50.0, note=note)]
+
+
+def _whiskers(share: Measured) -> tuple[float, float]:
+    """How far the interval reaches below the value and above it, in percent; 0 where the value is outside of it."""
+    low, high = share.interval
+    return 100 * max(0.0, share.value - low), 100 * max(0.0, high - share.value)
 
 
 def _side_by_side(
@@ -117,7 +123,7 @@ def _known(numbers: AnswerNumbers, place: int) -> str:
     words = [f"{numbers.tokens[place, 0]:.0f} tokens"]
     if numbers.scores is not None:
         score = float(numbers.scores[place, 0])
-        words.insert(0, "too long to score" if math.isnan(score) else f"score {number(score)}")
+        words.insert(0, "no score" if math.isnan(score) else f"score {number(score)}")
     return ", ".join([*words, "unfinished"] if numbers.unfinished[place, 0] else words)
 
 

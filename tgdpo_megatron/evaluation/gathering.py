@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs
     from tgdpo_megatron.evaluation.log_probs import Tokenised
     from tgdpo_megatron.evaluation.models import Model
-    from tgdpo_megatron.reward_models.scorer import Scorer
+    from tgdpo_megatron.reward_models.scorer import Group, Scorer
     from tgdpo_megatron.sampling.kept_ids import Ids
 
 PLAIN = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
@@ -42,7 +42,7 @@ def read_aligned(files: Mapping[str, Path]) -> dict[str, list[Answered]]:
     for name, path in files.items():
         of_model: dict[str, Answered] = {}
         for answered in read_answers(path):
-            asked = json.dumps([answered.messages, answered.tools])
+            asked = _asked(answered)
             if asked in of_model:
                 raise UserError(f"{path}: answers {_short(answered)} twice; leave one of them out.")
             of_model[asked] = answered
@@ -64,6 +64,11 @@ def read_aligned(files: Mapping[str, Path]) -> dict[str, list[Answered]]:
     return {name: [of_model[asked] for asked in found[first]] for name, of_model in found.items()}
 
 
+def _asked(prompt: Answered | Group) -> str:
+    """The same for the same prompt."""
+    return json.dumps([prompt.messages, prompt.tools])
+
+
 def _short(answered: Answered) -> str:
     """A prompt, in a few words."""
     text = " ".join(str(answered.messages[-1]["content"]).split())
@@ -81,7 +86,11 @@ def is_plain(answers: Mapping[str, Sequence[Answered]]) -> bool:
 
 
 def answer_numbers(
-    answers: Sequence[Answered], *, scores: np.ndarray | None = None, log_ratios: np.ndarray | None = None
+    answers: Sequence[Answered],
+    *,
+    scores: np.ndarray | None = None,
+    start_scores: np.ndarray | None = None,
+    log_ratios: np.ndarray | None = None,
 ) -> AnswerNumbers:
     """The numbers of a model's answers: their lengths and ends, and what else is known. Arguments as the attributes."""
     return AnswerNumbers(
@@ -91,22 +100,52 @@ def answer_numbers(
         ),
         unfinished=np.array([[reason == "length" for reason in answered.finish_reasons] for answered in answers]),
         scores=scores,
+        start_scores=start_scores,
         log_ratios=log_ratios,
     )
 
 
-def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict[str, np.ndarray]:
-    """A reward model's scores of every model's answers. It reads all models' answers to a prompt together.
+Scores = dict[str, np.ndarray]
+"""Name of a model -> a score of each answer, NaN where the reward model does not read it. [P, n] float64."""
+
+
+def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> tuple[Scores, Scores, int]:
+    """A reward model's scores of every model's answers, the start's first, and of the start's that they are read with.
+
+    PairRM's scores depend on what is scored together, so it reads the answers of every model with those of the start
+    alone: else the win rate of two models would change with a third. The start then has no scores of its own.
 
     Returns:
-        By the names of the models; NaN for an answer that is too long for the reward model. Each [P, n] float64.
+        AnswerNumbers.scores and AnswerNumbers.start_scores, of the models that have them; and the number of prompts
+        that the reward model does not take, with an answer to each. No model's answers to these have a score.
 
     Raises:
-        UserError: The reward model does not take a prompt, or gives a score that is not finite.
+        UserError: The reward model gives a score that is not finite.
+    """
+    from tgdpo_megatron.reward_models.pairrm import PairRM
+
+    refused: set[str] = set()
+    with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
+        if not isinstance(scorer.model, PairRM):
+            return _scored_together(answers, scorer, bar.update, refused), {}, len(refused)
+        scores, start_scores = Scores(), Scores()
+        start, *others = answers
+        for name in others:
+            found = _scored_together({start: answers[start], name: answers[name]}, scorer, bar.update, refused)
+            start_scores[name], scores[name] = found[start], found[name]
+        return scores, start_scores, len(refused)
+
+
+def _scored_together(
+    answers: Mapping[str, Sequence[Answered]], scorer: Scorer, told: Callable[[int], object], refused: set[str]
+) -> Scores:
+    """Scores of some models' answers, for which the reward model reads all answers to a prompt together.
+
+    Args:
+        refused: Gets the prompts that the reward model does not take.
     """
     from tgdpo_megatron.reward_models.scorer import Group
 
-    together = list(zip(*answers.values(), strict=True))
     groups = (
         Group(
             some[0].messages,
@@ -114,10 +153,9 @@ def scores_of(answers: Mapping[str, Sequence[Answered]], scorer: Scorer) -> dict
             some[0].tools,
             name=f"the prompt {_short(some[0])}",
         )
-        for some in together
+        for some in zip(*answers.values(), strict=True)
     )
-    with tqdm(desc="scoring", unit=" tokens", unit_scale=True) as bar:
-        scores = np.stack(list(scorer.scores(groups, bar.update)))
+    scores = np.stack(list(scorer.scores(groups, told, lambda group: refused.add(_asked(group)))))
     ends = np.cumsum([len(some[0].num_tokens) for some in answers.values()])[:-1]
     return dict(zip(answers, np.split(scores, ends, axis=1), strict=True))
 
@@ -135,7 +173,7 @@ def with_log_probs(
 
     Args:
         models: The start first.
-        answers: By the names of the models; empty where there are none.
+        answers: Those to make a KL divergence of, by the names of the models; empty where there are none.
         kept: The token ids of the answers, as far as they are known.
 
     Returns:
@@ -144,7 +182,7 @@ def with_log_probs(
     """
     from tgdpo_megatron.evaluation.log_probs import load_model, of_pairs, response_log_probs
 
-    sequences, notes = _sequences(answers, models[0].tokenizer, kept)
+    sequences, notes = _sequences(models, answers, kept)
     of_model: dict[str, PairNumbers] = {}
     under_start: dict[str, np.ndarray] = {}
     ratios: dict[str, np.ndarray] = {}
@@ -169,17 +207,29 @@ def with_log_probs(
 
 
 def _sequences(
-    answers: Mapping[str, Sequence[Answered]], tokenizer: Any, kept: Mapping[str, Ids]
+    models: Sequence[Model], answers: Mapping[str, Sequence[Answered]], kept: Mapping[str, Ids]
 ) -> tuple[dict[str, list[Tokenised]], list[str]]:
     """The models' answers as token ids where a KL divergence can be made of them; and sentences on what it lacks."""
     from tgdpo_megatron.evaluation.log_probs import of_answers
+    from tgdpo_megatron.evaluation.models import other_tokens
 
     if not is_plain(answers):
         return {}, ["No KL divergence: it needs answers sampled at temperature 1 from all tokens."]
     found: dict[str, list[Tokenised]] = {}
     notes = []
-    for name, some in list(answers.items())[1:]:
-        sequences = of_answers(some, tokenizer, kept[name])
+    start, *others = models if answers else models[:1]
+    for model in others:
+        name, some = model.name, answers[model.name]
+        if difference := other_tokens(model, start):
+            notes.append(f"No KL divergence of {name}: it {difference}.")
+            continue
+        sequences = of_answers(some, start.tokenizer, kept[name])
+        if sequences is None:
+            notes.append(
+                f"No KL divergence of {name}: the chat template makes other tokens of the prompts than those that were "
+                "answered; give it as it was, with data.template and data.chat_template_kwargs."
+            )
+            continue
         sampled = [tokens for answered in some for tokens in answered.num_tokens]
         other = np.mean([len(one.ids) - one.prompt != tokens for one, tokens in zip(sequences, sampled, strict=True)])
         words = f"{percent(float(other))} of the answers of {name} were written in other tokens than their texts have"

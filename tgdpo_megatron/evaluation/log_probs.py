@@ -17,7 +17,7 @@ from tgdpo_megatron.data.tokenizer import encode_prompt, end_of_turn, special_id
 from tgdpo_megatron.reward_models.loading import load_weights
 from tgdpo_megatron.reward_models.scorer import Tokens, batches, padded
 from tgdpo_megatron.sampling.answers import Answered
-from tgdpo_megatron.sampling.engine import said
+from tgdpo_megatron.sampling.engine import prompt_id, said
 from tgdpo_megatron.sampling.kept_ids import Ids
 
 
@@ -37,15 +37,20 @@ def of_pairs(pairs: PreparedPairs) -> list[Tokenised]:
     ]
 
 
-def of_answers(answers: Iterable[Answered], tokenizer: Any, kept: Ids) -> list[Tokenised]:
+def of_answers(answers: Iterable[Answered], tokenizer: Any, kept: Ids) -> list[Tokenised] | None:
     """All answers to all prompts as the model wrote them: with the token that closes the turn, unless unfinished.
 
     Args:
         kept: The ids of the answers, as far as they are known. The texts of the others are tokenised again.
+
+    Returns:
+        None where a prompt has other tokens than the one that was answered.
     """
     closing, special, found = end_of_turn(tokenizer), special_ids(tokenizer), []
     for answered in answers:
         _, prompt = encode_prompt(tokenizer, answered.messages, answered.tools)
+        if prompt_id(prompt) != answered.prompt_id:
+            return None
         for sample, text in enumerate(answered.all_generated_responses):
             ids = kept.get((answered.prompt_id, sample))
             if ids is None or said(tokenizer, ids, special) != text:

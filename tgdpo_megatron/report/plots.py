@@ -94,11 +94,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One bar of every group: its length, and the spread that its whisker shows (nan for no whisker)."""
+    """One bar of every group: its length, and the spread that its whisker shows (nan for no whisker). Where the sides
+    of the whisker differ, the spread is how far it reaches below and above."""
 
     name: str
     values: Sequence[float]
-    spreads: Sequence[float]
+    spreads: Sequence[float | tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ def _draw_bars(axes: Any, chart: Bars) -> None:
     thickness = 0.8 / len(chart.series)
     for place, series in enumerate(chart.series):
         heights = [line + (place + 0.5) * thickness - 0.4 for line in range(len(chart.names))]
-        whiskers = [0.0 if spread != spread else spread for spread in series.spreads]
+        sides = [spread if isinstance(spread, tuple) else (spread, spread) for spread in series.spreads]
+        whiskers = [[0.0 if side != side else side for side in all_of_one] for all_of_one in zip(*sides, strict=True)]
         colour = _COLOURS[place % len(_COLOURS)]
         axes.barh(heights, series.values, thickness, xerr=whiskers, color=colour, label=series.name, ecolor="#555555")
     axes.axvline(chart.mark, color="black", linewidth=0.8)

@@ -22,9 +22,9 @@ from tgdpo_megatron.bounded import read_json, shown
 from tgdpo_megatron.cache import sha256_of
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models.candidates import Candidates
-from tgdpo_megatron.reward_models.pairing import LEFT_OUT, NoPair, Rules, check_any, choose
+from tgdpo_megatron.reward_models.pairing import NoPair, Rules, check_any, choose
 from tgdpo_megatron.reward_models.scorer import Group, Scorer
-from tgdpo_megatron.run_lock import alone
+from tgdpo_megatron.run_lock import alone, resumable, write_all
 
 BLOCK = 256
 """Prompts after which the report is written."""
@@ -54,13 +54,11 @@ class Report:
     pairs: int = 0
     tokens: int = 0
     answers_left_out: dict[str, int] = field(default_factory=lambda: {"unfinished": 0, "empty": 0, "too_long": 0})
-    prompts_left_out: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {reason: {"number": 0, "first": []} for reason in LEFT_OUT}
-    )
+    prompts_left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def leave_out(self, prompt: str, reason: str) -> None:
         """Count a prompt that gives no pair, and name it if it is one of the first."""
-        counted = self.prompts_left_out[reason]
+        counted = self.prompts_left_out.setdefault(reason, {"number": 0, "first": []})
         counted["number"] += 1
         if len(counted["first"]) < NAMED:
             counted["first"].append(prompt)
@@ -71,14 +69,14 @@ def report_file(output: Path) -> Path:
     return output.with_suffix(".report.json")
 
 
-def settings_of(scorer: dict[str, str], inputs: Sequence[Path], rules: Rules, batch_tokens: int) -> dict[str, Any]:
-    """All that the pairs depend on, as the report keeps it.
+def settings_of(scorer: dict[str, str], inputs: Sequence[Path], rules: Rules) -> dict[str, Any]:
+    """All that the pairs depend on but for rounding, as the report keeps it.
 
     Args:
         scorer: Its name and fingerprint.
     """
     answers = [{"name": path.name, "sha256": sha256_of(path)} for path in inputs]
-    return {"scorer": scorer, "answers": answers, **asdict(rules), "batch_tokens": batch_tokens}
+    return {"scorer": scorer, "answers": answers, **asdict(rules)}
 
 
 def begun(output: Path, settings: dict[str, Any]) -> Report:
@@ -113,34 +111,38 @@ def annotate(
     candidates: Iterable[Candidates],
     scorer: Scorer,
     output: Path,
-    report: Report,
+    settings: dict[str, Any],
     rules: Rules,
     *,
     block: int = BLOCK,
     told: Callable[[int, int], object] = lambda prompts, tokens: None,
-) -> None:
-    """Write a line for each pair, and the report after each block of prompts.
+) -> Report:
+    """Write a line for each pair, and the report after each block of prompts. What is there already is kept.
 
     Args:
-        candidates: All prompts of the files that the report's settings name.
-        report: As begun gave it; it is kept up to date.
-        told: Called with how many more prompts were done and how many more tokens were read.
+        candidates: All prompts of the files that the settings name.
+        settings: All that the pairs depend on, as settings_of gives it.
+        told: Called with how many more prompts were done in this run, and how many more tokens were read.
+
+    Returns:
+        The report of all that the file holds now.
 
     Raises:
-        UserError: Another job writes the file, a line of the answers is damaged, the scorer refuses a prompt, or the
-            disk is full. What was made before is kept.
+        UserError: As begun; or another job writes the file, a line of the answers is damaged, a score is not finite, or
+            the disk is full. What was made before is kept.
     """
     rest = iter(candidates)
-    told(sum(1 for _ in islice(rest, report.prompts)), 0)
     with alone(output) as file:
+        report = begun(output, settings)  # only now: until the file was locked, another job may have added to it
+        for _ in islice(rest, report.prompts):
+            pass
         file.truncate(report.bytes)
         _keep(file, output, report, b"")
         while some := list(islice(rest, block)):
-            lines = _pairs(some, scorer, report, rules, lambda tokens: told(0, tokens))
-            _keep(file, output, report, b"".join(lines))
-            told(len(some), 0)
+            _keep(file, output, report, b"".join(_pairs(some, scorer, report, rules, told)))
         report.complete = True
         _keep(file, output, report, b"")
+    return report
 
 
 def _keep(file: io.FileIO, output: Path, report: Report, lines: bytes) -> None:
@@ -149,33 +151,33 @@ def _keep(file: io.FileIO, output: Path, report: Report, lines: bytes) -> None:
     Raises:
         UserError: The disk is full, or refuses for another reason.
     """
-    rest, path = memoryview(lines), report_file(output)
+    path = report_file(output)
     part = path.with_suffix(".part")
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
+    with resumable(output, "pairs"):
+        write_all(file, lines)
         os.fsync(file.fileno())
         report.bytes += len(lines)
         part.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); the pairs so far are kept: mend that, and give the same "
-            "command again."
-        ) from None
 
 
 def _pairs(
-    candidates: Sequence[Candidates], scorer: Scorer, report: Report, rules: Rules, told: Callable[[int], object]
+    candidates: Sequence[Candidates], scorer: Scorer, report: Report, rules: Rules, told: Callable[[int, int], object]
 ) -> Iterator[bytes]:
     """The lines of some prompts."""
-    before = scorer.tokens
+    before, refused = scorer.tokens, set[str]()
     asked = list(_asked(candidates, report, rules))
+    told(len(candidates) - len(asked), 0)
     groups = [
         Group(one.messages, [one.answers[place] for place in places], one.fields.get("tools", ()), one.name)
         for one, places in asked
     ]
-    for (one, places), found in zip(asked, scorer.scores(groups, told), strict=True):
+    scored = scorer.scores(groups, lambda tokens: told(0, tokens), lambda group: refused.add(group.name))
+    for (one, places), found in zip(asked, scored, strict=True):
+        told(1, 0)
+        if one.name in refused:
+            report.leave_out(one.id, "refused")
+            continue
         report.answers_left_out["too_long"] += int(np.isnan(found).sum())
         scores = np.full(len(one.answers), np.nan)
         scores[places] = found
@@ -194,6 +196,9 @@ def _asked(candidates: Sequence[Candidates], report: Report, rules: Rules) -> It
     for one in candidates:
         report.prompts += 1
         report.answers += len(one.answers)
+        if one.is_repeated:
+            report.leave_out(one.id, "repeated")
+            continue
         usable = []
         for place, answer in enumerate(one.answers):
             is_finished = rules.keep_unfinished or one.is_finished(place)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from tgdpo_megatron.bounded import shown
 from tgdpo_megatron.data.read import place, read_rows
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.sampling.answers import Answered, read_answers
+from tgdpo_megatron.sampling.answers import Answered, read_answers, whole_characters
 
 PER_ANSWER = ("all_generated_responses", "finish_reasons", "num_tokens", "seeds")
 """Fields with a value for each answer."""
+_OF_A_RUN = ("n", "seed")
+"""Settings of the sampling in which runs over the same prompts may differ."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Candidates:
         fields: What the file says of them, which the file of pairs repeats.
         id: Hash of the prompt, as hex.
         name: What error messages call the prompt.
+        is_repeated: Whether the prompt was there before.
     """
 
     fields: dict[str, Any]
     id: str
     name: str
+    is_repeated: bool = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -43,6 +48,12 @@ class Candidates:
         answers: list[str] = self.fields["all_generated_responses"]
         return answers
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the answers were sampled. SimPO's files do not tell."""
+        sampling = self.fields.get("sampling")
+        return sampling if isinstance(sampling, dict) else {}
+
     def is_finished(self, answer: int) -> bool:
         """Whether the model closed its turn. SimPO's files do not tell, and their answers count as finished."""
         reasons = self.fields.get("finish_reasons")
@@ -50,7 +61,8 @@ class Candidates:
 
 
 def read_candidates(paths: Sequence[Path]) -> Iterator[Candidates]:
-    """The prompts of some files, one after another. Of files of JSON lines, one line each is in memory at a time.
+    """The prompts of some files, one after another. Of files of JSON lines, one line each is in memory at a time, and
+    about 100 bytes for each prompt, by which those are known that were there before.
 
     Where all files begin with the same prompt, they are runs over the same prompts, and the answers to a prompt are put
     together. Otherwise they are parts, and follow each other.
@@ -59,6 +71,15 @@ def read_candidates(paths: Sequence[Path]) -> Iterator[Candidates]:
         UserError: A file that cannot be read, holds no prompts or is damaged, or runs that do not have the same prompts
             in the same order.
     """
+    before = set[int]()
+    for one in _in_order(paths):
+        known = hash(one.id)  # 64 bits: among a million prompts, two have the same by a chance of 3e-8
+        yield replace(one, is_repeated=True) if known in before else one
+        before.add(known)
+
+
+def _in_order(paths: Sequence[Path]) -> Iterator[Candidates]:
+    """The prompts as the files have them."""
     files = [_of_file(path) for path in paths]
     firsts = []
     for path, file in zip(paths, files, strict=True):
@@ -91,7 +112,7 @@ def _of_line(answered: Answered, name: str) -> Candidates:
 
 def _of_simpo(row: Any, name: str) -> Candidates:
     """A row of SimPO's all_outputs.json, or of its output_SEED.json, which holds one answer to each prompt."""
-    fields = dict(row) if isinstance(row, dict) else {}
+    fields = whole_characters(dict(row)) if isinstance(row, dict) else {}
     if isinstance(text := fields.pop("generated_text", None), str):
         fields["all_generated_responses"] = [text]
     answers = fields.get("all_generated_responses")
@@ -105,7 +126,7 @@ def _of_simpo(row: Any, name: str) -> Candidates:
 
 
 def _together(paths: Sequence[Path], runs: Sequence[Candidates | None]) -> Candidates:
-    """One prompt with the answers of all runs."""
+    """One prompt with the answers of all runs, which differ in nothing but their seeds."""
     if None in runs:
         ended = paths[list(runs).index(None)]
         raise UserError(f"{ended}: ends before the other files; files of the same prompts must have all of them.")
@@ -120,12 +141,19 @@ def _together(paths: Sequence[Path], runs: Sequence[Candidates | None]) -> Candi
             raise UserError(
                 f"{other.name}: the answers are another model's than those of {first.name}; annotate them apart."
             )
+        was, now = first.sampling, other.sampling
+        if differs := [name for name in was | now if name not in _OF_A_RUN and was.get(name) != now.get(name)]:
+            raise UserError(
+                f"{other.name}: was sampled with {differs[0]} {shown(now.get(differs[0]))}, and {first.name} with "
+                f"{shown(was.get(differs[0]))}; annotate them apart."
+            )
     joined = {
         field: list(chain.from_iterable(run.fields[field] for run in (first, *others)))
         for field in PER_ANSWER
         if field in first.fields
     }
     fields = first.fields | joined
-    if "sampling" in fields:
-        fields["sampling"] = fields["sampling"] | {"n": len(fields["all_generated_responses"])}
+    if first.sampling:
+        seeds = [run.sampling.get("seed") for run in (first, *others)]
+        fields["sampling"] = first.sampling | {"n": len(fields["all_generated_responses"]), "seed": seeds}
     return Candidates(fields, first.id, first.name)

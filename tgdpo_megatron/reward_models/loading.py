@@ -7,45 +7,20 @@ from typing import Any
 
 import torch
 
+from tgdpo_megatron.checkpoint.hf_models import load_model, positions_of
 from tgdpo_megatron.checkpoint.safetensors import HfWeights
 from tgdpo_megatron.data.tokenizer import load_tokenizer
-from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
+from tgdpo_megatron.errors import UserError
 
 
 def load_weights(model_class: Any, folder: Path, device: torch.device) -> Any:
-    """A model in the dtype that its weights are stored in. No code of the folder is run, and nothing is unpickled.
-
-    Args:
-        model_class: A class of transformers, or one of ours that is made like them.
+    """As load_model. No tensor may be left over, lest the model be of another kind.
 
     Raises:
         UserError: The weights are damaged, or are not those of this class.
     """
     HfWeights(folder)  # whose sentences about damaged shards are better than those of the libraries
-    try:
-        model, found = model_class.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto",
-            ignore_mismatched_sizes=True,  # they are refused below, with their names
-            output_loading_info=True,
-        )
-    except Exception as error:  # only transformers' code is in here, and what it raises about a wrong file varies
-        if ran_out_of_memory(error):
-            raise
-        raise UserError(f"{folder}: the model cannot be loaded ({in_short(error)}).") from error
-    wrong = {
-        "lack": sorted(found["missing_keys"]),
-        "have another size for": sorted(str(key[0]) for key in found["mismatched_keys"]),
-        "also hold": sorted(found["unexpected_keys"]),
-    }
-    for how, names in wrong.items():
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise UserError(f"{folder}: the weights {how} {names[0]}{more}, so this is no {type(model).__name__}.")
-    return model.eval().requires_grad_(False).to(device)
+    return load_model(model_class, folder, device)
 
 
 def load_templated_tokenizer(folder: Path) -> Any:
@@ -64,6 +39,7 @@ def load_templated_tokenizer(folder: Path) -> Any:
 
 
 def longest(config: Any, tokenizer: Any) -> int:
-    """Most tokens that a model reads, by its configuration and its tokenizer."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+    """Most tokens that a model reads. Some families, such as RoBERTa, have positions that no token may take, of which
+    only the tokenizer tells."""
+    limit: int = tokenizer.model_max_length
+    return min(positions_of(config) or limit, limit)

@@ -29,17 +29,18 @@ def identify(given: Path) -> dict[str, str]:
     return {"name": str(given), "fingerprint": content_hash(source.folder)}
 
 
-def open_scorer(given: Path, *, batch_tokens: int = BATCH_TOKENS, device: torch.device | None = None) -> Scorer:
+def open_scorer(given: Path, *, batch_tokens: int = BATCH_TOKENS, device: torch.device | str | None = None) -> Scorer:
     """Load a reward model.
 
     Args:
         given: A HuggingFace folder, or a name on a hub.
         batch_tokens: Most tokens that go through the model together, padding included. It changes scores by rounding
             alone.
-        device: Where it runs; None for a GPU if there is one.
+        device: Default: the first GPU, or the CPU where there is none.
 
     Raises:
-        UserError: As identify; or its weights are damaged or not those of its kind, or it has no chat template.
+        UserError: As identify; or its weights are damaged or not those of its kind, it has no chat template, or there
+            is no such device.
     """
     source = _found(given)
     try:
@@ -82,10 +83,9 @@ def kind_of(folder: Path) -> str:
     return name
 
 
-def _loaded(kind: str, folder: Path, device: torch.device | None) -> RewardModel:
-    import torch
+def _loaded(kind: str, folder: Path, device: torch.device | str | None) -> RewardModel:
+    from tgdpo_megatron.checkpoint.hf_models import device_of
 
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load: Any
     if kind == OTHERS[0]:
         from tgdpo_megatron.reward_models.armorm import load
@@ -93,5 +93,5 @@ def _loaded(kind: str, folder: Path, device: torch.device | None) -> RewardModel
         from tgdpo_megatron.reward_models.pairrm import load
     else:
         from tgdpo_megatron.reward_models.classifier import load
-    model: RewardModel = load(folder, device)
+    model: RewardModel = load(folder, device_of(device))
     return model

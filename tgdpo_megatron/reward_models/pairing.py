@@ -15,8 +15,10 @@ from tgdpo_megatron.errors import UserError
 Pick = Literal["best-worst", "best-random"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 LEFT_OUT = {
+    "repeated": "the prompt was there before",
     "identical": "all answers are the same",
     "too_few": "fewer than two answers are finished and not empty",
+    "refused": "the reward model does not take such turns",
     "too_long": "fewer than two answers fit the reward model",
     "ties": "all answers have the same score",
     "below_margin": "no answer is --margin below the best one",

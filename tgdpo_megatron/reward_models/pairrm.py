@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
 
+from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.data.tokenizer import load_tokenizer
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.reward_models.loading import load_weights
@@ -130,13 +131,13 @@ def texts(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Callable[[str], s
     A single turn is read as it stands. Several are written out, with the assistant's earlier turns in the answer.
 
     Raises:
-        UserError: The turns are not the user's and the assistant's in turn.
+        TemplateRefusal: The turns are not the user's and the assistant's in turn.
     """
     roles = [turn["role"] for turn in messages]
     if roles == ["user"]:
         return messages[0]["content"], lambda answer: answer
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-        raise UserError(
+        raise TemplateRefusal(
             "PairRM reads conversations in which the user and the assistant take turns, without a system turn or "
             f"tools; this one has {', '.join(roles)}; leave such prompts out."
         )

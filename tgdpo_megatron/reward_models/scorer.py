@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class RewardModel(ABC):
         """What is read of each of some different answers to a prompt; None for one that is too long for the model.
 
         Raises:
-            UserError: The model does not take such turns.
+            TemplateRefusal: The model does not take such turns.
         """
 
     def sequences(self, encoded: Sequence[Any]) -> list[Tokens]:
@@ -128,35 +129,43 @@ class Scorer:
         return self.model.is_bradley_terry
 
     def scores(
-        self, groups: Iterable[Group], told: Callable[[int], object] = lambda tokens: None
+        self,
+        groups: Iterable[Group],
+        told: Callable[[int], object] = lambda tokens: None,
+        refused: Callable[[Group], object] | None = None,
     ) -> Iterator[np.ndarray]:
         """The scores of each group's answers, in order. Groups are taken and given some at a time.
 
         Args:
             told: Called after each batch with its number of tokens, without padding.
+            refused: Called with a group whose turns the model does not take, before its scores, which are NaN then.
+                Without it, such a group is an error.
 
         Yields:
             A score for each answer, NaN for one that is too long for the model. [A] float64.
 
         Raises:
-            UserError: The model does not take a group's turns, or a score is not finite.
+            UserError: The model does not take a group's turns, where that is an error, or a score is not finite.
         """
         window: list[_Asked] = []
         tokens = 0
         for group in groups:
-            window.append(self._asked(group))
+            window.append(self._asked(group, refused))
             tokens += sum(len(sequence.ids) for sequence in window[-1].sequences)
             if tokens >= WINDOW * self.batch_tokens:
                 yield from self._of_window(window, told)
                 window, tokens = [], 0
         yield from self._of_window(window, told)
 
-    def _asked(self, group: Group) -> _Asked:
+    def _asked(self, group: Group, refused: Callable[[Group], object] | None) -> _Asked:
         texts = list(dict.fromkeys(group.answers))
         try:
             encoded = self.model.encode(group, texts)
         except UserError as error:
-            raise UserError(f"{group.name}: {error}") from error
+            if refused is None or not isinstance(error, TemplateRefusal):
+                raise UserError(f"{group.name}: {error}") from error
+            refused(group)
+            return _Asked(group, [], [])
         fitting = {text: found for text, found in zip(texts, encoded, strict=True) if found is not None}
         sequences = self.model.sequences(list(fitting.values()))
         if any(max(sequence.ids) >= self.model.vocabulary for sequence in sequences):

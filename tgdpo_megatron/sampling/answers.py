@@ -33,10 +33,11 @@ class Answered:
         finish_reasons: For each answer one of FINISHED.
         num_tokens: Number of tokens of each answer. The token that closes the turn is one of them.
         seeds: The seed of each answer's noise.
-        model: `name`, as the user gave it, and `fingerprint`, a hash of its files; None where a server answered, which
-            does not tell.
+        model: `name`, as the user gave it, and `fingerprint`, a hash of its files. Where a server answered, which does
+            not tell, that is None, and `served` is what the server calls the model.
         sampling: `engine`, `n`, `seed`, `template` (a hash of the chat template), and the fields of engine.Sampling.
-        source: `row`, the number of the input's row or line, and those of its fields that name it, such as `id`.
+        source: `row`, the number of the input's row or line, those of its fields that name it, such as `id`, and where
+            the prompts were answered in parts `shard`, such as 1/4.
         tools: What the model may call, as JSON schemas. The line has no such field where there are none.
     """
 
@@ -63,7 +64,8 @@ def as_line(answered: Answered) -> bytes:
     content = asdict(answered)
     if not answered.tools:
         del content["tools"]
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "replace")  # the source may hold half a character
 
 
 def read_answers(path: Path) -> Iterator[Answered]:
@@ -87,7 +89,7 @@ def from_json(content: Any, *, where: str) -> Answered:
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected an object with an answer's fields, found {kind_of(content)}.")
-    content = {"tools": [], **content}
+    content = whole_characters({"tools": [], **content})
     for name, kind in _KINDS.items():
         if name not in content:
             raise UserError(f"{where}: no field '{name}'; give a file that tools.sample wrote.")
@@ -100,6 +102,17 @@ def from_json(content: Any, *, where: str) -> Answered:
     if unknown := sorted(set(content["finish_reasons"]) - set(FINISHED)):
         raise UserError(f"{where}: an answer finished by '{unknown[0]}'; known are {' and '.join(FINISHED)}.")
     return Answered(**{name: content[name] for name in _KINDS})
+
+
+def whole_characters(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with a question mark in place of each half of a character, which JSON can hold and UTF-8 cannot."""
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        whole: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
+        return whole
+    return content
 
 
 _FOR_EACH_ANSWER = ("all_generated_responses", "finish_reasons", "num_tokens", "seeds")

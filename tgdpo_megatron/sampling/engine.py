@@ -6,7 +6,7 @@
     for answer in engine.answers(Request(tuple(ids), sample, seed=0, settings=settings) for sample in range(5)):
         print(answer.text)
 
-Nothing here imports torch or transformers; what needs them does.
+Importing this loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Engine(Protocol):
 
     Attributes:
         name: `transformers` or `http`.
-        model: `name` and `fingerprint`, as a line of the file of answers has them.
+        model: As Answered.model.
         tokenizer: With the chat template that prompts are rendered with.
         max_length: Most tokens of a prompt and its answer together.
         block: How many different prompts, counted from the first request, are computed together. Answers are the same
@@ -206,10 +206,9 @@ def room_for(request: Request, max_length: int) -> int:
 
 def max_length_of(source: Source) -> int:
     """Most tokens of a prompt and its answer together, by a HuggingFace folder's config.json."""
-    config = read_json(source.folder / "config.json", what="description of a model")
-    text = config.get("text_config", config) if isinstance(config, dict) else {}
-    found = text.get("max_position_embeddings") if isinstance(text, dict) else None
-    return found if type(found) is int and found > 0 else 2**31
+    from tgdpo_megatron.checkpoint.hf_models import positions_in
+
+    return positions_in(source.folder) or 2**31
 
 
 def end_ids(source: Source, tokenizer: Any) -> list[int]:

@@ -67,7 +67,7 @@ class HttpEngine:
         self, source: Source, tokenizer: Any, *, url: str, served_model: str, concurrency: int = 64, retries: int = 6
     ) -> None:
         self.tokenizer = tokenizer
-        self.model = {"name": str(source.given), "fingerprint": None}
+        self.model = {"name": str(source.given), "fingerprint": None, "served": served_model}
         self._server, self._served = _Server(url), served_model
         self._concurrency, self._retries = concurrency, retries
         self._ends, self._special = end_ids(source, tokenizer), special_ids(tokenizer)

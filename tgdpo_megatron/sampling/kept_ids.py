@@ -19,8 +19,8 @@ Ids = dict[tuple[str, int], list[int]]
 
 
 def ids_file(answers: Path) -> Path:
-    """The file beside a file of answers."""
-    return answers.with_suffix(".ids.jsonl")
+    """The file beside a file of answers. It holds JSON lines, but no pattern such as `answers-*.jsonl` takes it."""
+    return answers.with_suffix(".ids")
 
 
 class KeepsIds:

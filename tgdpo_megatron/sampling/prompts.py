@@ -30,6 +30,8 @@ SOURCE_FIELDS = (
     *("category", "subcategory", "cluster"),
 )
 """Fields of a row that name it or say where it is from, and are kept beside the answers."""
+REPEATED = "the prompt was there before"
+"""Why a prompt is left out that was asked already."""
 _TEXT_LIMIT = 2**30
 """Largest .txt file, in bytes."""
 _SHOWN_FROM = 5000
@@ -41,7 +43,7 @@ class Prompt:
 
     Attributes:
         asked: The turns, and the tools that the model may call.
-        source: Number of its row or line, and those of SOURCE_FIELDS that the row has.
+        source: Number of its row or line, those of SOURCE_FIELDS that the row has, and its part, if there are parts.
         text: What the chat template made of it.
         ids: Token ids. int32.
     """
@@ -98,7 +100,7 @@ def read_prompts(path: Path, data: DataConfig) -> Prompts:
     once = {json.dumps([text.messages, text.tools]): text for text in reversed(asked)}
     first = {text.row for text in once.values()}
     if repeated := [text.row for text in asked if text.row not in first]:
-        left_out["the prompt was there before"] = repeated
+        left_out[REPEATED] = repeated
     sources = {number: _source(number, row) for number, row in rows if number in first}
     return Prompts(path, [text for text in asked if text.row in first], sources, left_out)
 
@@ -160,7 +162,7 @@ def _source(number: int, row: Row) -> dict[str, Any]:
 def encode_prompts(
     prompts: Prompts, tokenizer: Any, data: DataConfig, *, max_length: int, max_prompt_tokens: int | None = None
 ) -> list[Prompt]:
-    """Render and tokenise prompts. `prompts.left_out` gets those that cannot be used.
+    """Render and tokenise prompts. `prompts.left_out` gets those that cannot be used, or are there twice as token ids.
 
     Args:
         data: `special_tokens` says what is done with texts that hold special tokens, `template` that none is used.
@@ -171,7 +173,7 @@ def encode_prompts(
         UserError: A template that fails, a text with a special token, a prompt that fills the model, or no prompt left.
     """
     special = None if data.template == AS_THEY_ARE or data.special_tokens == "keep" else special_tokens(tokenizer)
-    encoded = []
+    encoded: dict[str, Prompt] = {}
     for text in _with_progress(prompts.asked):
         where = place(prompts.path, text.row)
         if found := special and next(filter(None, map(special.search, text.texts)), None):
@@ -197,11 +199,15 @@ def encode_prompts(
                 f"{where}: the prompt has {len(ids):,} tokens, and the model takes {max_length:,} with the answer; "
                 "leave long prompts out with --max-prompt-tokens."
             )
-        encoded.append(Prompt(text, prompts.sources[text.row], rendered, np.asarray(ids, dtype=np.int32)))
+        prompt = Prompt(text, prompts.sources[text.row], rendered, np.asarray(ids, dtype=np.int32))
+        if prompt.id in encoded:  # a template may write different turns alike, such as those that end in a space
+            prompts.left_out.setdefault(REPEATED, []).append(text.row)
+        else:
+            encoded[prompt.id] = prompt
     if not encoded:
         reasons = "; ".join(f"{len(rows)} left out: {reason}" for reason, rows in prompts.left_out.items())
         raise UserError(f"{prompts.path}: no prompt is left ({reasons}).")
-    return encoded
+    return list(encoded.values())
 
 
 def _with_progress(asked: Sequence[TextPair]) -> Iterable[TextPair]:

@@ -7,7 +7,7 @@ and the settings that it was made with. Nothing else is kept, and no answer stay
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tgdpo_megatron.bounded import LIMIT, decoded, parse_json
 from tgdpo_megatron.data.tokenizer import template_hash
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.run_lock import alone
+from tgdpo_megatron.run_lock import alone, resumable, write_all
 from tgdpo_megatron.sampling.answers import Answered, as_line, from_json
 from tgdpo_megatron.sampling.engine import Answer, Engine, Request, Sampling
 from tgdpo_megatron.sampling.prompts import Prompt
@@ -76,16 +76,35 @@ def sample(
     with alone(output) as file:
         before = _keep(file, output, prompts, identity, engine.block)
         tally, rest = replace(before), prompts[before.prompts :]
-        # Tokens are counted as they come, since a block of answers may take minutes.
-        with tqdm(desc="sampling", unit=" tokens", unit_scale=True) as bar:
-            answers = engine.answers(chain.from_iterable(map(requests, rest)), bar.update)
+        with _bar(before.prompts, len(prompts)) as bar:
+            answers = engine.answers(chain.from_iterable(map(requests, rest)), _tokens_of(bar))
             for prompt in rest:
                 seeds = [request.own_seed for request in requests(prompt)]
                 answered = _answered(prompt, list(islice(answers, n)), seeds, identity)
-                _write(file, output, as_line(answered))
+                with resumable(output, "answers"):
+                    write_all(file, as_line(answered))
                 tally.add(answered)
-                bar.set_postfix_str(f"{tally.prompts}/{len(prompts)} prompts", refresh=False)
+                bar.update()
     return tally, before
+
+
+def _bar(done: int, prompts: int) -> Any:
+    """A bar of prompts. They come in blocks that may take minutes: the bar is also drawn where none is done, and the
+    time left follows from the mean since the start."""
+    return tqdm(initial=done, total=prompts, desc="sampling", unit="prompt", mininterval=1, miniters=0, smoothing=0)
+
+
+def _tokens_of(bar: Any) -> Callable[[int], None]:
+    """Shows in a bar how many tokens come per second, when it is told of them."""
+    tokens = 0
+
+    def told(more: int) -> None:
+        nonlocal tokens
+        tokens += more
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+        bar.update(0)
+
+    return told
 
 
 def _answered(prompt: Prompt, answers: Sequence[Answer], seeds: list[int], identity: dict[str, Any]) -> Answered:
@@ -131,16 +150,30 @@ def _keep(file: io.FileIO, output: Path, prompts: Sequence[Prompt], identity: di
     return kept
 
 
+_OF_MODELS = {
+    "name": "the model's name",
+    "fingerprint": "the model's fingerprint",
+    "served": "the server's model",
+}
+"""What a field of a line's `model` is called in a sentence."""
+
+
 def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prompt], identity: dict[str, Any]) -> None:
     """Refuse a line that this run would not have written."""
     for group, now in identity.items():
         was = getattr(answered, group)
         if other := next((name for name, value in now.items() if was.get(name) != value), None):
-            what = "the model's " if group == "model" else ""
+            what = _OF_MODELS.get(other, other)
             raise UserError(
-                f"{output} line {number}: was sampled with {what}{other} {was.get(other)}, and this run has "
+                f"{output} line {number}: was sampled with {what} {was.get(other)}, and this run has "
                 f"{now[other]}; go on with the old one, or give another --output."
             )
+    part, part_now = answered.source.get("shard"), prompts[0].source.get("shard", "1/1")
+    if part not in (None, part_now):  # None: all prompts, or a part that an earlier version sampled
+        raise UserError(
+            f"{output} line {number}: was sampled with --shard {part}, and this run has {part_now}; go on with the old "
+            "one, or give another --output."
+        )
     if number > len(prompts):
         raise UserError(
             f"{output}: holds answers to more than these {len(prompts)} prompts; give the prompts that it was begun "
@@ -151,20 +184,3 @@ def _check(answered: Answered, output: Path, number: int, prompts: Sequence[Prom
             f"{output} line {number}: answers another prompt than row {prompts[number - 1].source['row']} of the "
             "prompts now; give those that it was begun with, in their order, or another --output."
         )
-
-
-def _write(file: io.FileIO, output: Path, line: bytes) -> None:
-    """Write a whole line, at once.
-
-    Raises:
-        UserError: The disk is full, or refuses for another reason.
-    """
-    rest = memoryview(line)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); the answers so far are kept: mend that, and give the "
-            "same command again."
-        ) from None

@@ -26,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tgdpo_megatron.checkpoint.hf_models import device_of, load_model
 from tgdpo_megatron.checkpoint.sources import Source, content_hash
 from tgdpo_megatron.data.tokenizer import special_ids
 from tgdpo_megatron.errors import UserError, in_short, ran_out_of_memory
@@ -56,7 +57,7 @@ class TransformersEngine:
         device: Default: the first GPU, or the CPU where there is none.
 
     Raises:
-        UserError: The model cannot be loaded.
+        UserError: There is no such device, or the model cannot be loaded.
     """
 
     name: EngineName = "transformers"
@@ -68,9 +69,9 @@ class TransformersEngine:
         self.block = _BLOCK * batch_size
         self._batch_size = batch_size
         self._given = source.given
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = device_of(device)
         self._ends, self._special = set(end_ids(source, tokenizer)), special_ids(tokenizer)
-        self._model = _load(source).to(self._device).eval()
+        self._model = _load(source, self._device)
 
     def answers(self, requests: Iterable[Request], told: Callable[[int], object] = nobody) -> Iterator[Answer]:
         """As Engine.answers."""
@@ -149,28 +150,16 @@ class TransformersEngine:
         return Answer(text, tuple(ids), len(ids), "stop" if ids[-1] in self._ends else "length")
 
 
-def _load(source: Source) -> Any:
-    """The model, in the dtype in which it is stored.
+def _load(source: Source, device: torch.device) -> Any:
+    """The model.
 
     Raises:
-        UserError: transformers cannot load it, or the files lack some of its weights.
+        UserError: As load_model.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(source.folder),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-        )
-    except Exception as error:  # only the library's code is in here, and what it raises about a foreign model varies
-        if ran_out_of_memory(error):
-            raise
-        raise UserError(f"{source.given}: transformers cannot load the model ({in_short(error)}).") from error
-    if missing := sorted(found["missing_keys"]):  # which it would fill with random numbers
-        raise UserError(f"{source.given}: the files lack {len(missing)} weights of the model, such as {missing[0]}.")
-    return model
+        return load_model(AutoModelForCausalLM, source.folder, device, leftover=True)
+    except UserError as error:
+        raise source.refusal(str(error)) from error
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -48,12 +49,15 @@ def _begun_with_a_margin(folder: Path) -> None:
     from tgdpo_megatron.checkpoint.sources import content_hash
     from tgdpo_megatron.reward_models.annotation import Report, settings_of
     from tgdpo_megatron.reward_models.pairing import Rules
-    from tgdpo_megatron.reward_models.scorer import BATCH_TOKENS
 
     scorer = {"name": "scorer", "fingerprint": content_hash(folder / "scorer")}
-    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5), BATCH_TOKENS)
+    settings = settings_of(scorer, [folder / "answers.jsonl"], Rules(margin=0.5))
     (folder / "out.report.json").write_text(json.dumps(asdict(Report(settings))), encoding="utf-8")
     (folder / "out.jsonl").touch()
+
+
+def _trained(folder: Path) -> None:
+    shutil.copytree(folder / "scorer", folder / "trained" / "hf")
 
 
 ENTRIES = [
@@ -72,6 +76,12 @@ ENTRIES = [
         "a Megatron checkpoint as the scorer",
         annotate(scorer="megatron"),
         "megatron: no config.json there; give a folder with a HuggingFace model.",
+    ),
+    BadInput(
+        "a folder around the scorer",
+        annotate(scorer="trained"),
+        "trained: no config.json there; give trained/hf, which has one.",
+        make=_trained,
     ),
     BadInput(
         "a classifier with three labels",
@@ -150,6 +160,20 @@ ENTRIES = [
         annotate(answers=("one.jsonl", "two.jsonl")),
         "two.jsonl prompt 1: the answers are another model's than those of one.jsonl prompt 1; annotate them apart.",
         files={name: lines(answered("a", ["b", "c"], model=name)) for name in ("one.jsonl", "two.jsonl")},
+    ),
+    BadInput(
+        "answers of two temperatures together",
+        annotate(answers=("one.jsonl", "two.jsonl")),
+        "two.jsonl prompt 1: was sampled with temperature 1.2, and one.jsonl prompt 1 with 0.8; annotate them apart.",
+        files={
+            name: lines(answered("a", ["b", "c"], sampling={"temperature": temperature}))
+            for name, temperature in {"one.jsonl": 0.8, "two.jsonl": 1.2}.items()
+        },
+    ),
+    BadInput(
+        "a device that is not there to score on",
+        annotate("--device", "cuda:99"),
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
     ),
     BadInput(
         "a negative margin",

@@ -24,7 +24,7 @@ def compared(name: str, says: str, *arguments: str, **more: Any) -> BadInput:
     return BadInput(name, ("tools.compare", "--output", "out", *arguments), says, **more)
 
 
-def answered(prompt: str, n: int = 1) -> str:
+def answered(prompt: str, n: int = 1, **more: Any) -> str:
     """A line of a file of answers."""
     of_answers = {
         "all_generated_responses": ["Five."] * n,
@@ -33,7 +33,7 @@ def answered(prompt: str, n: int = 1) -> str:
         "seeds": [0] * n,
     }
     named: dict[str, Any] = {"prompt": prompt, "format_prompt": prompt, "prompt_id": "0", "model": {}, "source": {}}
-    return json.dumps({**named, **of_answers, "sampling": {}}) + "\n"
+    return json.dumps({**named, **of_answers, "sampling": {}, **more}) + "\n"
 
 
 def given(name: str, other: str, says: str) -> BadInput:
@@ -107,15 +107,47 @@ ENTRIES = [
         *("hf", "megatron", "--pairs", "pairs.jsonl"),
     ),
     compared(
+        "a file of a model that is compared",
+        "hf/config.json: is a file; give the folder that it is in, hf.",
+        *("hf", "hf/config.json", "--pairs", "pairs.jsonl"),
+    ),
+    compared(
         "prompts and their answers",
         "--prompts and --answers: give prompts to answer, or the files of their answers, not both.",
         *("hf", "a=hf", "--prompts", "pairs.jsonl", "--answers", "a.jsonl", "b.jsonl"),
+    ),
+    compared(
+        "settings of a sampling that was done before",
+        "--temperature 0.7: says how prompts are answered, and none are given with --prompts; leave it out.",
+        *("hf", "a=hf", "--temperature", "0.7", "--answers", "a.jsonl", "b.jsonl"),
     ),
     compared(
         "a language model as a scorer",
         "hf: holds 'LlamaForCausalLM', which is no reward model that is known; known are sequence classifiers with one "
         "label (…ForSequenceClassification), ArmoRM and PairRM.",
         *("hf", "a=hf", "--prompts", "pairs.jsonl", "--scorer", "hf"),
+    ),
+    compared(
+        "a reward model among models that are compared",
+        "scorer: holds 'LlamaForSequenceClassification', which is no language model; give the models that answer, and "
+        "a reward model with --scorer.",
+        *("hf", "scorer", "--prompts", "pairs.jsonl"),
+    ),
+    compared(
+        "a setting after the files of answers",
+        "--answers … data.template=none: is a setting, not a file; give it before --answers.",
+        *("hf", "a=hf", "--answers", "a.jsonl", "b.jsonl", "data.template=none"),
+    ),
+    compared(
+        "no KL divergence where there is none",
+        "--no-kl: a KL divergence is made of answers, and there are none; leave it out.",
+        *("hf", "a=hf", "--pairs", "pairs.jsonl", "--no-kl"),
+    ),
+    compared(
+        "a device that is not there to compare on",
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
+        *("hf", "a=hf", "--pairs", "pairs.jsonl", "--device", "cuda:99"),
+        leaves=("out/",),
     ),
     given(
         "answers that lack a prompt",
@@ -132,5 +164,11 @@ ENTRIES = [
         "more answers to one prompt than to another",
         answered("Add 2 and 3.") + answered("Name a colour.", 2),
         "b.jsonl: has 1 answer to one prompt and 2 answers to another; give as many.",
+    ),
+    given(
+        "answers of another model",
+        answered("Add 2 and 3.") + answered("Name a colour.", model={"name": "runs/dpo/hf", "fingerprint": "0" * 64}),
+        "b.jsonl: has answers of runs/dpo/hf, whose files are not those of b now; give one file for each model, in the "
+        "order of the models, or sample the answers again.",
     ),
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from tests.faults.inputs.entry import BadInput, edit_json, remove
@@ -43,6 +45,11 @@ def there(name: str, content: str | bytes, says: str) -> BadInput:
     return BadInput(name, sample(), says, files={"p.jsonl": ASKED, "out.jsonl": content})
 
 
+def _exported(folder: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(folder / "hf", folder / "run" / "hf" / name)
+
+
 ENTRIES = [
     BadInput(
         "no file of answers",
@@ -59,6 +66,29 @@ ENTRIES = [
         "a temperature that is no number",
         "temperature nan is refused: it should be a number from 0 on; 0 takes the likeliest token.",
         "--temperature=nan",
+    ),
+    option(
+        "several answers at temperature 0",
+        "--temperature 0: all 3 answers to a prompt would be the same; give --n 1, or a higher temperature.",
+        "--temperature=0",
+        "--n=3",
+    ),
+    option(
+        "answers in a file that is named as SimPO's",
+        "--output out.json: JSON lines are written; give a name that ends in .jsonl.",
+        "--output=out.json",
+    ),
+    option(
+        "an option by its name in Python",
+        "command line: --max_new_tokens is called --max-new-tokens here; see python -m tools.sample --help.",
+        "--max_new_tokens",
+        "4",
+    ),
+    option(
+        "an option by its name elsewhere",
+        "command line: --num-samples is called --n here; see python -m tools.sample --help.",
+        "--num-samples",
+        "4",
     ),
     option(
         "top-p above 1", "top_p 1.5 is refused: it should be a probability above 0; 1 keeps every token.", "--top-p=1.5"
@@ -110,6 +140,11 @@ ENTRIES = [
         "--engine=http",
         "--url=http://127.0.0.1:1",
     ),
+    option(
+        "a device that is not there to sample on",
+        "--device cuda:99: cannot be used (*); give another, such as cpu.",
+        "--device=cuda:99",
+    ),
     option("a model that is not there to sample from", "no: no such folder; a model on a hub is named *.", model="no"),
     option(
         "a Megatron checkpoint to sample from",
@@ -123,6 +158,12 @@ ENTRIES = [
         model="run",
     ),
     BadInput(
+        "a run whose export is meant",
+        sample(model="run", prompts="pairs.jsonl"),
+        "run: no config.json there; give run/hf/iter-0000002, which has one.",
+        make=lambda folder: _exported(folder, "iter-0000001", "iter-0000002"),
+    ),
+    BadInput(
         "a model without weights to sample from",
         sample(prompts="pairs.jsonl"),
         "hf: no model.safetensors there; other formats than safetensors are not read, because they would have to be "
@@ -132,7 +173,7 @@ ENTRIES = [
     BadInput(
         "code that comes with a model",
         sample(prompts="pairs.jsonl"),
-        "hf: transformers cannot load the model (*).",
+        "hf: the model cannot be loaded (*).",
         make=edit_json("hf/config.json", model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}),
     ),
     option(
@@ -178,8 +219,9 @@ ENTRIES = [
     there("a file that is no JSON to go on with", "a\n", "out.jsonl line 1: not valid JSON (Expecting value)."),
     BadInput(
         "a folder in the place of the file of answers",
-        ("tools.sample", "hf", "pairs.jsonl", "--output=hf", "--n=1", "--max-new-tokens=4"),
-        "hf: cannot be written (Is a directory).",
+        sample(prompts="pairs.jsonl"),
+        "out.jsonl: cannot be written (Is a directory).",
+        make=lambda folder: (folder / "out.jsonl").mkdir(),
     ),
     full(
         "a full disk under the answers",
