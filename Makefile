@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
@@ -28,13 +28,13 @@ runtime:  ## only what running needs, without tests and checks; TORCH=cpu as for
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test proofs slurm check parity roundtrip faults bench credit fp8 real: export CUDA_VISIBLE_DEVICES :=
+demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
 
-# Files of tests at once. Many tests start several processes themselves.
-WORKERS ?= 2
+# Files of tests at once. Many tests start several processes themselves, and many wait.
+WORKERS ?= 3
 
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 tests
 
@@ -67,6 +67,9 @@ bench: $(STAMP)  ## speed and memory as ratios to other programs and to the limi
 
 credit: $(STAMP)  ## token rewards against known mistakes, and what methods make of them; FAST=1: shows that it runs
 	$(RUN) -m bench.credit $(if $(FAST),--fast --json runs/credit.json,--json results/credit.json --picture docs/images/credit.svg) --report runs/credit.html
+
+mini: $(STAMP)  ## the paper in miniature: pairs sampled and scored, DPO, SimPO and TGDPO tuned; FAST=1: shows that it runs
+	OMP_NUM_THREADS=1 $(RUN) -m bench.mini $(if $(FAST),--fast,--json results/mini.json --picture docs/images/mini.svg --page docs/miniature.md)
 
 fp8: $(STAMP)  ## what FP8 does to log-probs, token weights and training, emulated on the CPU; docs/fp8.md's tables
 	OMP_NUM_THREADS=1 $(RUN) -m bench.fp8 $(if $(FAST),--fast,--json results/fp8.json --picture docs/images/fp8.svg --page docs/fp8.md)

@@ -1,0 +1,138 @@
+"""The whole miniature: worlds, tuning on a world of its own, and every run of every seed, side by side.
+
+Tuning is equal: every method has as many runs, of which the best is taken by what a user can see, the scorer's win rate
+against the start. Half of TGDPO's are DPO runs, of which the best guides the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench.mini.commands import import_everything, side_by_side
+from bench.mini.methods import SPREADS, Rewards, Setting, configurations, with_other_beta
+from bench.mini.stages import (
+    Effort,
+    Plan,
+    World,
+    make_pairs,
+    make_scorer,
+    make_start,
+    score_run,
+    scores_of,
+    tokens_moved,
+    train,
+)
+
+Numbers = dict[str, Any]
+"""JSON types."""
+CONTROLS: tuple[Rewards, ...] = ("shuffled", "mean", "true")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A configuration in the tuning world.
+
+    Attributes:
+        seen: The scorer's win rate against the start, after one epoch: what decides.
+        known: The same by the known reward, which nobody could see.
+    """
+
+    setting: Setting
+    seen: float
+    known: float
+
+
+def compare(work: Path, effort: Effort, processes: int) -> Numbers:
+    """Everything, from nothing. Returns what the report is made of."""
+    import_everything()
+    tuning, *worlds = (World(work / str(seed), seed, effort) for seed in (effort.tuning_seed, *effort.seeds))
+    starts = [(make_scorer, (tuning,)), *((make_start, (world,)) for world in worlds)]
+    side_by_side(starts, processes, "starts and scorer")
+    made = side_by_side([(make_pairs, (world,)) for world in (tuning, *worlds)], processes, "pairs")
+
+    number, half = effort.configurations, effort.configurations // 2
+    plain = [*configurations("dpo", number, 1), *configurations("simpo", number, 2)]
+    tried = side_by_side([(_try, (tuning, setting)) for setting in plain], processes, "tuning DPO and SimPO")
+    dpo, simpo, guide = _best(tried[:number]), _best(tried[number:]), _best(tried[:half])
+
+    guidance = score_run(tuning, guide.name, effort.epoch)
+    guided = [(_try, (tuning, setting, guidance)) for setting in configurations("tgdpo", number - half, 3)]
+    first = [(_guide, (world, dpo, guide)) for world in worlds]
+    done = side_by_side([*first, *guided], processes, "DPO, and tuning TGDPO")
+    runs, tried_tgdpo = done[: len(first)], done[len(first) :]
+    tgdpo = _best(tried_tgdpo)
+
+    later = [(_follow, (world, *plans)) for world in worlds for plans in _plans(world, dpo, simpo, tgdpo, guide)]
+    runs += side_by_side(later, processes, "SimPO, TGDPO, controls")
+    all_tried = {"DPO": tried[:number], "SimPO": tried[number:], "TGDPO": tried_tgdpo}
+    return {
+        "worlds": made,
+        "tried": {name: [{**asdict(one), "setting": str(one.setting)} for one in of] for name, of in all_tried.items()},
+        "chosen": {"DPO": str(dpo), "SimPO": str(simpo), "TGDPO": str(tgdpo), "guidance": str(guide)},
+        "runs": [run for some in runs for run in some],
+    }
+
+
+def _try(world: World, setting: Setting, guidance: Path | None = None) -> Tried:
+    """One epoch with a configuration, as the scorer sees it."""
+    epoch = world.effort.epoch
+    rewards: Rewards | None = "guidance" if guidance else None
+    run = train(world, Plan(setting.name, setting, epoch, (epoch,), rewards, guidance, scored=True))
+    return Tried(setting, run["checks"][epoch]["win_rate"], mean(run["checks"][epoch]["wins"]))
+
+
+def _best(tried: Sequence[Tried]) -> Setting:
+    return max(tried, key=lambda one: one.seen).setting
+
+
+def _guide(world: World, dpo: Setting, guide: Setting) -> list[Numbers]:
+    """DPO for all epochs, and the guidance where that is another configuration."""
+    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checks, timed=True)]
+    if guide != dpo:
+        plans.append(Plan("guidance", guide, world.effort.epoch, (world.effort.epoch,)))
+    return _follow(world, *plans)
+
+
+def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Setting) -> list[list[Plan]]:
+    """What follows once there is guidance. Plans of one list depend on each other."""
+    effort, once = world.effort, (world.effort.epoch,)
+    guidance, other = scores_of(world, "DPO" if guide == dpo else "guidance"), scores_of(world, "other-guidance")
+    return [
+        [Plan("SimPO", simpo, effort.steps, effort.checks)],
+        [Plan("TGDPO", tgdpo, effort.steps, effort.checks, "guidance", guidance, timed=True)],
+        *([Plan(control, tgdpo, effort.epoch, once, control, guidance)] for control in CONTROLS),
+        *(
+            [
+                Plan(
+                    f"spread-{spread:g}",
+                    replace(tgdpo, option=spread),
+                    effort.epoch,
+                    (),
+                    "guidance",
+                    guidance,
+                    timed=True,
+                )
+            ]
+            for spread in SPREADS
+            if spread != tgdpo.option
+        ),
+        [
+            Plan("other-guidance", with_other_beta(guide), effort.epoch, once),
+            Plan("guided-otherwise", tgdpo, effort.epoch, once, "guidance", other),
+        ],
+    ]
+
+
+def _follow(world: World, *plans: Plan) -> list[Numbers]:
+    """Train by plans, one after another, and see how far the checkpoints of one epoch moved which tokens."""
+    runs = []
+    for plan in plans:
+        run = train(world, plan)
+        if plan.checks:
+            run["moved"] = tokens_moved(world, score_run(world, plan.name, world.effort.epoch))
+        runs.append(run)
+    return runs
