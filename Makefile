@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real bridge-check gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
@@ -28,7 +28,7 @@ runtime:  ## only what running needs, without tests and checks; TORCH=cpu as for
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real: export CUDA_VISIBLE_DEVICES :=
+demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real bridge-check: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
@@ -77,6 +77,20 @@ fp8: $(STAMP)  ## what FP8 does to log-probs, token weights and training, emulat
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real
 
+# Megatron-Bridge asks for an older transformers, so it has an environment of its own.
+BRIDGE_VENV := .venv-bridge
+BRIDGE := $(BRIDGE_VENV)/bin/python
+
+bridge-check: $(STAMP) $(BRIDGE_VENV)/installed  ## weights through Megatron-Bridge's checkpoints and ours, both ways: bits
+	OMP_NUM_THREADS=1 $(RUN) -m tests.bridge --python $(BRIDGE) --json results/bridge.json
+
+$(BRIDGE_VENV)/installed: tests/bridge/requirements.txt
+	$(PYTHON) -m venv $(BRIDGE_VENV)
+	$(subst $(RUN),$(BRIDGE),$(call torch))
+	$(subst $(RUN),$(BRIDGE),$(INSTALL)) -r tests/bridge/requirements.txt
+	$(subst $(RUN),$(BRIDGE),$(INSTALL)) --no-deps megatron-bridge==0.3.1
+	touch $@
+
 # GPU_PYTHON is the machine's Python with torch. WHEELS=folder installs without network; TE=0 leaves Transformer Engine out.
 GPU_PYTHON ?= python3
 GPU_VENV := .venv-gpu
@@ -106,4 +120,4 @@ docs: $(STAMP)  ## the tables of docs/ that follow from the code
 	$(RUN) -m tools.docs
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BRIDGE_VENV) $(GPU_VENV) runs .mypy_cache .ruff_cache .pytest_cache

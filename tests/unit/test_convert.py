@@ -18,6 +18,9 @@ from torch import Tensor
 from tgdpo_megatron.checkpoint import convert, jobs
 from tgdpo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from tgdpo_megatron.checkpoint.fingerprint import _BLOCK, all_finite, combine, tensor_sum
+from tgdpo_megatron.checkpoint.foreign.folder import find_foreign
+from tgdpo_megatron.checkpoint.foreign.reading import foreign_to_hf
+from tgdpo_megatron.checkpoint.foreign.writing import hf_to_bridge
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.checkpoint.work import work_on
 from tgdpo_megatron.errors import UserError
@@ -736,3 +739,25 @@ def test_one_whole_file_is_read_before_shards_that_lie_beside_it(
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert all(torch.equal(theirs[name], x) for name, x in load_file(tmp_path / "back" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_what_megatron_bridge_is_given_comes_back_bit_for_bit(
+    dtype: str | None, hf_model: Path, tmp_path: Path
+) -> None:
+    hf_to_bridge(hf_model, tmp_path / "bridge", dtype=dtype, processes=2)
+    foreign = find_foreign(tmp_path / "bridge")
+    assert foreign is not None
+    foreign_to_hf(foreign, tmp_path / "back", hf_model, processes=2)
+    before = weights_of(hf_model)
+    assert_bit_equal(weights_of(tmp_path / "back"), {n: t.bfloat16() if dtype else t for n, t in before.items()})
+
+
+def test_only_the_vocabulary_may_have_rows_of_padding(checkpoint: Path, tmp_path: Path) -> None:
+    """A tensor with other rows too many is another model's."""
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    config = tmp_path / "megatron" / "hf" / "config.json"
+    fewer = json.loads(config.read_text()) | {"intermediate_size": 64}
+    config.write_text(json.dumps(fewer))
+    with pytest.raises(UserError, match=r"linear_fc1.weight has shape \(192, 64\), but config.json describes"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")

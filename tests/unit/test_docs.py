@@ -197,6 +197,7 @@ OUTPUTS: dict[str, tuple[str | int, ...]] = {
     "recipes.score": ("scores.path",),
     "tools.answers": ("--output",),
     "tools.compare": ("--output",),
+    "tools.convert_hf_to_bridge": (1,),
     "tools.convert_hf_to_megatron": (1,),
     "tools.convert_megatron_to_hf": (1,),
     "tools.demo": ("--output",),
@@ -266,6 +267,7 @@ def test_every_setting_named_exists(page: Path) -> None:
             "md",
             "html",
             "sbatch",
+            "yaml",
         ):
             known = match[0] in RENAMED or match[2] in type(getattr(defaults, match[1])).model_fields
             assert known or word in theirs or page == FOLLOWED, word

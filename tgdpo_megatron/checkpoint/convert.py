@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,17 @@ from tgdpo_megatron.checkpoint.manifest import (
     CheckpointManifest,
     companions,
     copy_companions,
-    describe,
     read_manifest,
     write_manifest,
 )
 from tgdpo_megatron.checkpoint.safetensors import HfShards, HfTensor, HfWeights
-from tgdpo_megatron.checkpoint.torch_dist import write_index
-from tgdpo_megatron.checkpoint.work import check_target, work_on
+from tgdpo_megatron.checkpoint.torch_dist import StoredBox, stored_boxes, write_index_of_boxes
+from tgdpo_megatron.checkpoint.work import Work, check_target, work_on
 from tgdpo_megatron.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import family_of, read_description
+from tgdpo_megatron.model.families.decoder import VOCABULARY
 from tgdpo_megatron.model.tensor_maps import TensorMap
 
 BLOCK_BYTES = 30 * 1000**2
@@ -66,36 +68,17 @@ def hf_to_megatron(
             a full disk or a killed process.
     """
     check_target(target)
-    description = read_description(source)
-    tensors = family_of(description).tensors(description)
-    weights = HfWeights(source)
-    _check_tensors(tensors, weights, source)
-    dtypes = {tensor.key: _DTYPES[dtype] if dtype else _common_dtype(tensor, weights) for tensor in tensors}
-    tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
-    if tokenizer is not None and len(tokenizer) > description.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
-            f"{description.vocab_size}; use the tokenizer that belongs to the model."
-        )
-    parts = in_parts(
-        block for tensor in tensors for block in tensor.blocks(_rows_of_a_block(tensor.shape, dtypes[tensor.key]))
-    )
-    shapes = {tensor.key: tensor.shape for tensor in tensors}
-    with work_on(target, _identity(parts, dtypes, source, weights.files)) as work:
-        folder = work.folder / WEIGHTS
-        with writable(f"{folder}: the checkpoint"):
-            folder.mkdir(exist_ok=True)
-        job = ToMegatron(parts, dtypes, shapes, weights, folder)
-        records = work.do(job, [_bytes(part, dtypes) for part in parts], processes)
-        with writable(f"{folder}: the checkpoint"):
-            blocks = [block for part in parts for block in part]
-            write_index(folder, blocks, dtypes, shapes, [tuple(found) for one in records for found in one["stored"]])
+    planned = plan(source, dtype)
+    tokenizer = planned.tokenizer
+    with work_on(target, planned.identity) as work:
+        stored, sums = planned.write(work, work.folder / WEIGHTS, processes)
+        with writable(f"{work.folder}: the checkpoint"):
+            write_index_of_boxes(work.folder / WEIGHTS, stored, {})
             copy_companions(source, work.folder / HF)
-            sums = Sums.of(records)
             manifest = CheckpointManifest(
-                weights=combine(sums.exact, description),
-                weights_bf16=combine(sums.bf16, description),
-                dtype=str(dtypes[tensors[0].key]).removeprefix("torch."),
+                weights=combine(sums.exact, planned.description),
+                weights_bf16=combine(sums.bf16, planned.description),
+                dtype=str(next(iter(planned.dtypes.values()))).removeprefix("torch."),
                 tokenizer=tokenizer_hash(tokenizer) if tokenizer else None,
                 template=template_hash(tokenizer) if tokenizer else None,
             )
@@ -104,6 +87,69 @@ def hf_to_megatron(
             certify(source, work.folder)
         work.finish()
     return manifest
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A HuggingFace folder that is to be written in Megatron's form.
+
+    Attributes:
+        dtypes: Of the Megatron tensors, by key.
+        shapes: Of the Megatron tensors, by key.
+        parts: The blocks that are written, in parts.
+        tokenizer: The folder's; None where it has none.
+        identity: Everything that the result depends on.
+    """
+
+    description: ModelDescription
+    weights: HfWeights
+    dtypes: dict[str, torch.dtype]
+    shapes: dict[str, tuple[int, ...]]
+    parts: list[Part]
+    tokenizer: Any
+    identity: dict[str, Any]
+
+    def write(
+        self, work: Work, folder: Path, processes: int, layers: int | None = None
+    ) -> tuple[list[StoredBox], Sums]:
+        """Write all .distcp files to a folder; returns where everything lies in them, and its sums.
+
+        Args:
+            processes: How many share the work.
+            layers: As for torch_dist.box_of.
+        """
+        with writable(f"{folder}: the checkpoint"):
+            folder.mkdir(exist_ok=True)
+        job = ToMegatron(self.parts, self.dtypes, self.shapes, self.weights, folder, layers)
+        records = work.do(job, [_bytes(part, self.dtypes) for part in self.parts], processes)
+        blocks = [block for part in self.parts for block in part]
+        written = [tuple(found) for one in records for found in one["stored"]]
+        return stored_boxes(blocks, self.dtypes, self.shapes, written, layers), Sums.of(records)
+
+
+def plan(source: Path, dtype: str | None) -> Planned:
+    """What is to be written of a HuggingFace folder.
+
+    Raises:
+        UserError: An unsupported model, or weights or a tokenizer that are not those of the model.
+    """
+    description = read_description(source)
+    tensors = family_of(description).tensors(description)
+    weights = HfWeights(source)
+    _check_tensors(tensors, weights, source)
+    tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
+    if tokenizer is not None and len(tokenizer) > description.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
+            f"{description.vocab_size}; use the tokenizer that belongs to the model."
+        )
+    dtypes = {tensor.key: _DTYPES[dtype] if dtype else _common_dtype(tensor, weights) for tensor in tensors}
+    parts = in_parts(
+        block for tensor in tensors for block in tensor.blocks(_rows_of_a_block(tensor.shape, dtypes[tensor.key]))
+    )
+    shapes = {tensor.key: tensor.shape for tensor in tensors}
+    identity = _identity(parts, dtypes, source, weights.files)
+    return Planned(description, weights, dtypes, shapes, parts, tokenizer, identity)
 
 
 def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, processes: int = 1) -> None:
@@ -120,10 +166,36 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, proc
             space for it. What is left behind: as in hf_to_megatron.
     """
     check_target(target)
-    manifest = read_manifest(source)
-    description = describe(source)
+    manifest, weights = read_manifest(source), source / WEIGHTS
+    export(Stored(source, weights, read_index(weights), source / HF, manifest.weights), target, dtype, processes)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is exported.
+
+    Attributes:
+        source: Its folder, as it is named in sentences.
+        weights: The folder of its .distcp files.
+        index: Its tensors, by this project's keys. There may be more than those of the model.
+        hf: The folder with config.json and the tokenizer.
+        fingerprint: That its weights must have; None where nothing says so.
+    """
+
+    source: Path
+    weights: Path
+    index: Index
+    hf: Path
+    fingerprint: str | None = None
+
+
+def export(stored: Stored, target: Path, dtype: str | None, processes: int) -> None:
+    """Write a checkpoint as a HuggingFace folder.
+
+    Args, Raises: As megatron_to_hf.
+    """
+    source, index, description = stored.source, stored.index, read_description(stored.hf)
     tensors = family_of(description).tensors(description)
-    index = read_index(source / WEIGHTS)
     _check_stored(tensors, index, source)
     dtypes = {tensor.key: _DTYPES[dtype] if dtype else getattr(torch, index[tensor.key].dtype) for tensor in tensors}
     # Blocks that are no larger than a tensor's stored ones are each read once; of larger ones the tensor is read whole.
@@ -135,17 +207,17 @@ def megatron_to_hf(source: Path, target: Path, *, dtype: str | None = None, proc
             for name, shape in zip(tensor.names, tensor.shapes, strict=True)
         ]
     )
-    files = [source / "manifest.json", *sorted(path for path in (source / WEIGHTS).iterdir() if path.is_file())]
-    with work_on(target, _identity(parts, dtypes, source / HF, files)) as work:
-        job = ToHuggingFace(parts, index, shards, source, work.folder)
+    files = sorted(path for path in (source / "manifest.json", *stored.weights.iterdir()) if path.is_file())
+    with work_on(target, _identity(parts, dtypes, stored.hf, files)) as work:
+        job = ToHuggingFace(parts, index, shards, source, stored.weights, work.folder)
         with writable(f"{work.folder}: the model"):
             shards.begin(work.folder)
         records = work.do(job, [_bytes(part, dtypes) for part in parts], processes)
-        if combine(Sums.of(records).exact, description) != manifest.weights:
+        if stored.fingerprint not in (None, combine(Sums.of(records).exact, description)):
             raise UserError(f"{source}: the weights are not those that the manifest names; the checkpoint was altered.")
         with writable(f"{work.folder}: the model"):
             shards.finish(work.folder)
-            copy_companions(source / HF, work.folder)
+            copy_companions(stored.hf, work.folder)
             _complete_config(work.folder / "config.json", dtypes[tensors[0].key], family_of(description).architecture)
         work.finish()
 
@@ -195,7 +267,8 @@ def _check_stored(tensors: list[TensorMap], index: Index, source: Path) -> None:
         raise UserError(f"{source}: the checkpoint lacks {_first_of(lacking)}.")
     for tensor in tensors:
         found = index[tensor.key].shape
-        if len(found) != len(tensor.shape) or found[1:] != tensor.shape[1:] or found[0] < tensor.shape[0]:
+        padded = tensor.key in VOCABULARY and found[0] > tensor.shape[0] and found[1:] == tensor.shape[1:]
+        if found != tensor.shape and not padded:
             raise UserError(f"{source}: {tensor.key} has shape {found}, but config.json describes {tensor.shape}.")
         if (dtype := index[tensor.key].dtype) not in ("bfloat16", "float16", "float32"):
             raise UserError(f"{source}: {tensor.key} holds {dtype} numbers, which no weight is stored as.")

@@ -6,13 +6,14 @@ it: an index that declares what no file holds is refused. torch is not loaded.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class StoredBlock:
     """First byte in the file."""
     length: int
     """Bytes in the file. They hold at least the block's numbers."""
+    one_of: tuple[int, int] | None = None
+    """Where the file holds several such blocks along one more axis, its first: which of them this is, and how many
+    there are."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,30 @@ class StoredTensor:
     """A name of ITEM_BYTES."""
     shape: tuple[int, ...]
     blocks: tuple[StoredBlock, ...]
+
+    def along_first_axis(self, place: int) -> StoredTensor:
+        """One of the tensors that this one is made of along its first axis, such as one layer's of all layers'."""
+        blocks = [
+            replace(
+                block,
+                offsets=block.offsets[1:],
+                shape=block.shape[1:],
+                one_of=(place - block.offsets[0], block.shape[0]),
+            )
+            for block in self.blocks
+            if block.offsets[0] <= place < block.offsets[0] + block.shape[0]
+        ]
+        return StoredTensor(self.dtype, self.shape[1:], tuple(blocks))
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What is no tensor: a part of a file that torch.save wrote."""
+
+    file: str
+    start: int
+    """First byte in the file."""
+    length: int
 
 
 Index = dict[str, StoredTensor]
@@ -71,9 +99,54 @@ def read_index(folder: Path) -> Index:
     Raises:
         UserError: The index is damaged, holds anything but tensors, or is not that of the folder's files.
     """
+    with _in_one_sentence(folder):
+        return _Entries(folder).all_tensors()
+
+
+class ForeignIndex:
+    """The index of a checkpoint that another program saved, of which each entry is checked when it is asked for.
+
+    Other entries, such as objects and parts of the optimizer's state, are left alone.
+
+    Attributes:
+        folder: Of the .distcp files.
+        tensors: The keys of all tensors.
+
+    Raises:
+        UserError: The index is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with _in_one_sentence(folder):
+            self._entries = _Entries(folder)
+            self.tensors = [key for key, entry in self._entries.declared.items() if not _is_object(entry)]
+
+    def tensor(self, key: str) -> StoredTensor:
+        """A tensor. It can be asked for once.
+
+        Raises:
+            UserError: There is none, or the files do not hold it.
+        """
+        with _in_one_sentence(self.folder):
+            return self._entries.tensor(key)
+
+    def object(self, key: str) -> StoredObject | None:
+        """Where an object lies; None where there is none of that name.
+
+        Raises:
+            UserError: The files do not hold it.
+        """
+        with _in_one_sentence(self.folder):
+            return self._entries.object(key)
+
+
+@contextlib.contextmanager
+def _in_one_sentence(folder: Path) -> Iterator[None]:
+    """Say of the index what a reader finds wrong with it."""
     path = folder / ".metadata"
     try:
-        return _Entries(folder, _pickled(path)).tensors()
+        yield
     except OSError as error:
         raise UserError(f"{path}: the checkpoint's index cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -91,16 +164,16 @@ def _pickled(path: Path) -> Any:
 class _Entries:
     """What an index says, not yet believed."""
 
-    def __init__(self, folder: Path, content: Any) -> None:
-        state = _state(content, "Metadata")
+    def __init__(self, folder: Path) -> None:
+        state = _state(_pickled(folder / ".metadata"), "Metadata")
         self.folder = folder
-        self.declared = _a(dict, state.get("state_dict_metadata"))
+        self.declared = {_a(str, key): entry for key, entry in _a(dict, state.get("state_dict_metadata")).items()}
         self.places = dict(self._places(_a(dict, state.get("storage_data") or {})))
         self.sizes: dict[str, int] = {}
         """Bytes of the files that were looked at."""
 
-    def tensors(self) -> Index:
-        found = {_a(str, key): self._tensor(key, entry) for key, entry in self.declared.items()}
+    def all_tensors(self) -> Index:
+        found = {key: self.tensor(key) for key in self.declared}
         if self.places:
             raise ValueError(f"it places a block of {next(iter(self.places))[0]!r} that no tensor has")
         return found
@@ -113,8 +186,8 @@ class _Entries:
             key = (_a(str, at.get("fqn")), None if offset is None else _sizes(offset))
             yield key, _state(info, "_StorageInfo")
 
-    def _tensor(self, key: str, entry: Any) -> StoredTensor:
-        if isinstance(entry, Made) and entry.is_a("BytesStorageMetadata"):
+    def tensor(self, key: str) -> StoredTensor:
+        if _is_object(entry := self.declared.get(key)):
             raise ValueError(f"it says that {key!r} is an object, and not a tensor, which no checkpoint here holds")
         state = _state(entry, "TensorStorageMetadata")
         dtype, shape = _dtype(state.get("properties")), _sizes(state.get("size"))
@@ -125,6 +198,11 @@ class _Entries:
         if not _is_parted(shape, [(block.offsets, block.shape) for block in blocks]):
             raise ValueError(f"the blocks of {key!r} are not the whole tensor")
         return StoredTensor(dtype, shape, blocks)
+
+    def object(self, key: str) -> StoredObject | None:
+        if not _is_object(self.declared.get(key)) or (place := self.places.get((key, None))) is None:
+            return None
+        return StoredObject(*self._part(place))
 
     def _block(self, key: str, chunk: dict[str, Any], dtype: str, whole: tuple[int, ...]) -> StoredBlock:
         offsets, shape = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
@@ -137,18 +215,17 @@ class _Entries:
             raise ValueError(f"it has no place for a block of {key!r}")
         if place.get("transform_descriptors"):
             raise ValueError(f"a block of {key!r} is not stored as it is")
-        block = StoredBlock(
-            offsets,
-            shape,
-            _a(str, place.get("relative_path")),
-            _count(place.get("offset")),
-            _count(place.get("length")),
-        )
-        if block.start + block.length > self._size(block.file):
-            raise self._unreadable(block.file, "it ends before a block that the index places in it")
+        block = StoredBlock(offsets, shape, *self._part(place))
         if math.prod(shape) * ITEM_BYTES[dtype] > block.length:
             raise ValueError(f"a block of {key!r} has more numbers than its {block.length} bytes hold")
         return block
+
+    def _part(self, place: dict[str, Any]) -> tuple[str, int, int]:
+        """The name of a file, the first byte of a part that lies in it, and the part's bytes."""
+        file, start, length = _a(str, place.get("relative_path")), _count(place.get("offset")), place.get("length")
+        if start + _count(length) > self._size(file):
+            raise self._unreadable(file, "it ends before a block that the index places in it")
+        return file, start, _count(length)
 
     def _size(self, name: str) -> int:
         """Bytes of a file of the folder. No other file can be named, nor a link to one."""
@@ -196,6 +273,10 @@ def _is_parted(whole: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tu
     for corner, sign in zip(itertools.product(*((0, whole[axis]) for axis in cut)), signs, strict=True):
         corners[corner] -= sign
     return not any(corners.values())
+
+
+def _is_object(entry: Any) -> bool:
+    return isinstance(entry, Made) and entry.is_a("BytesStorageMetadata")
 
 
 def _a(kind: type, value: Any) -> Any:

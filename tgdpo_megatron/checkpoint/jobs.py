@@ -17,7 +17,6 @@ from torch import Tensor
 from tgdpo_megatron.checkpoint.failures import readable
 from tgdpo_megatron.checkpoint.fingerprint import all_finite, tensor_sum
 from tgdpo_megatron.checkpoint.index import Index
-from tgdpo_megatron.checkpoint.manifest import WEIGHTS
 from tgdpo_megatron.checkpoint.reading import read_rows
 from tgdpo_megatron.checkpoint.safetensors import HfShards, HfWeights
 from tgdpo_megatron.checkpoint.torch_dist import write_blocks
@@ -80,6 +79,7 @@ class ToMegatron:
         dtypes: Of the Megatron tensors, by key.
         shapes: Of the whole Megatron tensors, by key.
         folder: Where the files are written.
+        layers: As for torch_dist.box_of.
     """
 
     parts: Sequence[Part]
@@ -87,6 +87,7 @@ class ToMegatron:
     shapes: dict[str, tuple[int, ...]]
     weights: HfWeights
     folder: Path
+    layers: int | None = None
 
     def write(self, part: int) -> dict[str, Any]:
         """Write one part; returns its sums, and where its blocks lie.
@@ -108,7 +109,7 @@ class ToMegatron:
             sums.add(tensor.key, whole, block.first)
             return whole
 
-        stored = write_blocks(self.folder, part, self.parts[part], self.dtypes, self.shapes, read)
+        stored = write_blocks(self.folder, part, self.parts[part], self.dtypes, self.shapes, read, self.layers)
         return {"exact": sums.exact, "bf16": sums.bf16, "stored": stored}
 
 
@@ -119,6 +120,7 @@ class ToHuggingFace:
     Attributes:
         index: The checkpoint's.
         source: The checkpoint.
+        weights: The folder of its .distcp files.
         folder: Where the files are.
     """
 
@@ -126,6 +128,7 @@ class ToHuggingFace:
     index: Index
     shards: HfShards
     source: Path
+    weights: Path
     folder: Path
 
     def write(self, part: int) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class ToHuggingFace:
         for block in self.parts[part]:
             tensor = block.tensor
             with readable(f"{self.source}: {tensor.key}"):
-                whole = read_rows(self.source / WEIGHTS, self.index, tensor.key, block.first, tensor.shape)
+                whole = read_rows(self.weights, self.index, tensor.key, block.first, tensor.shape)
             if not all_finite(whole):
                 raise UserError(
                     f"{self.source}: {tensor.key} holds numbers that are not finite; the checkpoint is not exported."

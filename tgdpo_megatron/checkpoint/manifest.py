@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tgdpo_megatron.bounded import parse_json, read_text
+from tgdpo_megatron.checkpoint.foreign.folder import find_foreign
 from tgdpo_megatron.checkpoint.index import read_index
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
@@ -102,6 +103,7 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
         UserError: No such folder, a HuggingFace folder that was not converted, or an unfinished or damaged checkpoint.
     """
     if folder.is_file():
+        find_foreign(folder)  # which refuses NeMo 1's archives in a sentence of their own
         raise UserError(f"{folder}: is a file, not the folder of a model.")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder.")
@@ -114,6 +116,11 @@ def read_manifest(folder: Path, *, with_index: bool = True) -> CheckpointManifes
             )
         if (folder / "checkpoints").is_dir():
             raise UserError(f"{folder}: this is the folder of a run; name one of its {folder / 'checkpoints'}.")
+        if foreign := find_foreign(folder):
+            raise UserError(
+                f"{folder}: this is a checkpoint of {foreign.program}; make a HuggingFace model of it with python -m "
+                f"tools.convert_megatron_to_hf {folder} HF_FOLDER --like MODEL, and give that."
+            )
         raise UserError(
             f"{folder}: neither a HuggingFace model (no config.json) nor a Megatron checkpoint of this project (no "
             "manifest.json)."

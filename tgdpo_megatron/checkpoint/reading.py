@@ -92,6 +92,17 @@ def read_plain(path: Path) -> Any:
         return _Plain(saved).value(saved.content)
 
 
+def read_described(path: Path, start: int = 0, length: int | None = None) -> Any:
+    """What torch.save wrote into a file, or into a part of one, as its pickle describes it: see read_pickle.
+
+    Raises:
+        ValueError: Damaged.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        return _Saved(file, start, path.stat().st_size if length is None else length).content
+
+
 def _block_region(folder: Path, dtype: str, block: StoredBlock, region: Sequence[tuple[int, int]]) -> Tensor:
     """Numbers of a block. Of the rows that hold the region nothing else is read.
 
@@ -101,6 +112,8 @@ def _block_region(folder: Path, dtype: str, block: StoredBlock, region: Sequence
     with (folder / block.file).open("rb") as file:
         saved = _Saved(file, block.start, block.length)
         tensor = saved.tensor(saved.content)
+        if block.one_of is not None and tensor.shape[:1] == block.one_of[1:]:
+            tensor = tensor.along_first_axis(block.one_of[0])
         if (tensor.dtype, tensor.shape) != (dtype, block.shape):
             raise ValueError(f"{block.file} holds another tensor than the index says")
         inside = [(begin - first, end - first) for (begin, end), first in zip(region, block.offsets, strict=True)]
@@ -134,6 +147,10 @@ class _Described:
     def rows(self, begin: int, end: int) -> _Described:
         shape, offset = (end - begin, *self.shape[1:]), self.offset + begin * self.strides[0]
         return _Described(self.dtype, shape, self.strides, offset, self.storage)
+
+    def along_first_axis(self, place: int) -> _Described:
+        offset = self.offset + place * self.strides[0]
+        return _Described(self.dtype, self.shape[1:], self.strides[1:], offset, self.storage)
 
 
 class _Saved:

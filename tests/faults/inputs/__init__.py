@@ -12,6 +12,7 @@ from tests.faults.inputs import (
     evaluation,
     hf_folders,
     layouts,
+    other_programs,
     sampling,
     scores,
 )
@@ -22,6 +23,7 @@ SUBJECTS = {
     "data": data.ENTRIES,
     "HuggingFace folders": hf_folders.ENTRIES,
     "checkpoints": checkpoints.ENTRIES,
+    "other programs": other_programs.ENTRIES,
     "scores": scores.ENTRIES,
     "sampling": sampling.ENTRIES,
     "annotation": annotation.ENTRIES,

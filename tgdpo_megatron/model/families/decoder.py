@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,23 @@ from tgdpo_megatron.model.tensor_maps import TensorMap, by_group, same, stacked
 WINDOWED, FULL = "sliding_attention", "full_attention"
 """HuggingFace's names of the two kinds of layers."""
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+VOCABULARY = (EMBEDDING, OUTPUT)
+"""Megatron's keys of the tensors with a row for each token. Rows of padding may follow."""
+
 _ROPE = "supported are plain RoPE and Llama-3.1's scaling, which is called llama3"
+
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def layer_of(key: str) -> tuple[int | None, str]:
+    """The layer that a key of Megatron's names, from 0, and the key of all layers' tensors where they are stacked.
+
+    None, and the key itself, where it names no layer.
+    """
+    found = _LAYER.match(key)
+    return (int(found[1]), _LAYER.sub("decoder.layers.", key)) if found else (None, key)
 
 
 def sizes(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -132,12 +149,12 @@ def windows(config: dict[str, Any], window: int | None, *, windowed: list[bool],
 def tensors(model: ModelDescription) -> list[TensorMap]:
     """All tensors of a model, in the order of the layers."""
     hidden, vocab = model.hidden_size, model.vocab_size
-    maps = [same("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab, hidden), split=0)]
+    maps = [same(EMBEDDING, "model.embed_tokens.weight", (vocab, hidden), split=0)]
     for layer in range(model.num_layers):
         maps += layer_tensors(model, layer)
     maps.append(same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
     if not model.tie_word_embeddings:
-        maps.append(same("output_layer.weight", "lm_head.weight", (vocab, hidden), split=0))
+        maps.append(same(OUTPUT, "lm_head.weight", (vocab, hidden), split=0))
     return maps
 
 

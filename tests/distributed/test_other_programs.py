@@ -1,0 +1,77 @@
+"""Checkpoints of Megatron-Bridge, Megatron-LM and NeMo 2, as Megatron-Core saves and loads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.parity.models import make_model
+from tests.support.other_programs import settings_of, write_settings
+from tests.support.program import run_ranks
+from tgdpo_megatron.checkpoint.foreign.folder import BRIDGE, LM, NEMO, find_foreign
+from tgdpo_megatron.checkpoint.foreign.reading import foreign_to_hf
+from tgdpo_megatron.checkpoint.foreign.writing import arguments, hf_to_bridge
+from tgdpo_megatron.model.families import read_description
+
+WEIGHTS = {BRIDGE: "iter_0000003", LM: "iter_0000003", NEMO: "weights"}
+CASES = {
+    "llama-of-Megatron-Bridge": ("llama", False, BRIDGE, {}),
+    "gemma2-of-Megatron-Bridge": ("gemma2", True, BRIDGE, {}),
+    "qwen2-of-Megatron-LM": ("qwen2", False, LM, {}),
+    "qwen3-of-NeMo-2": ("qwen3", True, NEMO, {"prefix": "module."}),
+    "llama-with-a-key-for-each-layer": ("llama", True, LM, {"stacked": False}),
+    "qwen3-with-norms-of-their-own": ("qwen3", False, BRIDGE, {"fused_norms": False}),
+}
+"""family, whether embeddings are tied, program, what is particular of its form."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each case HF/ and FOREIGN/, saved from two tensor-parallel ranks."""
+    root = tmp_path_factory.mktemp("saved")
+    jobs = []
+    for place, (name, (family, tied, program, form)) in enumerate(CASES.items()):
+        hf, folder = root / name / "hf", root / name / "foreign"
+        make_model(place, family, tied).to(torch.bfloat16 if place % 2 else torch.float32).save_pretrained(hf)
+        config = json.loads((hf / "config.json").read_text())
+        args = arguments(read_description(hf)) if program == LM else None
+        if program != LM:
+            write_settings(folder, program, settings_of(config))
+        else:
+            folder.mkdir()
+            (folder / "latest_checkpointed_iteration.txt").write_text("3")
+        jobs.append({"hf": str(hf), "weights": str(folder / WEIGHTS[program]), "form": form, "args": args})
+    run_ranks("tests.support.other_programs", "save", 2, jobs=jobs)
+    return root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_weights_become_the_huggingface_model_that_they_were_made_of(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, the padding of the vocabulary left out."""
+    foreign = find_foreign(saved / name / "foreign")
+    assert foreign is not None and foreign.program == CASES[name][2]
+    foreign_to_hf(foreign, tmp_path / "hf", saved / name / "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (saved / name / "hf", tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    for tensor in before:
+        assert before[tensor].dtype == after[tensor].dtype and torch.equal(before[tensor], after[tensor]), tensor
+
+
+def test_megatron_cores_loader_finds_every_tensor_where_the_programs_models_look_for_it(
+    saved: Path, tmp_path: Path
+) -> None:
+    for name in ("llama-of-Megatron-Bridge", "gemma2-of-Megatron-Bridge"):
+        hf = saved / name / "hf"
+        hf_to_bridge(hf, tmp_path / name)
+        assert (tmp_path / name / "latest_checkpointed_iteration.txt").read_text() == "release"
+        found = run_ranks(
+            "tests.support.other_programs", "loads", 2, hf=str(hf), weights=str(tmp_path / name / "release")
+        )
+        assert found["differing"] == []
+        assert {"num_layers", "tensor_model_parallel_size", "no_save_optim"} <= set(found["args"])
