@@ -26,6 +26,7 @@ from typing import Any
 
 from recipes.settings import RECIPES, Command, read_command_line
 from tgdpo_megatron.bounded import read_json
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.config import check_batch_layout, check_layout
 from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, code_of, one_sentence_errors
 from tgdpo_megatron.platform.interrupts import asking
@@ -305,7 +306,7 @@ def _that_matter(command: Sequence[str]) -> set[str]:
 
 def _call(stage: Stage, command: list[str]) -> None:
     """Print a command and run it. Signals are the program's to answer."""
-    print(f"\n$ {shlex.join(command)}", flush=True)
+    print(f"\n$ {as_called(shlex.join(command))}", flush=True)
     received: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 

@@ -16,6 +16,7 @@ import yaml
 
 from recipes import large, tgdpo, tiny, treg
 from tgdpo_megatron.bounded import parse_yaml, read_yaml
+from tgdpo_megatron.commands import ROOT, as_called
 from tgdpo_megatron.config import (
     ALTERNATIVES,
     COMMAND_LINE,
@@ -193,7 +194,7 @@ def read_command_line(program: str, description: str, arguments: Sequence[str] |
         config = load(config, experiment, where=str(parsed.conf))
     config = with_newest_checkpoints(complete(changed(config, parsed.changes), where="the settings"))
     if parsed.help:
-        print("\n".join([parser.format_help(), *_recipes(), "", *_settings(program, config)]))
+        print(as_called("\n".join([parser.format_help(), *_recipes(), "", *_settings(program, config)])))
         sys.exit()
     said = Loudness.QUIET if parsed.quiet else Loudness.VERBOSE if parsed.verbose else Loudness.NORMAL
     processes = parsed.nproc_per_node or config.cluster.gpus_per_node or 1
@@ -309,7 +310,8 @@ def _recipe(named: Any, given: str | None, conf: Path | None) -> str:
 
 
 def _read_experiment(path: Path) -> dict[str, Any]:
-    content = read_yaml(path, what="configuration file")
+    ours = ROOT / path  # conf/NAME.yaml, from whichever folder
+    content = read_yaml(ours if ours.is_file() and not path.exists() else path, what="configuration file")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected groups of settings, such as 'loss:' with 'beta: 0.05' below it.")
     return content

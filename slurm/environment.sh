@@ -21,20 +21,20 @@ end_with() {
     exit "$code"
 }
 
-once() {  # Run a program on the first node of the job: once PROGRAM ARGUMENTS...
-    local code=0; srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" python -m "$@" || code=$?; end_with "$code"
+once() { local code=0  # Run a program on the first node of the job: once PROGRAM ARGUMENTS...
+    srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}" python -m tgdpo_megatron "$@" || code=$?; end_with "$code"
 }
 
 # Start a program's launcher on each node of the job: on_each_node PROGRAM ARGUMENTS... When one ends, all end by
 # themselves; what is left after a minute is killed. Of the signals, USR1 is handed on here, and SIGTERM by Slurm itself.
 on_each_node() {
-    local port=$((20000 + SLURM_JOB_ID % 12000)) code asked=1
+    local port=$((20000 + SLURM_JOB_ID % 12000)) code asked=1 step
     local meet=${TGDPO_RENDEZVOUS:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     # shellcheck disable=SC2016  # each node has a SLURM_NODEID of its own
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpu-bind=none "${container[@]}" \
-        bash -c 'exec python -m "$0" --node-rank "$SLURM_NODEID" "$@"' "$1" --nnodes "$SLURM_NNODES" \
-        --rdzv-endpoint "$meet:$port" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "${@:2}" & local step=$!
-    trap 'asked=1; kill -USR1 "$step" || true' USR1; trap 'asked=1' TERM
+        bash -c 'exec python -m tgdpo_megatron "$0" --node-rank "$SLURM_NODEID" "$@"' "$1" \
+        --nnodes "$SLURM_NNODES" --rdzv-endpoint "$meet:$port" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "${@:2}" &
+    step=$!; trap 'asked=1; kill -USR1 "$step" || true' USR1; trap 'asked=1' TERM
     while ((asked)); do asked=0 code=0; wait "$step" || code=$?; done  # a signal interrupts wait
     end_with "$code"
 }

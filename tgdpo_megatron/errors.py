@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.platform.interrupts import asking
 from tgdpo_megatron.platform.parents import end_with_parent
 from tgdpo_megatron.quiet import debugging, quiet
@@ -73,6 +74,9 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, *, others: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._others = others or {}
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
@@ -198,6 +202,7 @@ def one_sentence_errors() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     code, message = _verdict(error)
+    message = as_called(message)
     in_a_rank, launched = "RANK" in os.environ, "TGDPO_LAUNCHED" in os.environ
     if code == UNEXPECTED and not in_a_rank:
         raise error

@@ -36,9 +36,10 @@ from tgdpo_megatron.engine import token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.losses.rewards import GIVEN_BY
-from tgdpo_megatron.model.build import build_model, transformer_config
+from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, transformer_config
 from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.platform import accelerators
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel, on_first_rank
 from tgdpo_megatron.report.terminal import Loudness
 from tgdpo_megatron.run_lock import RunLock, take_together
@@ -134,6 +135,8 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
             settings = run_folder.keep_settings(folder, config, found)
             if loudness == Loudness.VERBOSE:
                 print(settings, end="", flush=True)
+            if loudness > Loudness.QUIET:
+                print(accelerators.name_layers(transformer_engine=HAVE_TRANSFORMER_ENGINE), flush=True)
         running = {name: path for name, path in checkpoints.items() if _lack(parts, GIVEN_BY[name], wanted)}
         initialize_model_parallel(config.parallel, config.train.seed)
         stacks = _load_stacks(running, config)

@@ -25,13 +25,15 @@ from tgdpo_megatron import run_folder
 from tgdpo_megatron.answers import answer_held_out, keep_answers
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.checkpoint.manifest import HF
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.tokenizer import tokenizer_for
 from tgdpo_megatron.engine import Engine
 from tgdpo_megatron.errors import NonFiniteError, StoppedError, UserError, code_of, in_short
+from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.pair_losses import Start
-from tgdpo_megatron.platform import interrupts, life
+from tgdpo_megatron.platform import accelerators, interrupts, life
 from tgdpo_megatron.platform.clock import EVALUATING, READING, SAVING
 from tgdpo_megatron.platform.processes import Ranks, command_words, on_first_rank
 from tgdpo_megatron.platform.random_states import set_for_step
@@ -358,6 +360,8 @@ def _introduce(run: Run, loudness: Loudness) -> None:
     arithmetic = f"{run.config.train.precision} on the {run.engine.device.type.upper().replace('CUDA', 'GPU')}"
     if loudness > Loudness.QUIET:
         where = f"going on from {run.resumed_from}" if run.resumed_from else f"in {run.output}"
+        layers = accelerators.name_layers(transformer_engine=HAVE_TRANSFORMER_ENGINE)
+        print(f"{layers}; {accelerators.name_optimizer(run.engine.optimizer)}")
         print(f"{run.config.loss.type} {where}, {arithmetic}: {words}", flush=True)
     if run.config.train.resume and run.resumed_from is None:
         print(f"warning: {run.output} holds no checkpoint to go on from, so the run starts anew.", flush=True)
@@ -384,7 +388,7 @@ def _export(checkpoint: Path, output: Path) -> None:
     try:
         megatron_to_hf(checkpoint, folder)
     except UserError as error:
-        by_hand = f"python -m tools.convert_megatron_to_hf {checkpoint} {folder}"
+        by_hand = as_called(f"python -m tools.convert_megatron_to_hf {checkpoint} {folder}")
         tqdm.write(f"warning: not exported ({str(error).removesuffix('.')}); later: {by_hand}", file=sys.stderr)
 
 
@@ -417,7 +421,7 @@ def _conclude(run: Run, ranks: Ranks, done: int, seconds: float, went: str) -> N
         exported=run_folder.export_of(checkpoint),
         report=report,
     )
-    print("\n".join(lines), flush=True)
+    print(as_called("\n".join(lines)), flush=True)
 
 
 def _report(output: Path, ranks: Ranks) -> Path | None:

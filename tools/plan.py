@@ -20,6 +20,7 @@ from typing import Any
 from recipes.settings import read_command_line
 from tgdpo_megatron.checkpoint import sources
 from tgdpo_megatron.checkpoint.manifest import read_manifest
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.config import Config, check_batch_layout, on_device
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
@@ -123,7 +124,7 @@ def main() -> None:
         check_fp8_sizes(description, config)
         engine = mine.transformer_engine or config.train.fp8 is not None  # nothing else computes in FP8
         memory = round(mine.memory * GIB) if mine.memory is not None else _gpu()
-        print(report(config, description, ranks=ranks, memory=memory, transformer_engine=engine))
+        print(as_called(report(config, description, ranks=ranks, memory=memory, transformer_engine=engine)))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pathlib import Path
 from recipes.align import Stage, check_early, check_layouts, stages_of
 from recipes.settings import Command, changed, read_command_line
 from tgdpo_megatron.checkpoint import sources
+from tgdpo_megatron.commands import ROOT
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.hub_splits import hub_split
 from tgdpo_megatron.data.prepare import is_prepared
@@ -87,8 +88,15 @@ class Job:
             options += [f"--array=0-{self.tasks - 1}"]
         if after is not None:
             options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-        script = f"slurm/{_SCRIPTS.get(self.stage, self.stage)}.sbatch"
-        return ["sbatch", *options, script, *self.arguments]
+        folder, here = _folder_of_scripts()
+        options += [] if here else [f"--export=ALL,TGDPO_SLURM={folder}"]
+        return ["sbatch", *options, str(folder / f"{_SCRIPTS.get(self.stage, self.stage)}.sbatch"), *self.arguments]
+
+
+def _folder_of_scripts() -> tuple[Path, bool]:
+    """The scripts of the current folder, where it has any, else those that came with this program; whether it has."""
+    here = Path("slurm")
+    return (here, True) if (here / "environment.sh").is_file() else (ROOT / "slurm", False)
 
 
 def jobs_of(
@@ -307,8 +315,6 @@ def main() -> None:
         own.add_argument("--betas")
         own.add_argument("--dry-run", action="store_true")
         mine, others = own.parse_known_args(sys.argv[1:])
-        if not Path("slurm/environment.sh").is_file():
-            raise UserError("slurm/environment.sh: not found from here; submit in the repository's folder.")
         of_guidance = [text.removeprefix("guidance.") for text in others if text.startswith("guidance.")]
         command = read_command_line(
             "tools.submit", __doc__, [text for text in others if not text.startswith("guidance.")]

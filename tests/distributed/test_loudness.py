@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_the_default_adds_the_data_the_changed_settings_a_bar_and_held_out_lines
     assert "data.train: read as " in out and "step 1: held out: loss " in out
     assert "train_iters=2" in out and "weight_decay" not in out  # the latter has its default
     assert "2/2" in err, "the bar reaches its end"
+    assert f"layers: local (megatron-core {version('megatron-core')}); optimizer: torch's AdamW" in out.splitlines()
     assert len(out.splitlines()) <= 30
 
 

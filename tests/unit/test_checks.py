@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,25 @@ def test_a_transformer_engine_that_is_there_in_half_is_refused_with_why(tmp_path
     assert done.stderr == (
         "error: Transformer Engine is installed but does not load (No module named 'transformer_engine.pytorch'); "
         "repair it, or uninstall it with its core and torch parts to run on Megatron's local layers.\n"
+    )
+
+
+def test_a_transformer_engine_that_was_built_for_another_torch_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Its compiled part asks for a function that this torch does not have, or has under another name."""
+    make_package(tmp_path / "transformer_engine", "pytorch")
+    pretend_installed(tmp_path, "transformer_engine", "2.11.0")
+    code = tmp_path / "engine.c"
+    code.write_text("void _ZN3c105gone(void); void *PyInit_engine_torch(void) { _ZN3c105gone(); return 0; }")
+    built = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "engine_torch.so"), str(code)]
+    if shutil.which("cc") is None or subprocess.run(built, capture_output=True).returncode:
+        pytest.skip("no C compiler here, to build a library with")
+    (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text("import engine_torch\n")
+    done = start_with(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: Transformer Engine 2.11.0 does not load, because it was built for another torch than the installed "
+        f"{version('torch')}; install the torch that it came with, or build it again for this one, or uninstall it to "
+        "run on Megatron's local layers.\n"
     )
 
 

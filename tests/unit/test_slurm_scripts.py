@@ -43,7 +43,7 @@ def test_a_script_is_correct_bash_and_fits_a_screen(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
         found = subprocess.run(
-            ["shellcheck", "--external-sources", "--exclude=SC1091", "--shell=bash", path.name],
+            ["shellcheck", "--external-sources", "--exclude=SC1090,SC1091", "--shell=bash", path.name],
             cwd=FOLDER,
             capture_output=True,
             text=True,
@@ -113,7 +113,7 @@ def test_a_container_is_used_where_one_is_named(slurm: Slurm, tmp_path: Path) ->
     assert "container" not in calls[-1]
     _, calls = slurm("once tools.prepare_pairs pairs.jsonl", TGDPO_CONTAINER="image.sqsh", TGDPO_MOUNTS="/a:/a")
     options = f"--container-image=image.sqsh --container-mounts=/a:/a --container-workdir={tmp_path}"
-    assert calls[-1].endswith(f"{options} python -m tools.prepare_pairs pairs.jsonl")
+    assert calls[-1].endswith(f"{options} python -m tgdpo_megatron tools.prepare_pairs pairs.jsonl")
 
 
 @each_script
@@ -166,8 +166,8 @@ def test_parts_of_the_prompts_are_sampled_by_a_server_that_ends_with_the_job(slu
     assert code == 0
     assert calls[0] == f"vllm serve runs/start-hf --host 127.0.0.1 --port {port} --data-parallel-size 8"
     assert calls[-1].endswith(
-        "python -m tools.sample --output runs/on-policy/answers-002.jsonl --shard 2/4 --engine http "
-        f"--url http://127.0.0.1:{port} runs/start-hf prompts.txt --n 5"
+        "python -m tgdpo_megatron tools.sample --output runs/on-policy/answers-002.jsonl --shard 2/4 "
+        f"--engine http --url http://127.0.0.1:{port} runs/start-hf prompts.txt --n 5"
     )
     assert not Path(f"/proc/{(tmp_path / 'id').read_text().strip()}").exists()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -200,10 +199,3 @@ def test_mistakes_of_the_caller_are_refused_by_name() -> None:
         viewer_page("", "", [pair], REWARD, after="reward after")
     with pytest.raises(ValueError, match="at least one must"):
         viewer_page("", "", [pair], (TokenNumber("r̂", shades=False),))
-
-
-def test_an_installed_package_has_the_template_and_the_styles() -> None:
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folder = ROOT / "tgdpo_megatron" / "report"
-    packed = {path for pattern in package_data["tgdpo_megatron.report"] for path in folder.glob(pattern)}
-    assert packed == {path for path in folder.iterdir() if path.suffix in (".html", ".css")}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.evaluation.comparison import AnswerNumbers, PairNumbers
 from tgdpo_megatron.report.words import percent, plural
@@ -234,7 +235,8 @@ def _sequences(
         other = np.mean([len(one.ids) - one.prompt != tokens for one, tokens in zip(sequences, sampled, strict=True)])
         words = f"{percent(float(other))} of the answers of {name} were written in other tokens than their texts have"
         if other > MOST_IN_OTHER_TOKENS:
-            notes.append(f"No KL divergence of {name}: {words}; tools.sample keeps the tokens with --keep-ids.")
+            remedy = as_called("tools.sample keeps the tokens with --keep-ids")
+            notes.append(f"No KL divergence of {name}: {words}; {remedy}.")
             continue
         if other:
             notes.append(f"{words}, which the KL divergence is made of.")

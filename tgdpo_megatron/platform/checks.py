@@ -59,6 +59,12 @@ def check_transformer_engine() -> None:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # Megatron would fail with a traceback, or use mocks of the layers
         why = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        if "undefined symbol" in why:  # of torch's library, whose names change from version to version
+            raise UserError(
+                f"Transformer Engine {found} does not load, because it was built for another torch than the installed "
+                f"{metadata.version('torch')}; install the torch that it came with, or build it again for this one, or "
+                "uninstall it to run on Megatron's local layers."
+            ) from None
         raise UserError(
             f"Transformer Engine is installed but does not load ({why}); repair it, or uninstall it with its core and "
             "torch parts to run on Megatron's local layers."

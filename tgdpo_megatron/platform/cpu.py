@@ -8,6 +8,7 @@ nothing where CUDA is available:
 - `Tensor.cuda()` returns the tensor. `Tensor.type()`, called from megatron.core, returns the name of the CUDA type,
   because megatron.core compares it with such names.
 - The random-state tracker keeps CPU states.
+- Transformer Engine and apex, which have no kernels for CPUs, are not found.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from tgdpo_megatron.platform import accelerators
 
 # Megatron modules that name device="cuda" in code that this project runs.
 _MODULES_NAMING_CUDA = (
@@ -42,6 +45,7 @@ def install() -> None:
     cuda: Any = torch.cuda
     if cuda.is_available() or cuda.current_device is _current_device:
         return
+    accelerators.hide()
     _import_megatron()
     _redirect_torch_cuda()
     _redirect_factories()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
 
+from tgdpo_megatron.commands import ROOT
 from tgdpo_megatron.platform.interrupts import LAUNCHED, STARTED
 from tgdpo_megatron.platform.parents import PARENT
 
-_ROOT = Path(__file__).resolve().parents[2]
 _OF_A_JOB = re.compile(
     f"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*|TORCHELASTIC_.*|{LAUNCHED}|{STARTED}|SLURM_.*|OMP_NUM_THREADS"
 )
@@ -28,5 +27,5 @@ def environment() -> dict[str, str]:
     It ends with this process.
     """
     inherited = {name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)}
-    path = os.pathsep.join(filter(None, (str(_ROOT), inherited.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
     return inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, PARENT: str(os.getpid())}

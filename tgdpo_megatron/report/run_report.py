@@ -20,6 +20,7 @@ from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.checkpoint.certificate import NAME as CERTIFICATE
 from tgdpo_megatron.checkpoint.certificate import read_certificate
 from tgdpo_megatron.checkpoint.manifest import describe
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.config import Config, LossConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, few
 from tgdpo_megatron.data.tokenizer import special_texts
@@ -165,7 +166,7 @@ def _page(run: _Run) -> Page:
             Section("What the token rewards say", _token_pairs(run)),
             Section("Answers to held-out prompts", _samples(run)),
             Section("Data", _data(run)),
-            Section("What to do next", [Commands(_commands(run))]),
+            Section("What to do next", [Commands([as_called(line) for line in _commands(run)])]),
             Section(
                 "Settings that differ from the defaults",
                 [Facts(_settings(as_given(run.config, kept_sources(run.output))))],
@@ -455,7 +456,7 @@ def _token_pairs(run: _Run) -> list[Any]:
     except UserError as error:  # the scores may be gone since; the rest of the report does not need them
         return [f"They cannot be shown: {error}"]
     if rewards is None:
-        return [f"python -m tools.view {run.output} shows them: live rewards are not kept with a run."]
+        return [as_called(f"python -m tools.view {run.output} shows them: live rewards are not kept with a run.")]
     viewed = viewed_pairs(tokenizer, data, pairs, {REWARD: rewards})
     shown = [TokenPair(pair.prompt, _tokens(pair.chosen), _tokens(pair.rejected), pair.name) for pair in viewed]
     words = (

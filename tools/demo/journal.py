@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.errors import USER_ERROR, UserError
 
 SFT_LR = 4e-3
@@ -101,7 +102,7 @@ class Journal:
         """
         command = ["python", "-m", module, *map(str, arguments)]
         with self.writing:
-            self.commands.append(shlex.join(command))
+            self.commands.append(as_called(shlex.join(command)))
             print(f"   $ {self.commands[-1]}", flush=True)
             log = self.output / "logs" / f"{len(self.commands):02}-{module}.log"
         environment = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}

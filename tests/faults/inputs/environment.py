@@ -7,6 +7,7 @@ import socket
 import subprocess
 import tempfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from tests.faults.inputs.entry import BadInput, convert, export, score, train
@@ -366,6 +367,20 @@ ENTRIES = [
         ("apex/__init__.py",),
         "the package 'apex' at FOLDER/site/apex/__init__.py is not NVIDIA's apex and would change "
         "Megatron's layers; uninstall it.",
+    ),
+    BadInput(
+        "a Transformer Engine built for another torch",
+        train(),
+        "Transformer Engine 2.11.0 does not load, because it was built for another torch than the installed "
+        f"{metadata.version('torch')}; install the torch that it came with, or build it again for this one, or "
+        "uninstall it to run on Megatron's local layers.",
+        files={
+            "site/transformer_engine/__init__.py": "",
+            "site/transformer_engine/pytorch.py": "raise ImportError('te.so: undefined symbol: _ZN3c105ErrorC2E')",
+            "site/transformer_engine-2.11.0.dist-info/METADATA": "Name: transformer-engine\nVersion: 2.11.0\n",
+        },
+        environment={"PYTHONPATH": f"site:{ROOT}"},
+        fresh=True,
     ),
     package(
         "a megatron-core that was not checked",
