@@ -35,6 +35,7 @@ PROGRAMS = {
     "tgdpo-score": "recipes.score",
     "tgdpo-submit": "tools.submit",
     "tgdpo-tiny-model": "tools.make_tiny_model",
+    "tgdpo-to-bridge": "tools.convert_hf_to_bridge",
     "tgdpo-tokens": "tools.tokens",
     "tgdpo-train": "recipes.train",
     "tgdpo-view": "tools.view",
