@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.versions import environments, matrix
+from tests.versions.environments import Environment
+from tests.versions.matrix import run_matrix, table
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.platform import versions
 from tgdpo_megatron.platform.versions import DIFFERENCES, MEGATRON, NAMES_NO_TRANSFORMER_ENGINE, PYTHONS
+from tools.docs import versions as written_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = metadata.version("megatron-core")
@@ -235,4 +240,58 @@ def test_a_difference_holds_from_its_version_on(installed: str, monkeypatch: pyt
     minor = int(installed.split(".")[1])
     assert [difference.holds for difference in DIFFERENCES] == [
         minor >= int(difference.since.split(".")[1]) for difference in DIFFERENCES
+    ]
+
+
+# ---------------------------------------------------------------- make versions
+
+
+def test_an_environment_that_cannot_be_made_fails_and_so_does_reading_what_it_would_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are run, but not all checkpoints are there."""
+    uv = tmp_path / "uv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text("#!/bin/sh\necho 'error: No interpreter found for Python 3.11' >&2\nexit 2\n")
+    uv.chmod(0o755)
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    found = run_matrix(tmp_path, "megatron-core 0.16.1")
+    assert [(row.check, row.passed) for row in found] == [("environment", False), ("reads them", False)]
+    assert found[0].said == "error: No interpreter found for Python 3.11"
+    assert found[1].said == "1 of 1 environments wrote none"
+    assert "0 of 2 passed" in table(found) and "FAIL" in capsys.readouterr().out
+
+
+def test_a_check_that_fails_is_a_row_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    here = Environment("3.11", "0.16.1")
+    here.program.parent.mkdir(parents=True)
+    here.program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    here.program.chmod(0o755)
+    tests = tmp_path / "test_one.py"
+    tests.write_text(
+        "import pytest\n\n\ndef test_it():\n    assert 1 == 1\n\n\n@pytest.mark.skip\ndef test_no(): ...\n"
+    )
+    check = matrix._tests(str(tests), "-p", "no:cacheprovider")
+    assert matrix._judged(here, "unit tests", check).said == "1 passed, 1 skipped"
+    tests.write_text("def test_it():\n    assert 1 == 2\n")
+    row = matrix._judged(here, "unit tests", check)
+    assert not row.passed and re.match(r"1 failed in .* \(see .*failed\.log\)", row.said)
+
+
+def test_every_checked_megatron_core_has_an_environment_and_so_has_every_python() -> None:
+    assert {environment.megatron for environment in environments.ENVIRONMENTS} == set(MEGATRON)
+    assert {environment.python for environment in environments.ENVIRONMENTS} == set(PYTHONS)
+
+
+def test_the_table_of_the_page_shows_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
+    results = tmp_path / "versions.json"
+    row = {"python": "3.12", "megatron": "0.18.2", "check": "unit tests", "passed": True, "said": "9 passed"}
+    other = row | {"megatron": "0.19.2", "passed": False, "said": "2 failed"}
+    results.write_text(json.dumps([row, row | {"check": "parity", "said": "good"}, other]))
+    assert written_versions(results).splitlines() == [
+        "|  | 0.18.2, Python 3.12 | 0.19.2, Python 3.12 |",
+        "| --- | --- | --- |",
+        "| unit tests | 9 passed | **failed**: 2 failed |",
+        "| parity | good | not run |",
     ]

@@ -40,17 +40,17 @@ class FailedError(Exception):
 def run_matrix(folder: Path, only: str = "") -> list[Result]:
     """Run every environment whose name contains `only`, one after another; then exchange their checkpoints."""
     chosen = [environment for environment in ENVIRONMENTS if only in environment.name]
-    results, writers = [], []
+    results: dict[Environment, list[Result]] = {}
+    writers = []
     for environment in chosen:
-        found = _judged(environment, "environment", _made)
-        rows = [_judged(environment, name, check) for name, check in CHECKS.items()] if found.passed else []
-        written = _judged(environment, "writes checkpoints", lambda here: _written(here, folder))
-        results += [found, *rows, written]
-        writers += [environment] if written.passed else []
-    for environment in chosen:
-        results.append(_judged(environment, "reads them", lambda here: _read(here, folder, writers, len(chosen))))
-    order = {environment.name: place for place, environment in enumerate(chosen)}
-    return sorted(results, key=lambda result: order[Environment(result.python, result.megatron).name])
+        made = _judged(environment, "environment", _made)
+        checks = {**CHECKS, "writes checkpoints": lambda here: _written(here, folder)} if made.passed else {}
+        found = [_judged(environment, name, check) for name, check in checks.items()]
+        results[environment] = [made, *found]
+        writers += [environment] if found and found[-1].passed else []
+    for environment, found in results.items():
+        found.append(_judged(environment, "reads them", lambda here: _read(here, folder, writers, len(chosen))))
+    return [result for found in results.values() for result in found]
 
 
 def _judged(environment: Environment, name: str, check: Callable[[Environment], str]) -> Result:
@@ -107,6 +107,7 @@ def _written(environment: Environment, folder: Path) -> str:
 
 
 def _read(environment: Environment, folder: Path, writers: Sequence[Environment], asked: int) -> str:
+    """Go on from every writer's checkpoint. Without one of them, nothing is known of the others."""
     if len(writers) < asked:
         raise FailedError(f"{asked - len(writers)} of {asked} environments wrote none")
     said = _exchange(environment, "read", folder, *(writer.short for writer in writers))
@@ -149,7 +150,7 @@ def _output(environment: Environment, *arguments: str) -> str:
     if done.returncode:
         log = environment.folder / "failed.log"
         log.write_text(done.stdout, encoding="utf-8")
-        raise FailedError(f"{(done.stdout.strip().splitlines() or [''])[-1]} (see {log.relative_to(ROOT)})")
+        raise FailedError(f"{(done.stdout.strip().splitlines() or [''])[-1]} (see {log})")
     return done.stdout.strip()
 
 
