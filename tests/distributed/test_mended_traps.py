@@ -1,4 +1,4 @@
-"""Two settings are refused under a megatron-core where they give wrong numbers. Where they are allowed, they do not."""
+"""What gives wrong numbers under some megatron-cores is refused there. Where it is allowed, it does not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.program import run_ranks
-from tgdpo_megatron.platform.versions import MARKS_EVERY_WEIGHT, SENDS_BEFORE_FREEING
+from tgdpo_megatron.platform.versions import MARKS_EVERY_WEIGHT, REDUCES_ANY_TENSOR, SENDS_BEFORE_FREEING
 
 
 @pytest.mark.skipif(
@@ -24,3 +24,11 @@ def test_weights_that_are_not_initialised_are_marked_as_the_version_says(checkpo
     split = {name for name, marked in initialised.items() if marked}
     assert {"decoder.layers.0.mlp.linear_fc1.weight", "embedding.word_embeddings.weight"} <= split
     assert {name for name, marked in left.items() if marked} == (split if MARKS_EVERY_WEIGHT.holds else set())
+
+
+def test_a_gradient_that_megatron_might_not_reduce_never_reaches_it() -> None:
+    """Where the third line fails, the version has mended the trap, or has it again."""
+    found = run_ranks("tests.support.traps", "reduced_gradients", 2)
+    assert found["Megatron's, contiguous"] == found["ours, contiguous"] == 2
+    assert found["Megatron's"] == (2 if REDUCES_ANY_TENSOR.holds else 1)
+    assert found["ours"] == "refused"

@@ -60,3 +60,39 @@ def _marked(weight: torch.nn.Parameter) -> bool:
 def _config(parallel: dict[str, Any]) -> Config:
     settings = {"parallel": parallel, "loss": {"type": "sft"}, "train": {"train_iters": 1}}
     return load(Config(), settings, where="test")
+
+
+def reduced_gradients(ranks: Ranks) -> dict[str, float | str]:
+    """What an element of a gradient of 1 on each of two ranks becomes, contiguous in memory or not."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    from tgdpo_megatron.model.head import labelled_states
+
+    initialize_model_parallel(_config({"tensor_model_parallel_size": 2}).parallel, seed=1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    states = torch.ones(4, 1, 8, device=ranks.device, requires_grad=True)
+
+    def reduced(output: torch.Tensor, *, contiguous: bool) -> float | str:
+        states.grad = None
+        gradient = torch.ones(4, 8, device=ranks.device)  # it may be reduced in place
+        try:
+            output.backward(gradient if contiguous else gradient.t().contiguous().t())
+        except AssertionError:
+            return "refused"
+        assert states.grad is not None
+        return float(states.grad.max())
+
+    def megatrons() -> torch.Tensor:
+        copied: torch.Tensor = copy_to_tensor_model_parallel_region(states.squeeze(1), group=group)
+        return copied
+
+    def ours() -> torch.Tensor:
+        return labelled_states(states, torch.arange(4, device=ranks.device), False, group)
+
+    return {
+        "Megatron's, contiguous": reduced(megatrons(), contiguous=True),
+        "Megatron's": reduced(megatrons(), contiguous=False),
+        "ours, contiguous": reduced(ours(), contiguous=True),
+        "ours": reduced(ours(), contiguous=False),
+    }

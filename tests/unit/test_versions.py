@@ -255,7 +255,7 @@ def test_an_environment_that_cannot_be_made_fails_and_so_does_reading_what_it_wo
     uv.write_text("#!/bin/sh\necho 'error: No interpreter found for Python 3.11' >&2\nexit 2\n")
     uv.chmod(0o755)
     monkeypatch.setattr(environments, "PLACE", tmp_path)
-    found = run_matrix(tmp_path, "megatron-core 0.16.1")
+    found = list(run_matrix(tmp_path, "megatron-core 0.16.1"))
     assert [(row.check, row.passed) for row in found] == [("environment", False), ("reads them", False)]
     assert found[0].said == "error: No interpreter found for Python 3.11"
     assert found[1].said == "1 of 1 environments wrote none"

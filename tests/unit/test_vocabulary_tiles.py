@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tgdpo_megatron.model import vocabulary
 from tgdpo_megatron.model.divergence import Divergence
-from tgdpo_megatron.model.head import LabelledLogProbs, labelled_states
+from tgdpo_megatron.model.head import LabelledLogProbs
 
 LABELS, HIDDEN, VOCABULARY = 64, 8, 2000
 
@@ -69,17 +69,3 @@ def test_a_nearly_certain_label_keeps_its_small_gradient_in_bf16(tile: int, monk
     expected = -(wrong.t() @ hidden.double())[labels]
     assert policy.grad is not None
     assert float((policy.grad[labels].double() - expected).norm() / expected.norm()) < 0.01
-
-
-class _OneRank:
-    def size(self) -> int:
-        return 1
-
-
-def test_a_gradient_that_megatron_would_not_reduce_is_noticed() -> None:
-    """megatron-core before 0.19 all-reduces a copy of a tensor that is not contiguous in memory, and drops the copy."""
-    states = torch.randn(4, 1, HIDDEN, requires_grad=True)
-    copied = labelled_states(states, torch.arange(4), False, _OneRank())
-    copied.backward(torch.ones(4, HIDDEN), retain_graph=True)
-    with pytest.raises(AssertionError, match=r"\(1, 4\)"):
-        copied.backward(torch.ones(HIDDEN, 4).t())

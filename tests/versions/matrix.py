@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,20 +37,30 @@ class FailedError(Exception):
     """A check failed. The message says how."""
 
 
-def run_matrix(folder: Path, only: str = "") -> list[Result]:
-    """Run every environment whose name contains `only`, one after another; then exchange their checkpoints."""
+def run_matrix(folder: Path, only: str = "") -> Iterator[Result]:
+    """Run every environment whose name contains `only`, and give each result as it comes.
+
+    What takes long, the unit tests, comes last. Where an environment cannot be made, nothing else is run in it.
+    """
     chosen = [environment for environment in ENVIRONMENTS if only in environment.name]
-    results: dict[Environment, list[Result]] = {}
-    writers = []
+    made, writers = [], []
     for environment in chosen:
-        made = _judged(environment, "environment", _made)
-        checks = {**CHECKS, "writes checkpoints": lambda here: _written(here, folder)} if made.passed else {}
-        found = [_judged(environment, name, check) for name, check in checks.items()]
-        results[environment] = [made, *found]
-        writers += [environment] if found and found[-1].passed else []
-    for environment, found in results.items():
-        found.append(_judged(environment, "reads them", lambda here: _read(here, folder, writers, len(chosen))))
-    return [result for found in results.values() for result in found]
+        yield (found := _judged(environment, "environment", _made))
+        if found.passed:
+            made.append(environment)
+            yield (found := _judged(environment, "writes checkpoints", lambda here: _written(here, folder)))
+            writers += [environment] if found.passed else []
+    for environment in chosen:
+        yield _judged(environment, "reads them", lambda here: _read(here, folder, writers, len(chosen)))
+    for name, check in CHECKS.items():
+        for environment in made:
+            yield _judged(environment, name, check)
+
+
+def as_shown(results: Sequence[Result]) -> list[Result]:
+    """Environments in their order, and in each the checks in theirs."""
+    order = [environment.name for environment in ENVIRONMENTS]
+    return sorted(results, key=lambda result: order.index(Environment(result.python, result.megatron).name))
 
 
 def _judged(environment: Environment, name: str, check: Callable[[Environment], str]) -> Result:
@@ -75,7 +85,7 @@ for name in {names}:
     except metadata.PackageNotFoundError:
         pass
 """
-    return _output(environment, "-c", show).removesuffix("; ")
+    return _output(environment, "-c", show).rstrip("; ")
 
 
 def _tests(*paths: str) -> Callable[[Environment], str]:
@@ -103,7 +113,7 @@ def _exchange(environment: Environment, what: str, folder: Path, *others: str) -
 
 def _written(environment: Environment, folder: Path) -> str:
     _exchange(environment, "write", folder)
-    return "one of two steps"
+    return "one, after two of four steps"
 
 
 def _read(environment: Environment, folder: Path, writers: Sequence[Environment], asked: int) -> str:
@@ -118,11 +128,11 @@ def _read(environment: Environment, folder: Path, writers: Sequence[Environment]
 
 
 CHECKS: dict[str, Callable[[Environment], str]] = {
-    "unit tests": _tests("tests/unit"),
     "parity": _parity,
     "continuing": _tests("tests/distributed/test_resume.py"),
     "conversion": _tests("tests/distributed/test_roundtrip.py"),
     "mended traps": _tests("tests/distributed/test_mended_traps.py"),
+    "unit tests": _tests("tests/unit"),
 }
 
 
@@ -154,10 +164,10 @@ def _output(environment: Environment, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def table(results: list[Result]) -> str:
+def table(results: Sequence[Result]) -> str:
     """A part for each environment."""
     lines: list[str] = []
-    for result in results:
+    for result in as_shown(results):
         name = Environment(result.python, result.megatron).name
         if name not in lines:
             lines += ["", name] if lines else [name]

@@ -85,6 +85,12 @@ COUNTS_PAIRS_ON_DEVICE = Difference(
     "the gradient is divided by the number of pairs without asking the device whether the number is 0",
     "nothing; a step waits for the device once less",
 )
+REDUCES_ANY_TENSOR = Difference(
+    "0.19",
+    "an all-reduce over tensor-parallel ranks returns the sum also of a tensor that is not contiguous in memory; "
+    "earlier ones return the tensor as it was",
+    "the head's gradient, the one that we give to it, is asserted to be contiguous",
+)
 DIFFERENCES = (
     Difference(
         "0.17",
@@ -116,12 +122,7 @@ DIFFERENCES = (
         "writes what is no tensor of a checkpoint among its tensors, and no longer into `common.pt`",
         "this project writes and reads checkpoints itself, always with `common.pt`, which every version loads",
     ),
-    Difference(
-        "0.19",
-        "an all-reduce over tensor-parallel ranks returns the sum also of a tensor that is not contiguous in memory; "
-        "earlier ones return the tensor as it was",
-        "the head's gradient, the one that we give to it, is asserted to be contiguous",
-    ),
+    REDUCES_ANY_TENSOR,
     Difference(
         "0.19",
         "counts the gradient of Transformer Engine's experts whole in the gradient norm, where experts and tensors are "
