@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
 import re
 import subprocess
 import sys
@@ -241,6 +242,15 @@ def test_a_difference_holds_from_its_version_on(installed: str, monkeypatch: pyt
     assert [difference.holds for difference in DIFFERENCES] == [
         minor >= int(difference.since.split(".")[1]) for difference in DIFFERENCES
     ]
+
+
+def test_the_index_of_a_checkpoint_names_classes_of_torch_alone(checkpoint: Path) -> None:
+    """Megatron's own loader unpickles it, and a class of one Python's library may lack in another's."""
+    index = (checkpoint / "weights" / ".metadata").read_bytes()
+    words = [argument for _, argument, _ in pickletools.genops(index) if isinstance(argument, str)]
+    modules = {word for word in words if re.fullmatch(r"[a-z_]\w*(\.\w+)*", word) and word in sys.modules}
+    assert "torch.distributed.checkpoint.metadata" in modules
+    assert {module.partition(".")[0] for module in modules} <= {"torch", "collections"}, modules
 
 
 # ---------------------------------------------------------------- make versions

@@ -122,9 +122,18 @@ def write_index_of_boxes(folder: Path, stored: Sequence[StoredBox], common: dict
         WriteResult(MetadataIndex(box.key, box.place), box.length, _StorageInfo(box.file, box.first, box.length))
         for box in stored
     ]
-    dcp.FileSystemWriter(folder).finish(Metadata(dict(tensors)), [results])
+    _IndexWriter(folder).finish(Metadata(dict(tensors)), [results])
     torch.save({**common, "content_metadata": CONTENT_METADATA}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _IndexWriter(dcp.FileSystemWriter):
+    """Leaves out the folder, which torch adds to an index as a path. A path of Python 3.13 is of a class that earlier
+    Pythons lack, so that Megatron's own loader could not read the index there."""
+
+    @property
+    def checkpoint_id(self) -> str:
+        return ""
 
 
 def _rows_at(first: int, shape: Sequence[int]) -> tuple[int, ...]:
