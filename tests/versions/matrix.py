@@ -124,7 +124,7 @@ def _read(environment: Environment, folder: Path, writers: Sequence[Environment]
     found = json.loads(said.splitlines()[-1])
     if not all(difference <= EXCHANGED for difference in found.values()):
         raise FailedError(said)
-    return f"those of {len(found)}, largest difference {max(found.values()):.0e}"
+    return f"those of {len(found)}, largest difference {max(found.values()):.1g}"
 
 
 CHECKS: dict[str, Callable[[Environment], str]] = {
