@@ -70,7 +70,7 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 roundtrip: $(STAMP)  ## HuggingFace to Megatron and back, every family: bits, log-probs at four layouts, certificates
 	$(RUN) -m tests.roundtrip --json results/roundtrip.json
 
-versions: $(STAMP)  ## the tests that matter under every megatron-core and Python, and checkpoints of each read by all; an hour
+versions: $(STAMP)  ## the tests that matter under every megatron-core and Python, and checkpoints of each read by all
 	OMP_NUM_THREADS=1 $(RUN) -m tests.versions --json results/versions.json
 	$(RUN) -m tools.docs
 
