@@ -1,6 +1,13 @@
 # Every target sets up what it needs: a virtual environment of its own, from the locks.
-PYTHON ?= python3.11
-VENV := .venv
+# MEGATRON=0.18.2 takes another of the checked versions of megatron-core, in an environment of its own.
+MEGATRON ?=
+VENV := .venv$(addprefix -,$(MEGATRON))
+# Of these the first that starts, can make environments, and has a package of that megatron-core.
+PYTHONS := python3.11 python3.12 python3.13
+PYTHON ?= $(or $(shell for name in $(PYTHONS); do \
+	$$name -c "import ensurepip" 2>/dev/null && $$name $(LOCK_FOR) >/dev/null 2>&1 && echo $$name && break; done),\
+	$(error no Python for this megatron-core is on the PATH: install one of $(PYTHONS), or say where one is with PYTHON=))
+LOCK_FOR := $(strip -m tools.lock_for $(addprefix --megatron ,$(MEGATRON)))
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 # TORCH=cpu takes torch's CPU build wherever the package index has CUDA builds: uv knows where torch keeps it.
@@ -9,26 +16,30 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real bridge-check gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 real bridge-check gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
-$(STAMP): requirements.lock requirements-dev.lock
-	$(PYTHON) -m venv $(VENV)
-	$(call torch)
-	$(INSTALL) -r requirements-dev.lock
+$(STAMP): $(wildcard requirements*.lock)
+	$(call environment,requirements-dev.lock)
 	touch $(STAMP)
 
 runtime:  ## only what running needs, without tests and checks; TORCH=cpu as for setup
-	$(PYTHON) -m venv $(VENV)
-	$(call torch)
-	$(INSTALL) -r requirements.lock
+	$(call environment,requirements.lock)
+
+# $(1) is the lock beside that of megatron-core.
+define environment
+@lock=$$($(PYTHON) $(LOCK_FOR)) && echo "$(VENV): $$($(PYTHON) --version), $(1), $$lock"
+$(PYTHON) -m venv $(VENV)
+$(call torch)
+$(INSTALL) -r $(1) -r $$($(PYTHON) $(LOCK_FOR))
+endef
 
 # A torch that is there already, of any build, fits the locks.
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real bridge-check: export CUDA_VISIBLE_DEVICES :=
+demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 real bridge-check: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
@@ -58,6 +69,10 @@ parity: $(STAMP)  ## every layout, and every method, against one process
 
 roundtrip: $(STAMP)  ## HuggingFace to Megatron and back, every family: bits, log-probs at four layouts, certificates
 	$(RUN) -m tests.roundtrip --json results/roundtrip.json
+
+versions: $(STAMP)  ## the tests that matter under every megatron-core and Python, and checkpoints of each read by all
+	OMP_NUM_THREADS=1 $(RUN) -m tests.versions --json results/versions.json
+	$(RUN) -m tools.docs
 
 faults: $(STAMP)  ## bad inputs, damaged checkpoints, killed runs: each with what the program did; fifteen minutes
 	OMP_NUM_THREADS=1 $(RUN) -m tests.faults --json results/faults.json
@@ -120,4 +135,4 @@ docs: $(STAMP)  ## the tables of docs/ that follow from the code
 	$(RUN) -m tools.docs
 
 clean:
-	rm -rf $(VENV) $(BRIDGE_VENV) $(GPU_VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* runs .mypy_cache .ruff_cache .pytest_cache

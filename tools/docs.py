@@ -1,5 +1,6 @@
 """Write the tables of docs/ that are derived from the code: losses, token rewards, metrics of single losses, and the
-names of other programs' settings. And the one of the faults that were tried, which is derived from their results.
+names of other programs' settings, differences between versions of megatron-core. And those of the faults and of the
+versions that were tried, which are derived from their results.
 
 A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 """
@@ -18,6 +19,7 @@ from tgdpo_megatron.config.foreign_names import LLAMA_FACTORY, MEGATRON, NEMO, S
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.losses import LOSSES, check_declarations
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES
+from tgdpo_megatron.platform.versions import DIFFERENCES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,10 @@ def tables() -> dict[str, dict[str, str]]:
         "methods.md": {"losses": _losses(), "token rewards": _token_rewards()},
         "metrics.md": {"metrics of losses": _metrics()},
         "faults.md": {"faults": faults(ROOT / "results" / "faults.json")},
+        "requirements.md": {
+            "written by make versions": versions(ROOT / "results" / "versions.json"),
+            "differences": _differences(),
+        },
         "coming-from.md": {tool: _foreign(tool) for tool in (TRL, LLAMA_FACTORY, SWIFT, NEMO, MEGATRON)},
     }
 
@@ -70,6 +76,28 @@ def faults(results: Path) -> str:
     rows = [row for part in json.loads(results.read_text(encoding="utf-8")).values() for row in part]
     tried, passed = (Counter(row["subject"] for row in some) for some in (rows, [row for row in rows if row["passed"]]))
     return _table(("subject", "rows", "as they must"), [(name, str(tried[name]), str(passed[name])) for name in tried])
+
+
+def versions(results: Path) -> str:
+    """What every check found in every environment."""
+    if not results.is_file():
+        return "There are no results of this version yet."
+    found = json.loads(results.read_text(encoding="utf-8"))
+    environments = dict.fromkeys((row["megatron"], row["python"]) for row in found)
+    cells = {
+        (row["check"], row["megatron"], row["python"]): row["said"] if row["passed"] else f"**failed**: {row['said']}"
+        for row in found
+    }
+    rows = [
+        (check, *(cells.get((check, *environment), "not run") for environment in environments))
+        for check in dict.fromkeys(row["check"] for row in found)
+    ]
+    return _table(("", *(f"{megatron}, Python {python}" for megatron, python in environments)), rows)
+
+
+def _differences() -> str:
+    rows = [(difference.since, difference.what, difference.here) for difference in DIFFERENCES]
+    return _table(("from", "megatron-core", "what this project does"), rows)
 
 
 def _rewards(source: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Start-up checks: foreign packages, unchecked versions, and settings that give wrong numbers in silence."""
+"""Start-up checks: foreign packages, and settings that give wrong numbers in silence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,8 @@ import pytest
 
 from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
 from tgdpo_megatron.errors import UserError
-from tgdpo_megatron.platform.checks import (
-    CHECKED_MEGATRON_VERSIONS,
-    check_attention,
-    check_packages,
-    refuse_silent_traps,
-    why_no_fp8,
-)
+from tgdpo_megatron.platform.checks import check_attention, check_packages, refuse_silent_traps, why_no_fp8
+from tgdpo_megatron.platform.versions import MARKS_EVERY_WEIGHT, SENDS_BEFORE_FREEING
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
@@ -76,16 +72,6 @@ def test_an_apex_laid_out_like_nvidias_is_accepted(tmp_path: Path) -> None:
     assert start_with(tmp_path).returncode == 0
 
 
-def test_an_unchecked_megatron_core_is_refused_with_both_versions(tmp_path: Path) -> None:
-    info = tmp_path / "megatron_core-99.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 99.0\n")
-    done = start_with(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: megatron-core 99.0 was not checked with this project; install one of ")
-    assert all(version in done.stderr for version in CHECKED_MEGATRON_VERSIONS)
-
-
 def pretend_installed(folder: Path, name: str, version: str) -> None:
     """What importlib.metadata reads of an installed package."""
     info = folder / f"{name}-{version}.dist-info"
@@ -93,25 +79,19 @@ def pretend_installed(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-@pytest.mark.parametrize("version", ["1.13.0", "2.8.0", "2.12.0", "2.20.2"])
-def test_a_transformer_engine_that_megatron_does_not_take_is_refused_with_what_it_takes(
-    version: str, tmp_path: Path
-) -> None:
+def test_a_transformer_engine_that_is_too_old_is_refused_at_start(tmp_path: Path) -> None:
     make_package(tmp_path / "transformer_engine", "pytorch")
-    pretend_installed(tmp_path, "transformer_engine", version)
+    pretend_installed(tmp_path, "transformer_engine", "2.8.0")
     done = start_with(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: megatron-core 0.16.1 does not accept Transformer Engine {version}, only <2.12.0,>=2.9.0a0; install "
-        "one of those, or uninstall it to run on Megatron's local layers.\n"
-    )
+    assert done.returncode == 2 and done.stderr.startswith("error: Transformer Engine 2.8.0 is not accepted ")
 
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.11.0", "2.9.0+70f53666"])
-def test_a_transformer_engine_that_megatron_takes_is_accepted(version: str, tmp_path: Path) -> None:
+def test_a_transformer_engine_that_every_megatron_takes_is_accepted(version: str, tmp_path: Path) -> None:
     make_package(tmp_path / "transformer_engine", "pytorch")
     pretend_installed(tmp_path, "transformer_engine", version)
-    assert start_with(tmp_path).returncode == 0
+    done = start_with(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_transformer_engine_that_is_there_in_half_is_refused_with_why(tmp_path: Path) -> None:
@@ -225,19 +205,21 @@ def interleaved(describe: Any) -> Any:
     return config
 
 
+def refused_unless(mended: bool, sentence: str) -> AbstractContextManager[Any]:
+    """Expects a refusal where the installed megatron-core has a trap, and none where it is mended."""
+    return nullcontext() if mended else pytest.raises(UserError, match=sentence)
+
+
 def _four_layers(description: Any) -> Any:
     from dataclasses import replace
 
     return replace(description, num_layers=4)
 
 
-def test_freeing_outputs_that_gloo_still_sends_is_refused(interleaved: Any) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("only gloo reads an output after it was handed over")
+def test_freeing_outputs_that_are_still_being_sent_is_refused_where_megatron_does_so(interleaved: Any) -> None:
+    """It may under a megatron-core that waits; tests/distributed/test_mended_traps.py shows that it does."""
     interleaved.deallocate_pipeline_outputs = True
-    with pytest.raises(UserError, match="deallocate_pipeline_outputs=True .* set it to False"):
+    with refused_unless(SENDS_BEFORE_FREEING.holds, "deallocate_pipeline_outputs=True .* set it to False"):
         refuse_silent_traps(interleaved)
 
 
@@ -247,9 +229,9 @@ def test_batched_messages_between_two_interleaved_ranks_are_refused(interleaved:
         refuse_silent_traps(interleaved)
 
 
-def test_unmarked_tensor_parallel_weights_are_refused(interleaved: Any) -> None:
+def test_unmarked_tensor_parallel_weights_are_refused_where_megatron_leaves_them_so(interleaved: Any) -> None:
     interleaved.perform_initialization = False
-    with pytest.raises(UserError, match="perform_initialization=False .* set it to True"):
+    with refused_unless(MARKS_EVERY_WEIGHT.holds, "perform_initialization=False .* set it to True"):
         refuse_silent_traps(interleaved)
 
 

@@ -174,9 +174,18 @@ def write_index_of_boxes(
     ]
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
     entries |= {key: BytesStorageMetadata() for key in objects}
-    dcp.FileSystemWriter(folder).finish(Metadata(entries), [results])
+    _IndexWriter(folder).finish(Metadata(entries), [results])
     torch.save({**common, "content_metadata": content}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _IndexWriter(dcp.FileSystemWriter):
+    """Leaves out the folder, which torch adds to an index as a path. A path of Python 3.13 is of a class that earlier
+    Pythons lack, so that Megatron's own loader could not read the index there."""
+
+    @property
+    def checkpoint_id(self) -> str:
+        return ""
 
 
 def _key_and_place(place: MetadataIndex) -> tuple[str, tuple[int, ...]]:

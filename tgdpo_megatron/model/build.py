@@ -17,6 +17,7 @@ from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.layers import block_spec, gelu_tanh, own_attention
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
+from tgdpo_megatron.platform.versions import SENDS_BEFORE_FREEING
 
 # Transformer Engine's layers run on GPUs only.
 HAVE_TRANSFORMER_ENGINE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
@@ -76,7 +77,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         # Megatron accepts this only with the dispatcher `alltoall`, even for a model without experts.
         variable_seq_lengths=not settings.train.fixed_micro_batches,
         moe_token_dispatcher_type="alltoall",
-        deallocate_pipeline_outputs=cuda,
+        deallocate_pipeline_outputs=cuda and (SENDS_BEFORE_FREEING.holds or not interleaved),
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # The loss function returns the sum over pairs and the number of pairs. Megatron divides once, by the number

@@ -92,7 +92,15 @@ def labelled_states(states: Tensor, predictors: Tensor, sequence_parallel: bool,
     if sequence_parallel:
         states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=group)
         return states.squeeze(1).index_select(0, predictors)
-    return copy_to_tensor_model_parallel_region(states.squeeze(1).index_select(0, predictors), group=group)
+    copied = copy_to_tensor_model_parallel_region(states.squeeze(1).index_select(0, predictors), group=group)
+    if copied.requires_grad:
+        copied.register_hook(_check_contiguous)
+    return copied
+
+
+def _check_contiguous(gradient: Tensor) -> None:
+    """Megatron's all-reduce before 0.19 returns a gradient that is not contiguous in memory as it was."""
+    assert gradient.is_contiguous(), gradient.stride()
 
 
 class LabelledLogProbs(torch.autograd.Function):

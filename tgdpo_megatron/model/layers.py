@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tgdpo_megatron.model.attention import SegmentAttention
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.platform.versions import mlp_submodules
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -40,20 +41,23 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
-class GatedUnit:
+class GatedUnit(torch.nn.Module):
     """The activation of a gated feed-forward block: function(gate) · up. [T, 1, 2 F] -> [T, 1, F].
 
-    Megatron's unfused one reads `up` a second time to add an offset of 0. This class is no torch Module, so that
-    checkpoints look for no weights in it.
+    Megatron's unfused one reads `up` a second time to add an offset of 0.
     """
 
     def __init__(self, config: Any) -> None:  # Megatron passes its configuration to every activation
+        super().__init__()
         self.function = config.activation_func
 
-    def __call__(self, gate_and_up: Tensor) -> Tensor:
+    def forward(self, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
         gated: Tensor = self.function(gate) * up
         return gated
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        return {}
 
 
 def gelu_tanh(gate: Tensor) -> Tensor:
@@ -103,22 +107,20 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> An
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=description.qk_layernorm)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=description.qk_layernorm)
-    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    attention, mlp = layer.submodules.self_attention.submodules, mlp_submodules(layer)
     norm = _norm(description, transformer_engine=transformer_engine)
     if not transformer_engine:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         if description.qk_layernorm:
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
-        mlp.submodules.activation_func = GatedUnit
+            attention.q_layernorm = attention.k_layernorm = norm
+        mlp.activation_func = GatedUnit
     if own_attention(description, transformer_engine=transformer_engine):
-        attention.submodules.core_attention = ModuleSpec(
-            SegmentAttention, params={"softcap": description.attention_softcap}
-        )
+        attention.core_attention = ModuleSpec(SegmentAttention, params={"softcap": description.attention_softcap})
     if description.window_rotary_base is not None:
-        attention.module = TwoBaseAttention
+        layer.submodules.self_attention.module = TwoBaseAttention
     if description.post_norms:
-        attention.submodules.linear_proj = with_post_norm(attention.submodules.linear_proj, norm)
-        mlp.submodules.linear_fc2 = with_post_norm(mlp.submodules.linear_fc2, norm)
+        attention.linear_proj = with_post_norm(attention.linear_proj, norm)
+        mlp.linear_fc2 = with_post_norm(mlp.linear_fc2, norm)
     return layer
 
 

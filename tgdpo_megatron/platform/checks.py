@@ -9,35 +9,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from tgdpo_megatron.config import TrainConfig
 from tgdpo_megatron.errors import UserError
-
-CHECKED_MEGATRON_VERSIONS = ("0.16.1",)
+from tgdpo_megatron.platform import versions
 
 
 def check_packages() -> None:
-    """Refuse a megatron-core that was not checked, a Transformer Engine that it does not accept, and a foreign `apex`.
+    """Refuse a megatron-core that was not checked, a Transformer Engine that does not fit it, and a foreign `apex`.
 
     Raises:
         UserError: A package is refused; the sentence names the package found and the one to install.
     """
-    try:
-        version = metadata.version("megatron-core")
-    except metadata.PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed; install {CHECKED_MEGATRON_VERSIONS[-1]}.") from None
-    if version not in CHECKED_MEGATRON_VERSIONS:
-        raise UserError(
-            f"megatron-core {version} was not checked with this project; install one of "
-            f"{', '.join(CHECKED_MEGATRON_VERSIONS)}."
-        )
+    versions.check_megatron()
     check_transformer_engine()
     check_apex()
 
 
 def check_transformer_engine() -> None:
-    """Refuse a Transformer Engine that fails to load, or that megatron-core's metadata does not accept.
+    """Refuse a Transformer Engine that fails to load, or that does not fit megatron-core.
 
     Raises:
         UserError: It is refused; the sentence names the version found and those accepted, or says why it does not load.
@@ -48,13 +37,7 @@ def check_transformer_engine() -> None:
         found = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
         found = "of an unknown version"
-    for requirement in map(Requirement, metadata.requires("megatron-core") or ()):
-        accepted = requirement.specifier
-        if requirement.name == "transformer-engine" and not accepted.contains(found, prereleases=True):
-            raise UserError(
-                f"megatron-core {metadata.version('megatron-core')} does not accept Transformer Engine {found}, only "
-                f"{accepted}; install one of those, or uninstall it to run on Megatron's local layers."
-            )
+    versions.check_transformer_engine_version(found)
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # Megatron would fail with a traceback, or use mocks of the layers
@@ -156,11 +139,12 @@ def why_no_fp8(
 def refuse_silent_traps(config: Any, *, packed: bool = False) -> None:
     """Refuse settings of a megatron TransformerConfig that give wrong numbers without an error.
 
-    Each was observed on gloo with megatron-core 0.16.1. A stage's output is freed while an asynchronous send still
-    reads it. Two sends between the same two pipeline ranks are matched in the wrong order. The tensor-parallel
-    attributes of weights are never set, so that the gradient norm takes shards for copies. Read in its source: RoPE of
-    packed sequences that is not fused takes a table that is as long as the pack for one row per token, so that later
-    sequences do not start at position 0; and the fused one leaves out YaRN's factor of the attention scores.
+    Each was observed on gloo with megatron-core 0.16.1; versions.py says which are mended since. A stage's output is
+    freed while an asynchronous send still reads it. Two sends between the same two pipeline ranks are matched in the
+    wrong order. The tensor-parallel attributes of weights are never set, so that the gradient norm takes shards for
+    copies. Read in its source: RoPE of packed sequences that is not fused takes a table that is as long as the pack for
+    one row per token, so that later sequences do not start at position 0; and the fused one leaves out YaRN's factor of
+    the attention scores.
 
     Args:
         config: megatron.core TransformerConfig.
@@ -169,18 +153,19 @@ def refuse_silent_traps(config: Any, *, packed: bool = False) -> None:
     Raises:
         UserError: A setting is refused; the sentence names the field and the value to use.
     """
-    import torch
-
-    on_gloo = not torch.cuda.is_available()
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    if on_gloo and config.deallocate_pipeline_outputs:
-        raise UserError("deallocate_pipeline_outputs=True frees buffers that gloo is still sending; set it to False.")
+    frees_early = interleaved and config.overlap_p2p_comm and not versions.SENDS_BEFORE_FREEING.holds
+    if config.deallocate_pipeline_outputs and frees_early:
+        raise UserError(
+            "deallocate_pipeline_outputs=True frees outputs of an interleaved pipeline that are still being sent; set "
+            "it to False."
+        )
     if interleaved and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm:
         raise UserError(
             "batch_p2p_comm=True with an interleaved pipeline of 2 ranks mixes up forward and backward messages; "
             "set batch_p2p_comm=False and overlap_p2p_comm=True."
         )
-    if not config.perform_initialization:
+    if not (config.perform_initialization or versions.MARKS_EVERY_WEIGHT.holds):
         raise UserError(
             "perform_initialization=False leaves tensor-parallel weights unmarked and makes the gradient norm wrong; "
             "set it to True."

@@ -82,7 +82,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 def _redirect_torch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = _current_device
-    cuda.synchronize = _do_nothing
+    cuda.synchronize = cuda.current_stream = _do_nothing
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)

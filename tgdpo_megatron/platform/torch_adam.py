@@ -1,6 +1,6 @@
 """Makes megatron-core's DistributedOptimizer save and load the state of torch's AdamW correctly.
 
-Without Transformer Engine or apex, megatron-core 0.16.1 uses torch.optim.AdamW. Its state differs from theirs in two
+Without Transformer Engine or apex, megatron-core uses torch.optim.AdamW. Its state differs from theirs in two
 ways that the checkpoint code does not expect: it is empty before the first step, and every parameter has a `step`
 tensor of its own. Without this patch, all parameters share *one* `step` after loading. That `step` then advances once
 for each parameter in every update, and training continues with wrong numbers.

@@ -1,6 +1,6 @@
 """Computes the gradient norm and clips gradients without waiting for the device once per parameter.
 
-Without Transformer Engine or apex, megatron-core 0.16.1 reads the norm of each parameter's gradient separately, and
+Without Transformer Engine or apex, megatron-core reads the norm of each parameter's gradient separately, and
 clips by making a scaled copy of each gradient. torch can do both for all gradients at once.
 """
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sysconfig
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 from tests.faults.inputs.entry import BadInput, convert, export, score, train
 from tests.faults.inputs.run import ROOT
 from tests.support.ports import free_port
+from tgdpo_megatron.platform.versions import MEGATRON
 
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 MINUTE = "train.distributed_timeout_minutes=1"
@@ -66,20 +70,42 @@ def full(name: str, says: str, room: int, command: tuple[str, ...], **more: obje
     return BadInput(name, command, says, room=room, skip=_needs_a_disk, **more)  # type: ignore[arg-type]
 
 
-def package(name: str, files: tuple[str, ...], says: str) -> BadInput:
-    """A package that is found before the installed one."""
-    site = {"PYTHONPATH": f"site:{ROOT}"}
+def package(name: str, files: Sequence[str], says: str, *, starts_with: str = "") -> BadInput:
+    """A package that is found before the installed one.
+
+    Args:
+        starts_with: What Python does first.
+    """
+    content = {f"site/{file}": _METADATA if file.endswith("METADATA") else "" for file in files}
     return BadInput(
         name,
         train(),
         says,
-        files={f"site/{file}": _METADATA if file.endswith("METADATA") else "" for file in files},
-        environment=site,
+        files=content | {"site/sitecustomize.py": starts_with},
+        environment={"PYTHONPATH": f"site:{ROOT}"},
         fresh=True,
     )
 
 
+def without_megatron(name: str, files: Sequence[str], says: str) -> BadInput:
+    """The installed packages but for megatron-core, and a package that is found before them."""
+
+    def make(folder: Path) -> None:
+        (folder / "others").mkdir()
+        for path in Path(sysconfig.get_path("purelib")).iterdir():
+            if not path.name.startswith("megatron"):
+                (folder / "others" / path.name).symlink_to(path)
+
+    return replace(package(name, files, says, starts_with=_OTHERS), make=make)
+
+
 _METADATA = "Metadata-Version: 2.1\nName: megatron-core\nVersion: 9.9.9\n"
+_OTHERS = """
+import sys
+others = __file__.replace("site/sitecustomize.py", "others")
+sys.path = [others if "site-packages" in path else path for path in sys.path]
+"""
+_CHECKED = ", ".join(MEGATRON)
 
 
 ENTRIES = [
@@ -383,9 +409,42 @@ ENTRIES = [
         fresh=True,
     ),
     package(
+        "two megatron-cores",
+        ("megatron/core/__init__.py", "megatron_core-9.9.9.dist-info/METADATA"),
+        "megatron-core is on Python's path more than once (9.9.9 in FOLDER/site, * in *); uninstall all but one, or "
+        "take the others off PYTHONPATH.",
+    ),
+    package(
+        "a folder of Megatron-LM beside megatron-core",
+        ("megatron/core/__init__.py",),
+        "megatron-core is on Python's path more than once (one of no version in FOLDER/site, * in *); uninstall all "
+        "but one, or take the others off PYTHONPATH.",
+    ),
+    without_megatron("no megatron-core", (), f"megatron-core is not installed; install one of {_CHECKED}."),
+    without_megatron(
         "a megatron-core that was not checked",
-        ("megatron_core-9.9.9.dist-info/METADATA",),
-        "megatron-core 9.9.9 was not checked with this project; install one of 0.16.1.",
+        ("megatron/core/__init__.py", "megatron_core-9.9.9.dist-info/METADATA"),
+        f"megatron-core 9.9.9 was not checked with this project; install one of {_CHECKED}, or set "
+        "TGDPO_UNCHECKED_VERSIONS=1 to use it all the same.",
+    ),
+    without_megatron(
+        "a megatron-core without metadata",
+        ("megatron/core/__init__.py",),
+        "nothing says which version the megatron-core in FOLDER/site is; install it with pip (pip install --no-deps "
+        f"FOLDER/site), or install one of {_CHECKED} in its place.",
+    ),
+    package(
+        "a Python that is too old",
+        (),
+        "Python 3.10.4 is too old for this project; use Python 3.11, 3.12 or 3.13.",
+        starts_with="import sys; sys.version_info = (3, 10, 4)",
+    ),
+    package(
+        "a Python that was not checked",
+        (),
+        "Python 3.14.1 was not checked with this project; use Python 3.11, 3.12 or 3.13, or set "
+        "TGDPO_UNCHECKED_VERSIONS=1 to use it all the same.",
+        starts_with="import sys; sys.version_info = (3, 14, 1)",
     ),
     BadInput(
         "FP8 without a GPU",
