@@ -84,7 +84,7 @@ def test_the_installed_megatron_core_is_a_checked_one() -> None:
     assert INSTALLED in MEGATRON and f"{sys.version_info.major}.{sys.version_info.minor}" in MEGATRON[INSTALLED]
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.18.0", "0.20.0rc1", "1.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0rc1", "1.0"])
 def test_another_version_is_refused_with_those_that_were_checked(version: str, others: Path, tmp_path: Path) -> None:
     found = put_copy(put_metadata(tmp_path / "site", version))
     assert start(found, others, packages=False) == (
@@ -97,6 +97,19 @@ def test_another_version_is_refused_with_those_that_were_checked(version: str, o
         f"warning: megatron-core {version} was not checked with this project; numbers may be wrong.\n",
     )
     assert start(found, others, packages=False, TGDPO_UNCHECKED_VERSIONS="1", RANK="1") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("version", "near"), [("0.17.0", "0.17.1"), ("0.18.0rc1", "0.18.2"), ("0.19.5+4a91", "0.19.2")]
+)
+def test_another_patch_of_a_checked_version_is_warned_about(
+    version: str, near: str, others: Path, tmp_path: Path
+) -> None:
+    found = put_copy(put_metadata(tmp_path / "site", version))
+    assert start(found, others, packages=False) == (
+        0,
+        f"warning: megatron-core {version} was not checked with this project, but {near} was; numbers may be wrong.\n",
+    )
 
 
 def test_a_checked_version_that_was_built_from_its_source_is_accepted(others: Path, tmp_path: Path) -> None:
