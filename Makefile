@@ -1,12 +1,15 @@
 # Every target sets up what it needs: a virtual environment of its own, from the locks.
 # MEGATRON=0.18.2 takes another of the checked versions of megatron-core, in an environment of its own.
-MEGATRON ?=
+MEGATRON :=
 VENV := .venv$(addprefix -,$(MEGATRON))
 # Of these the first that starts, can make environments, and has a package of that megatron-core.
 PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(or $(shell for name in $(PYTHONS); do \
 	$$name -c "import ensurepip" 2>/dev/null && $$name $(LOCK_FOR) >/dev/null 2>&1 && echo $$name && break; done),\
-	$(error no Python for this megatron-core is on the PATH: install one of $(PYTHONS), or say where one is with PYTHON=))
+	$(error $(or $(WHY_NONE),none of $(PYTHONS) is on the PATH: install one, or say where one is with PYTHON=)))
+# What the first that starts says of that megatron-core.
+WHY_NONE = $(shell for name in $(PYTHONS); do \
+	$$name -c "import ensurepip" 2>/dev/null && { $$name $(LOCK_FOR) 2>&1 >/dev/null; break; }; done)
 LOCK_FOR := $(strip -m tools.lock_for $(addprefix --megatron ,$(MEGATRON)))
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed

@@ -237,7 +237,9 @@ def test_no_other_file_asks_which_megatron_core_is_installed() -> None:
         path.relative_to(ROOT).as_posix()
         for folder in ("tgdpo_megatron", "recipes", "tools")
         for path in (ROOT / folder).rglob("*.py")
-        if re.search(r'version\("megatron-core"\)|CHECKED_MEGATRON|megatron\.core\.__version__', path.read_text())
+        if re.search(
+            r'version\(["\']megatron-core["\']\)|CHECKED_MEGATRON|megatron\.core\.__version__', path.read_text()
+        )
     ]
     assert named == ["tgdpo_megatron/platform/versions.py"]
 

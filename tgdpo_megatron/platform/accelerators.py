@@ -7,8 +7,9 @@ Transformer Engine, apex and torch that is there. NVIDIA's containers have both,
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from typing import Any
+
+from tgdpo_megatron.platform import versions
 
 _NEED_A_GPU = ("transformer_engine", "apex", "amp_C")
 """Packages whose kernels are CUDA's alone; amp_C is a part of apex."""
@@ -24,8 +25,8 @@ def hide() -> None:
 
 def name_layers(*, transformer_engine: bool) -> str:
     """Whose layers a model is built of, with the versions."""
-    name = f"Transformer Engine {metadata.version('transformer-engine')}" if transformer_engine else "local"
-    return f"layers: {name} (megatron-core {metadata.version('megatron-core')})"
+    name = f"Transformer Engine {versions.transformer_engine()}" if transformer_engine else "local"
+    return f"layers: {name} (megatron-core {versions.megatron()})"
 
 
 def name_optimizer(optimizer: Any) -> str:

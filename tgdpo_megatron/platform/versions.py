@@ -143,6 +143,14 @@ def megatron() -> str:
     return metadata.version("megatron-core")
 
 
+def transformer_engine() -> str:
+    """The version of the installed Transformer Engine."""
+    try:
+        return metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return "of an unknown version"
+
+
 def mlp_submodules(layer: Any) -> Any:
     """The parts of the feed-forward block in Megatron's spec of a layer. They can be changed in place."""
     mlp = layer.submodules.mlp
