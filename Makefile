@@ -6,7 +6,7 @@ VENV := .venv$(addprefix -,$(MEGATRON))
 PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(or $(shell for name in $(PYTHONS); do \
 	$$name -c "import ensurepip" 2>/dev/null && $$name $(LOCK_FOR) >/dev/null 2>&1 && echo $$name && break; done),\
-	$(error $(or $(WHY_NONE),none of $(PYTHONS) is on the PATH: install one, or say where one is with PYTHON=)))
+	$(error $(or $(WHY_NONE:%.=%),none of $(PYTHONS) is on the PATH: install one, or say where one is with PYTHON=)))
 # What the first that starts says of that megatron-core.
 WHY_NONE = $(shell for name in $(PYTHONS); do \
 	$$name -c "import ensurepip" 2>/dev/null && { $$name $(LOCK_FOR) 2>&1 >/dev/null; break; }; done)
