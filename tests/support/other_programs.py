@@ -4,7 +4,6 @@ saver: a second map of names, and a second way to join tensors, beside those of 
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from tests.support.megatron_lm import of_megatron_lm
 from tgdpo_megatron.platform.processes import Ranks
 
 PADDED = 64
-"""The vocabulary is padded to a multiple of this."""
+"""The vocabulary is padded to a multiple of this, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Form:
     """Whether the tensors of all layers lie under one key."""
     fused_norms: bool = True
     """Whether norms have Transformer Engine's names."""
+    padded: int = PADDED
+    """The vocabulary is padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Piece:
     count: int = 1
 
 
-def pieces(weights: dict[str, Tensor], config: dict[str, Any], rank: int, size: int) -> Iterator[Piece]:
+def pieces(
+    weights: dict[str, Tensor], config: dict[str, Any], rank: int, size: int, padded: int = PADDED
+) -> Iterator[Piece]:
     """What a rank has of a model.
 
     Args:
         weights: HuggingFace's.
         config: Of config.json.
+        padded: The vocabulary is padded to a multiple of this.
     """
 
     def part(tensor: Tensor, axis: int) -> Tensor:
@@ -58,7 +63,7 @@ def pieces(weights: dict[str, Tensor], config: dict[str, Any], rank: int, size: 
 
     def vocabulary(name: str) -> Tensor:
         rows = weights[name]
-        missing = -len(rows) % PADDED
+        missing = -len(rows) % padded
         return part(torch.cat([rows, torch.full((missing, rows.shape[1]), 7.0, dtype=rows.dtype)]), 0)
 
     yield Piece("embedding.word_embeddings.weight", None, vocabulary("model.embed_tokens.weight"), 0, rank, size)
@@ -140,7 +145,7 @@ def save(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> None:
 
     Args:
         jobs: For each `hf`, a HuggingFace folder, `weights`, the folder to make, `form`, the fields of a Form, and
-            `args`, the arguments of Megatron-LM, or None.
+            `args`, whether Megatron-LM's arguments belong there.
     """
     import json
 
@@ -151,7 +156,7 @@ def save(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> None:
         weights = load_file(Path(job["hf"]) / "model.safetensors")
         config = json.loads((Path(job["hf"]) / "config.json").read_text())
         form, layers = Form(**job["form"]), config["num_hidden_layers"]
-        found = list(pieces(weights, config, ranks.rank, ranks.world_size))
+        found = list(pieces(weights, config, ranks.rank, ranks.world_size, form.padded))
         state: dict[str, Any] = {
             "model": [sharded(piece, form, layers, ranks.rank) for piece in found],
             "objects": objects(form, layers, ranks.rank),
@@ -161,8 +166,8 @@ def save(ranks: Ranks, *, jobs: list[dict[str, Any]]) -> None:
             ],
             "iteration": 3,
         }
-        if job["args"] is not None:
-            state["args"] = Namespace(**job["args"])
+        if job["args"]:
+            state["args"] = of_megatron_lm(config)
         if ranks.rank == 0:
             Path(job["weights"]).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()

@@ -121,15 +121,18 @@ class ForeignIndex:
         with _in_one_sentence(folder):
             self._entries = _Entries(folder)
             self.tensors = [key for key, entry in self._entries.declared.items() if not _is_object(entry)]
+        self._checked: dict[str, StoredTensor] = {}
 
     def tensor(self, key: str) -> StoredTensor:
-        """A tensor. It can be asked for once.
+        """A tensor.
 
         Raises:
             UserError: There is none, or the files do not hold it.
         """
-        with _in_one_sentence(self.folder):
-            return self._entries.tensor(key)
+        if key not in self._checked:  # its places in the files are used up by the check
+            with _in_one_sentence(self.folder):
+                self._checked[key] = self._entries.tensor(key)
+        return self._checked[key]
 
     def object(self, key: str) -> StoredObject | None:
         """Where an object lies; None where there is none of that name.

@@ -29,6 +29,9 @@ _STORAGES = {
 """torch's names for the numbers of a tensor, and their dtypes."""
 _MAX_HEAD_BYTES = 1024**2
 """Of a pickle or a list of files in a zip file. A tensor's have some hundred bytes."""
+_MAX_STATE_BYTES = 16 * 1024**2
+"""Of a pickle that is itself what was saved. Megatron-LM's arguments have 10 to 20 KB, and more with the paths of
+thousands of files of data."""
 _MAX_PARTS = 100_000
 """Values, lists and so on of plain data, counted each time that they are referred to."""
 _MAX_DEPTH = 50
@@ -100,7 +103,7 @@ def read_described(path: Path, start: int = 0, length: int | None = None) -> Any
         OSError: The file cannot be read.
     """
     with path.open("rb") as file:
-        return _Saved(file, start, path.stat().st_size if length is None else length).content
+        return _Saved(file, start, path.stat().st_size if length is None else length, _MAX_STATE_BYTES).content
 
 
 def _block_region(folder: Path, dtype: str, block: StoredBlock, region: Sequence[tuple[int, int]]) -> Tensor:
@@ -156,8 +159,11 @@ class _Described:
 class _Saved:
     """What torch.save wrote into a part of a file."""
 
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+    def __init__(self, file: io.BufferedReader, start: int, length: int, most: int = _MAX_HEAD_BYTES) -> None:
         """Read the description; the numbers stay where they are.
+
+        Args:
+            most: Bytes that the description may have.
 
         Raises:
             ValueError: The part holds no such thing.
@@ -174,7 +180,7 @@ class _Saved:
             raise ValueError("it is not a file of torch.save (no data.pkl)")
         self.name, self.length = heads[0].removesuffix("data.pkl"), length
         first, size = self._where(heads[0])
-        if size > _MAX_HEAD_BYTES:
+        if size > most:
             raise ValueError(f"its description has {size:,} bytes")
         file.seek(first)
         self.content = read_pickle(file.read(size))

@@ -65,6 +65,11 @@ def _of_bridge(**model: object) -> Make:
     return lambda folder: (folder / "foreign/release/run_config.yaml").write_text(json.dumps({"model": model}))
 
 
+def _weights_of_nemo(folder: Path) -> None:
+    _of_nemo(folder)
+    _nemos_settings(folder)
+
+
 def _of_nemo(folder: Path) -> None:
     (folder / "foreign/release").rename(folder / "foreign/weights")
     (folder / "foreign/latest_checkpointed_iteration.txt").unlink()
@@ -145,6 +150,18 @@ ENTRIES = [
         like=None,
     ),
     BadInput(
+        "no model that it was made from, to convert",
+        ("tools.convert_hf_to_megatron", "foreign", "out"),
+        "foreign: give with --like the HuggingFace model that this checkpoint of Megatron-LM was made from; its "
+        "config.json and its tokenizer are taken.",
+        make=_made(),
+    ),
+    BadInput(
+        "a model that a HuggingFace folder was made from",
+        ("tools.convert_hf_to_megatron", "hf", "out", "--like", "hf"),
+        "--like hf: hf has a config.json; leave --like out.",
+    ),
+    BadInput(
         "the model that a checkpoint of ours was made from",
         (EXPORT, "megatron", "out", "--like", "hf"),
         "--like hf: megatron has a config.json of its own; leave --like out.",
@@ -186,6 +203,18 @@ ENTRIES = [
         "foreign/release/run_config.yaml: activation_func is 'torch.nn.functional.gelu', but hf/config.json describes "
         f"silu; {OTHER}",
         _of_bridge(activation_func={"_target_": "torch.nn.functional.gelu"}),
+    ),
+    foreign(
+        "another sliding window",
+        "foreign/release/common.pt: window_size=(4096, 0), but hf/config.json describes no sliding window; " + OTHER,
+        _arguments(window_size=(4096, 0)),
+    ),
+    foreign(
+        "more rows of the vocabulary than padding explains",
+        "foreign: its vocabulary has 330 rows, but hf/config.json describes 200, and padding would be fewer than 128 "
+        "more; give with --like the model with the tokens that were added.",
+        edit_json("hf/config.json", vocab_size=200),
+        _arguments(vocab_size=None),
     ),
     foreign(
         "weights of other sizes than the settings beside them",
@@ -262,6 +291,12 @@ ENTRIES = [
         "foreign/context/model.yaml: has no part 'config' with the settings of the model.",
         _of_nemo,
         _nemos_settings,
+    ),
+    BadInput(
+        "the weights of a checkpoint of NeMo 2",
+        ("tools.convert_megatron_to_hf", "foreign/weights", "out", "--like", "hf"),
+        "foreign/weights: these are the weights of a checkpoint of NeMo 2; give its folder, foreign.",
+        make=_made(_weights_of_nemo),
     ),
     foreign(
         "a damaged common.pt",

@@ -4,7 +4,8 @@ Megatron-Bridge  FOLDER/iter_0000100/: the weights, run_config.yaml and, of a tr
 Megatron-LM      FOLDER/iter_0000100/ or FOLDER/release/: the weights, with the settings in common.pt
 NeMo 2           FOLDER/weights/: the weights; FOLDER/context/: model.yaml and the tokenizer's folder
 
-The first two name the newest of several in FOLDER/latest_checkpointed_iteration.txt. Nothing here imports torch.
+The first two name the newest of several in FOLDER/latest_checkpointed_iteration.txt. Where that file is missing, the
+newest whole one is taken. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Foreign:
         weights: The folder of the .distcp files.
         settings: The file that holds the model's settings.
         tokenizer: A folder with a tokenizer.json; None where the checkpoint has none.
+        cut_short: A newer checkpoint beside it that is not whole; None where there is none.
     """
 
     given: Path
@@ -44,13 +46,14 @@ class Foreign:
     weights: Path
     settings: Path
     tokenizer: Path | None
+    cut_short: Path | None = None
 
 
 def find_foreign(given: Path) -> Foreign | None:
     """The checkpoint of another program that lies in a folder; None where there is no sign of one.
 
     Raises:
-        UserError: A checkpoint of NeMo 1, or one in a form that is not read.
+        UserError: A checkpoint of NeMo 1, one in a form that is not read, or a part of one.
     """
     if _is_of_nemo_1(given):
         raise UserError(f"{given}: {_OF_NEMO_1}")
@@ -61,14 +64,16 @@ def find_foreign(given: Path) -> Foreign | None:
         _check_form(folder)
         model, tokenizers = given / "context" / "model.yaml", sorted(given.glob("context/*/tokenizer.json"))
         return Foreign(given, NEMO, folder, model, tokenizers[0].parent if len(tokenizers) == 1 else None)
-    folder = _newest(given)
+    if given.name == "weights" and (given.parent / "context").is_dir() and _has_weights(given):
+        raise UserError(f"{given}: these are the weights of a checkpoint of {NEMO}; give its folder, {given.parent}.")
+    folder, cut_short = _newest(given)
     if not _has_weights(folder):
         return None
     _check_form(folder)
     tokenizer = folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.json").is_file() else None
     if (folder / "run_config.yaml").is_file():
-        return Foreign(given, BRIDGE, folder, folder / "run_config.yaml", tokenizer)
-    return Foreign(given, LM, folder, folder / "common.pt", tokenizer)
+        return Foreign(given, BRIDGE, folder, folder / "run_config.yaml", tokenizer, cut_short)
+    return Foreign(given, LM, folder, folder / "common.pt", tokenizer, cut_short)
 
 
 def _is_of_nemo_1(given: Path) -> bool:
@@ -78,14 +83,17 @@ def _is_of_nemo_1(given: Path) -> bool:
     return (given / "model_weights").is_dir() or (given.name == "model_weights" and _has_weights(given))
 
 
-def _newest(given: Path) -> Path:
+def _newest(given: Path) -> tuple[Path, Path | None]:
     """The folder of the newest of several checkpoints, where the given one holds several; else the given one.
+
+    Without the file that names it: the newest whole one, and the newest of all where that is cut short. Where none is
+    whole, the newest of all.
 
     Raises:
         UserError: The newest is not there.
     """
     if _has_weights(given):
-        return given
+        return given, None
     if (given / TRACKER).is_file():
         said = read_text(given / TRACKER, what="file that names a checkpoint", limit=1000).strip()
         name = f"iter_{int(said):07d}" if said.isascii() and said.isdigit() else said
@@ -93,8 +101,12 @@ def _newest(given: Path) -> Path:
             raise UserError(f"{given / TRACKER}: holds neither a number of steps nor '{RELEASE}'.")
         if not (given / name).is_dir():
             raise UserError(f"{given / TRACKER}: names {name}, which is not there; give the folder of another one.")
-        return given / name
-    return max(given.glob("iter_*"), default=given, key=lambda path: path.name)
+        return given / name, None
+    found = sorted(given.glob("iter_*"), key=lambda path: path.name)
+    whole = [folder for folder in found if not _is_cut_short(folder)]
+    if whole and whole[-1] != found[-1]:
+        return whole[-1], found[-1]
+    return found[-1] if found else given, None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -103,6 +115,12 @@ def _has_weights(folder: Path) -> bool:
         any((folder / name).is_file() for name in (".metadata", "metadata.json", "run_config.yaml"))
         or next(folder.glob("mp_rank_*/"), None) is not None
     )
+
+
+def _is_cut_short(folder: Path) -> bool:
+    """Whether a save was interrupted here: Megatron-Core writes the two files last. The form of pickles has neither."""
+    written_last = all((folder / name).is_file() for name in (".metadata", "metadata.json"))
+    return not written_last and next(folder.glob("mp_rank_*/"), None) is None
 
 
 def _check_form(folder: Path) -> None:

@@ -35,6 +35,10 @@ EVERY_FAMILY = {
     "is_hybrid_model": False,
     "attention_output_gate": False,
     "heterogeneous_block_specs": False,
+    # NeMo 2's names for what every scaled RoPE of Llama's has. Megatron-Core knows no other.
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "old_context_len": 8192,
 }
 """What Megatron's settings are for every family here, by Megatron's names."""
 
@@ -150,12 +154,16 @@ def check_settings(settings: dict[str, Any], where: Path, model: ModelDescriptio
     expected = {name: of(model) for name, of in OF_MODEL.items()}
     if settings.get("rope_scaling") is True:
         expected["rope_scaling_factor"] = model.rope_scaling_factor
+    if _is_pair(settings.get("rotary_base")):  # Gemma-3: of windowed and of full layers, with the factor of the latter
+        expected["rotary_base"] = [model.window_rotary_base or model.rotary_base, model.rotary_base]
+        expected["rope_scaling_factor"] = model.rope_linear_factor or 1.0
     for name, value in expected.items():
         if not _agrees(settings.get(name), value):
             raise UserError(
                 f"{where}: {name}={shown(settings[name])}, but for {like / 'config.json'} it would be {shown(value)}; "
                 "give the model that the checkpoint was made from with --like."
             )
+    _check_window(settings.get("window_size"), where, model, like)
     named = settings.get("activation_func")
     target = named.get("_target_") if isinstance(named, dict) else None
     if isinstance(target, str) and target.endswith("silu") != (model.activation == "silu"):
@@ -165,8 +173,36 @@ def check_settings(settings: dict[str, Any], where: Path, model: ModelDescriptio
         )
 
 
+def _check_window(found: Any, where: Path, model: ModelDescription, like: Path) -> None:
+    """Refuse a sliding window that is not the model's. One that is not set says nothing.
+
+    Megatron counts the tokens before the query: [4095, 0] is HuggingFace's 4096. Megatron-Bridge and NeMo 2 write
+    [4096, 0] for it, and 4096 for Gemma-3.
+
+    Raises:
+        UserError: It differs.
+    """
+    before = found[0] if _is_pair(found) else found
+    if not isinstance(before, int) or isinstance(before, bool) or before < 0:
+        return
+    window = model.sliding_window
+    if window is None or before not in (window, window - 1):
+        raise UserError(
+            f"{where}: window_size={shown(found)}, but {like / 'config.json'} describes "
+            f"{'no sliding window' if window is None else f'a sliding window of {window} tokens'}; "
+            "give the model that the checkpoint was made from with --like."
+        )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
 def _agrees(found: Any, expected: Any) -> bool:
-    """Whether a setting is the expected one. One that is not set, or that is no plain value, says nothing."""
+    """Whether a setting is the expected one. One that is not set, or that is neither a plain value nor a pair where one
+    is expected, says nothing."""
+    if _is_pair(found) and _is_pair(expected):
+        return all(map(_agrees, found, expected))
     if found is None or not isinstance(found, bool | int | float | str):
         return True
     if isinstance(found, str) or isinstance(expected, str):
