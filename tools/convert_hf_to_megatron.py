@@ -43,7 +43,8 @@ def main() -> None:
             "processes": parsed.processes,
             "certificate": not parsed.no_certificate,
         }
-        if foreign := find_foreign(parsed.hf_model):
+        is_hf = (parsed.hf_model / "config.json").is_file()
+        if not is_hf and (foreign := find_foreign(parsed.hf_model)):
             like = find(parsed.like, needs="tokenizer").folder if parsed.like else None
             from tgdpo_megatron.checkpoint.foreign.reading import foreign_to_megatron  # imported here: it loads torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tests.parity.models import make_config
 from tests.support.hostile import weight_as_object
+from tests.support.in_process import Program
 from tests.support.megatron_lm import of_megatron_lm
 from tests.support.other_programs import settings_of
 from tgdpo_megatron.checkpoint import jobs
@@ -28,6 +30,10 @@ from tgdpo_megatron.checkpoint.index import ForeignIndex
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.families import read_description
+from tools.convert_hf_to_megatron import main
+
+OPTIONS: dict[str, Any] = {"dtype": None, "processes": 1, "certificate": False}
+"""Of a conversion."""
 
 
 @pytest.fixture
@@ -102,8 +108,7 @@ def test_a_checkpoint_becomes_one_of_ours_and_nothing_else_is_left(
 ) -> None:
     foreign = find_foreign(written)
     assert foreign is not None
-    options = {"dtype": None, "processes": 1, "certificate": False}
-    made = foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **options)
+    made = foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **OPTIONS)
     assert made == read_manifest(tmp_path / "out" / "ours") == read_manifest(checkpoint)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ours"]
 
@@ -113,7 +118,6 @@ def test_an_interrupted_conversion_keeps_the_huggingface_folder_between_and_a_re
 ) -> None:
     foreign = find_foreign(written)
     assert foreign is not None
-    options = {"dtype": None, "processes": 1, "certificate": False}
 
     def between() -> list[Path]:
         return list((tmp_path / "out").glob("ours.*.hf"))
@@ -121,12 +125,25 @@ def test_an_interrupted_conversion_keeps_the_huggingface_folder_between_and_a_re
     for error, kept in ((UserError("refused"), 0), (KeyboardInterrupt(), 1)):
         with monkeypatch.context() as patched, pytest.raises(type(error)):
             patched.setattr(jobs.ToMegatron, "write", raising(error))
-            foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **options)
+            foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **OPTIONS)
         assert len(between()) == kept
     with monkeypatch.context() as patched:
         patched.setattr(jobs.ToHuggingFace, "write", raising(AssertionError("the folder is there already")))
-        foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **options)
+        foreign_to_megatron(foreign, tmp_path / "out" / "ours", hf_model, **OPTIONS)
     assert read_manifest(tmp_path / "out" / "ours") == read_manifest(checkpoint) and between() == []
+
+
+def test_the_single_step_is_a_program_and_takes_a_huggingface_folder_with_a_metadata_json_for_one(
+    written: Path, hf_model: Path, checkpoint: Path, tmp_path: Path, in_process: Program
+) -> None:
+    """Megatron's checkpoints have a file of that name."""
+    shutil.copytree(hf_model, tmp_path / "hf")
+    (tmp_path / "hf" / "metadata.json").write_text("{}")
+    for name, given in {"of-foreign": [written, "--like", hf_model], "of-hf": [tmp_path / "hf"]}.items():
+        source, *more = given
+        code, said = in_process(main, [source, tmp_path / name, *more, "--no-certificate"])
+        assert code == 0, said
+        assert read_manifest(tmp_path / name) == read_manifest(checkpoint)
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
