@@ -86,7 +86,7 @@ for name in ("triton", "numpy", "transformers"):
     except metadata.PackageNotFoundError:
         pass
 """
-    return _output(environment, "-c", show).rstrip("; ")
+    return _output(environment, "-c", show).splitlines()[-1].rstrip("; ")
 
 
 def _tests(*paths: str) -> Callable[[Environment], str]:
