@@ -60,7 +60,7 @@ class Environment:
             NoEnvironmentError: There is no such Python, or a package cannot be installed.
         """
         if not self.program.exists():
-            self._venv(self.folder, "--seed")
+            _uv("venv", "--seed", "--python", self.python, "--no-python-downloads", str(self.folder))
         all_of_it = str(self.folder / "packages.txt")
         locks = ("requirements-dev.lock", lock_for(self.python, self.megatron))
         _uv("pip", "compile", "--python", str(self.program), "--output-file", all_of_it, *locks)
@@ -78,7 +78,7 @@ class Environment:
         Raises:
             NoEnvironmentError: As make.
         """
-        self._venv(folder, "--clear")
+        _uv("venv", "--clear", "--python", str(self.program), str(folder))
         (torch,) = re.findall(r"^torch==.*", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
         beside = (torch, f"megatron-core=={self.megatron}")
         with tempfile.TemporaryDirectory() as place:  # setuptools leaves files among the sources that it builds from
@@ -86,9 +86,6 @@ class Environment:
             shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
             _uv("pip", "install", "--python", str(folder / "bin" / "python"), str(source), *beside)
         return folder / "bin"
-
-    def _venv(self, folder: Path, *options: str) -> None:
-        _uv("venv", "--python", self.python, "--no-python-downloads", *options, str(folder))
 
 
 ENVIRONMENTS = [

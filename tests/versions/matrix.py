@@ -79,7 +79,7 @@ def _made(environment: Environment) -> str:
     environment.make()
     show = """
 import importlib.metadata as metadata, torch
-print("torch", torch.__version__, "for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs", end="; ")
+print("torch", torch.__version__, end="; ")  # with its build, which the metadata of a CUDA build leaves out
 for name in ("triton", "numpy", "transformers"):
     try:
         print(name, metadata.version(name), end="; ")
@@ -132,7 +132,7 @@ def _installed(environment: Environment) -> str:
     """Install the project as users do, and train with its console scripts in an empty folder."""
     scripts = environment.install(environment.folder.with_name(f"{environment.short}-installed"))
     pairs = ROOT / "docs" / "example" / "pairs.jsonl"
-    training = ("model.checkpoint=start", f"data.train={pairs}", "train.train_iters=2", "train.global_batch_size=4")
+    training = ("model.checkpoint=start", f"data.train={pairs}", "train.train_iters=2", "train.global_batch_size=8")
     with tempfile.TemporaryDirectory() as place:
         for script, *words in (
             ("tgdpo-tiny-model", str(pairs), "hf"),
