@@ -62,6 +62,7 @@ class Environment:
         if not self.program.exists():
             _uv("venv", "--seed", "--python", self.python, "--no-python-downloads", str(self.folder))
         all_of_it = str(self.folder / "packages.txt")
+        Path(all_of_it).unlink(missing_ok=True)  # uv prefers what it wrote there before, and may then find no wheels
         locks = ("requirements-dev.lock", lock_for(self.python, self.megatron))
         _uv("pip", "compile", "--python", str(self.program), "--output-file", all_of_it, *locks)
         _uv("pip", "sync", "--python", str(self.program), all_of_it)
