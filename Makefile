@@ -6,10 +6,12 @@ VENV := .venv$(addprefix -,$(MEGATRON))
 PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(or $(shell for name in $(PYTHONS); do \
 	$$name -c "import ensurepip" 2>/dev/null && $$name $(LOCK_FOR) >/dev/null 2>&1 && echo $$name && break; done),\
-	$(error $(or $(WHY_NONE:%.=%),none of $(PYTHONS) is on the PATH: install one, or say where one is with PYTHON=)))
+	$(error $(or $(patsubst %.,%,$(subst error: ,,$(WHY_NONE))),$(NO_PYTHON))))
 # What the first that starts says of that megatron-core.
 WHY_NONE = $(shell for name in $(PYTHONS); do \
 	$$name -c "import ensurepip" 2>/dev/null && { $$name $(LOCK_FOR) 2>&1 >/dev/null; break; }; done)
+NO_PYTHON = none of $(PYTHONS) is on the PATH with its module ensurepip (Debian: python3-venv): install one, or say \
+	where one is with PYTHON=
 LOCK_FOR := $(strip -m tools.lock_for $(addprefix --megatron ,$(MEGATRON)))
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
@@ -44,7 +46,12 @@ torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-dep
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
 demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 real bridge-check: export CUDA_VISIBLE_DEVICES :=
 
+# Which Python and megatron-core a target runs on: the environment may be of an earlier day.
+which = @echo "$(VENV): $$($(RUN) --version), megatron-core \
+	$$($(RUN) -c 'import importlib.metadata as package; print(package.version("megatron-core"))')"
+
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
+	$(which)
 	$(RUN) -m tools.demo --output runs/demo --overwrite
 
 # Files of tests at once. Many tests start several processes themselves, and many wait.
@@ -53,6 +60,7 @@ WORKERS ?= 3
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 tests
 
 test: $(STAMP)  ## the tests, but for the long ones: about twelve minutes
+	$(which)
 	$(TESTS) -m "not long"
 
 proofs: $(STAMP)  ## the long tests: whole chains, benchmarks in small, programs under faults

@@ -79,20 +79,22 @@ def faults(results: Path) -> str:
 
 
 def versions(results: Path) -> str:
-    """What every check found in every environment."""
+    """What every check found in every environment, those that no environment reached too."""
     if not results.is_file():
         return "There are no results of this version yet."
     found = json.loads(results.read_text(encoding="utf-8"))
-    environments = dict.fromkeys((row["megatron"], row["python"]) for row in found)
+    environments = dict.fromkeys((row["megatron"], row["python"]) for row in found["rows"])
     cells = {
         (row["check"], row["megatron"], row["python"]): row["said"] if row["passed"] else f"**failed**: {row['said']}"
-        for row in found
+        for row in found["rows"]
     }
     rows = [
         (check, *(cells.get((check, *environment), "not run") for environment in environments))
-        for check in dict.fromkeys(row["check"] for row in found)
+        for check in found["checks"]
     ]
-    return _table(("", *(f"{megatron}, Python {python}" for megatron, python in environments)), rows)
+    table = _table(("", *(f"{megatron}, Python {python}" for megatron, python in environments)), rows)
+    machine = found["machine"]
+    return f"{table}\n\nCommit {machine['commit']}, {machine['date']}; {machine['cores']} cores."
 
 
 def _differences() -> str:

@@ -3,10 +3,11 @@
     python3 -m tools.gpu_environment [.venv-gpu] [--wheels FOLDER] [--no-transformer-engine]
 
 The Python that runs this must have torch. Its packages stay as they are, and are used where the project accepts their
-versions. The others are installed beside them, at the versions of constraints-gpu.txt. They come from the package index
-or, with --wheels and without network, from a folder that tools.gpu_wheels filled. The torch part of Transformer Engine
-is compiled here, unless the folder holds it compiled for this Python and torch. Everything else works without it.
-A second run installs only what is still missing. This program needs only Python's standard library.
+versions; where its megatron-core is not accepted, nothing is installed. What is missing is installed beside them, at
+the versions of constraints-gpu.txt. It comes from the package index or, with --wheels and without network, from a
+folder that tools.gpu_wheels filled. The torch part of Transformer Engine is compiled here, unless the folder holds it
+compiled for this Python and torch. Everything else works without it. A second run installs only what is still missing.
+This program needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.platform.versions import check_megatron_version
 from tools.file_parts import join
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +62,8 @@ def gpu_environment(folder: Path, *, wheels: Path | None, transformer_engine: bo
         transformer_engine: Whether to install Transformer Engine.
 
     Raises:
-        UserError: This Python has no torch, the folder of wheels does not exist, or a package cannot be installed.
+        UserError: This Python has no torch, or a megatron-core that was not checked; the folder of wheels does not
+            exist, or a package cannot be installed.
     """
     if wheels is not None and not wheels.is_dir():
         raise UserError(f"{wheels}: no such folder; fill it with `make gpu-wheels` where there is a network.")
@@ -72,12 +75,14 @@ def gpu_environment(folder: Path, *, wheels: Path | None, transformer_engine: bo
         raise UserError(
             f"{sys.executable}: its torch {found['torch']} is built without CUDA; use a Python whose torch has CUDA."
         )
+    if version := found["packages"].get("megatron-core"):
+        check_megatron_version(version)
     if wheels is not None:
         step(f"packages from {wheels}")
         join(wheels)
     else:
         step("packages from the index")
-    _install(python, _requirements(), found, wheels)
+    _install(python, _requirements(found["packages"]), found, wheels)
     absent = found["no_engine"]
     if transformer_engine and absent:
         step("Transformer Engine; compiling its torch part, if it must be compiled, takes minutes")
@@ -125,11 +130,13 @@ def _look(python: Path) -> dict[str, Any]:
     return looked
 
 
-def _requirements() -> list[str]:
+def _requirements(here: Mapping[str, str]) -> list[str]:
+    """What the project asks for, but for a megatron-core that is here: a second one beside it would be refused."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     tests = [requirement for requirement in extras["dev"] if requirement.startswith("pytest")]
-    return [*project["dependencies"], *extras["tracking"], *tests]
+    asked = [*project["dependencies"], *extras["tracking"], *tests]
+    return [one for one in asked if not ("megatron-core" in here and one.startswith("megatron-core"))]
 
 
 def _install(python: Path, requirements: list[str], found: Mapping[str, Any], wheels: Path | None) -> None:

@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from tgdpo_megatron.errors import UserError
+from tgdpo_megatron.platform.versions import MEGATRON
 from tools.file_parts import cut, join
-from tools.gpu_environment import read_pins
+from tools.gpu_environment import _requirements, read_pins
 from tools.gpu_wheels import _lacking, pack, read_have
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,51 @@ def test_pins_fit_the_projects_ranges_and_leave_torch_to_the_machine() -> None:
     others = {canonicalize_name(need.name): need for need in ranges if need.name != "torch"}
     assert {name for name, need in others.items() if pins.get(name) not in need.specifier} == set()
     assert [name for name in pins if name in {"torch", "triton", "apex"} or name.startswith("nvidia")] == []
+
+
+def test_the_newest_checked_megatron_core_is_pinned() -> None:
+    """NVIDIA's containers have a Transformer Engine that the oldest one is not accepted with."""
+    assert read_pins()["megatron-core"] == list(MEGATRON)[-1] and "3.12" in MEGATRON[read_pins()["megatron-core"]]
+
+
+def a_machines_python(folder: Path, megatron: str) -> Path:
+    """A Python with a torch for CUDA, as far as it is looked at, and a megatron-core."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    packages = next((folder / "lib").glob("python*")) / "site-packages"
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text(
+        "__version__ = '2.11.0'\n\nclass version:\n    cuda = '13.0'\n\n"
+        "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+    )
+    info = packages / f"megatron_core-{megatron}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {megatron}\n")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("megatron", ["0.16.0rc0", "0.20.0"])
+def test_a_machines_megatron_core_that_is_not_accepted_is_one_sentence_and_nothing_is_installed(
+    megatron: str, tmp_path: Path
+) -> None:
+    """Another one beside it would be refused at every start."""
+    python = a_machines_python(tmp_path / "machine", megatron)
+    command = [str(python), "-m", "tools.gpu_environment", str(tmp_path / "environment")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: megatron-core {megatron} was not checked with this project; install one of {', '.join(MEGATRON)}, or "
+        "set TGDPO_UNCHECKED_VERSIONS=1 to use it all the same.\n",
+    )
+    assert "packages from" not in done.stdout
+
+
+def test_a_machines_megatron_core_stays_alone() -> None:
+    """pip is not asked for one: it would put another over a pre-release that a container carries."""
+    here, missing = (
+        {one for one in _requirements(packages) if one.startswith("megatron")}
+        for packages in ({"megatron-core": "0.18.0rc1"}, {})
+    )
+    assert (len(here), len(missing)) == (0, 1)
 
 
 def test_make_gpu_without_a_gpu_says_why_and_changes_nothing(tmp_path: Path) -> None:

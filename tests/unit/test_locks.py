@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -112,7 +114,8 @@ def test_the_versions_are_those_that_are_asked_for() -> None:
     pinned = running() | lock("requirements-dev.lock")
     for text in (text for extra in project().values() for text in extra):
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+        if requirement.marker is None or requirement.marker.evaluate():
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
 
 
 def test_the_environment_is_made_again_when_a_lock_changes() -> None:
@@ -129,24 +132,55 @@ def test_torch_comes_first_where_its_build_is_asked_for(target: str, name: str) 
     assert not any("--torch-backend" in step for step in steps(target))
 
 
+def make(target: str, *variables: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
+    """Ask make what it would run."""
+    command = [str(shutil.which("make")), "--no-print-directory", "-n", target, "VENV=/nowhere", *variables]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test`
+    return subprocess.run(command, cwd=ROOT, env=outside | {"PATH": path}, capture_output=True, text=True, check=False)
+
+
 def steps(target: str, *variables: str) -> list[str]:
     """The commands that make would run, with this Python in the place of all that it looks for."""
-    command = ["make", "--no-print-directory", "-n", target, "VENV=/nowhere", f"PYTHONS={sys.executable}", *variables]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test`
-    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
+    done = make(target, f"PYTHONS={sys.executable}", *variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def refused(*variables: str, path: str = os.environ["PATH"]) -> str:
+    """What make says before it ends without having done anything."""
+    done = make("setup", *variables, path=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    return re.sub(r"^Makefile:\d+: \*\*\* ", "", done.stderr)
 
 
 def test_the_first_python_that_starts_and_has_that_megatron_core_is_taken(tmp_path: Path) -> None:
     broken = tmp_path / "python3.11"
     broken.write_text("#!/bin/sh\nexit 127\n")
     broken.chmod(0o755)
-    both = f"PYTHONS={broken} {sys.executable}"
-    said, made, *_ = steps("setup", both)
+    said, made, *_ = steps("setup", f"PYTHONS={broken} {sys.executable}")
     assert made == f"{sys.executable} -m venv /nowhere" and "echo" in said and "--version" in said
-    with pytest.raises(AssertionError, match="no Python for this megatron-core is on the PATH: install one of "):
-        steps("setup", f"PYTHONS={broken}")
+    assert refused(f"PYTHONS={broken}").startswith(f"none of {broken} is on the PATH with its module ensurepip")
+
+
+def test_make_without_a_python_says_what_to_do(tmp_path: Path) -> None:
+    assert refused(path=str(tmp_path)) == (
+        "none of python3.11 python3.12 python3.13 is on the PATH with its module ensurepip (Debian: python3-venv): "
+        "install one, or say where one is with PYTHON=.  Stop.\n"
+    )
+
+
+def test_make_refuses_a_megatron_core_that_was_not_checked_with_those_that_were() -> None:
+    assert refused("MEGATRON=0.18.1", f"PYTHONS={sys.executable}") == (
+        f"MEGATRON=0.18.1: this version was not checked; give one of {', '.join(MEGATRON)}.  Stop.\n"
+    )
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_each_start_says_which_python_and_megatron_core_it_runs_on(target: str) -> None:
+    before_last, _ = steps(target, f"VENV={sys.prefix}")[-2:]
+    done = subprocess.run(["sh", "-c", before_last], capture_output=True, text=True, check=True)
+    versions = f"Python {platform.python_version()}, megatron-core {metadata.version('megatron-core')}"
+    assert done.stdout == f"{sys.prefix}: {versions}\n"
 
 
 def test_the_lock_is_named_by_any_python_that_can_run_the_project_and_refused_by_others() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import environments, matrix
+from tests.versions import environments, exchange, matrix
 from tests.versions.environments import Environment
 from tests.versions.matrix import run_matrix, table
 from tgdpo_megatron.errors import UserError
@@ -304,19 +304,115 @@ def test_a_check_that_fails_is_a_row_with_its_last_words(tmp_path: Path, monkeyp
     assert not row.passed and re.match(r"1 failed in .* \(see .*failed\.log\)", row.said)
 
 
+def record_uv(place: Path, then: str = "") -> Path:
+    """Put a program in the place of uv that writes down what it is asked for. Returns the file."""
+    uv, asked = place / "uv" / "bin" / "uv", place / "asked.txt"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n{then}\n')
+    uv.chmod(0o755)
+    return asked
+
+
+def test_an_environment_is_made_equal_to_the_locks_and_loses_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    asked = record_uv(tmp_path)
+    here = Environment("3.12", "0.18.2")
+    here.make()
+    compiled = f"{here.folder}/packages.txt"
+    locks = "requirements-dev.lock requirements-megatron-0.18.2.lock"
+    assert asked.read_text().splitlines()[-2:] == [
+        f"pip compile --python {here.program} --output-file {compiled} {locks} --quiet",
+        f"pip sync --python {here.program} {compiled} --quiet",
+    ]
+
+
+def test_the_project_is_installed_from_a_copy_of_its_sources_beside_the_locks_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a console script that fails is a row that fails, with its last words."""
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    here = Environment("3.12", "0.18.2")
+    scripts = here.folder.with_name(f"{here.short}-installed") / "bin"
+    script = f"mkdir -p {here.folder} {scripts}; cd {scripts}; printf '#!/bin/sh\\necho no such pairs; exit 2\\n' > "
+    script += "tgdpo-tiny-model; chmod +x tgdpo-tiny-model"
+    asked = record_uv(tmp_path, f'test "$1" = venv && exit; ls -a "$5" > {tmp_path}/sources.txt; {script}')
+    row = matrix._judged(here, "pip install .", matrix.CHECKS["pip install ."])
+    assert not row.passed and row.said == f"no such pairs (see {here.folder / 'failed.log'})"
+    made, installed = asked.read_text().splitlines()
+    assert made == f"venv --clear --python {here.program} {scripts.parent} --quiet"
+    source, torch, megatron, _ = installed.split()[4:]
+    assert torch in (ROOT / "requirements.lock").read_text().splitlines() and megatron == "megatron-core==0.18.2"
+    assert Path(source) != ROOT
+    copied = (tmp_path / "sources.txt").read_text().split()
+    assert {"pyproject.toml", "setup.py", "tgdpo_megatron", "recipes", "tools", "conf", "slurm"} <= set(copied)
+    assert [name for name in copied if name.startswith(".venv") or name in (".git", "build")] == []
+
+
+LINES = [{"iteration": step, "loss": 1.0 / step, "grad_norm": 2.0, "rewards/margins": 0.1} for step in (1, 2, 3, 4)]
+
+
+def test_a_reader_that_did_not_go_on_from_the_checkpoint_is_seen() -> None:
+    """One that started anew finds the same numbers, but for more steps."""
+    assert exchange.difference(LINES, LINES[2:]) == 0
+    other = [*LINES[2:3], LINES[3] | {"grad_norm": 2.5}]
+    assert exchange.difference(LINES, other) == pytest.approx(0.25)
+    with pytest.raises(AssertionError, match="did not go on"):
+        exchange.difference(LINES, LINES)
+
+
+def test_checkpoints_are_exchanged_where_every_kind_of_part_is_split() -> None:
+    split = [settings for _, settings in exchange.LAYOUTS.values() if len(settings) == 2]
+    assert split == [{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}]
+
+
+@pytest.mark.parametrize(("largest", "said"), [(0.0, "0"), (2e-6, "2e-06")])
+def test_the_difference_of_readers_is_said_as_a_reader_writes_it(
+    largest: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    here = Environment("3.12", "0.18.2")
+    here.program.parent.mkdir(parents=True)
+    here.program.write_text(f"#!/bin/sh\necho '{json.dumps({'one at DP2': 0.0, 'one at TP2PP2': largest})}'\n")
+    here.program.chmod(0o755)
+    assert matrix._read(here, tmp_path, [here], 1) == f"those of 1, largest difference {said}"
+
+
 def test_every_checked_megatron_core_has_an_environment_and_so_has_every_python() -> None:
     assert {environment.megatron for environment in environments.ENVIRONMENTS} == set(MEGATRON)
     assert {environment.python for environment in environments.ENVIRONMENTS} == set(PYTHONS)
 
 
-def test_the_table_of_the_page_shows_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
+def test_the_table_of_the_page_shows_what_failed_and_what_was_not_run_or_reached(tmp_path: Path) -> None:
     results = tmp_path / "versions.json"
     row = {"python": "3.12", "megatron": "0.18.2", "check": "unit tests", "passed": True, "said": "9 passed"}
     other = row | {"megatron": "0.19.2", "passed": False, "said": "2 failed"}
-    results.write_text(json.dumps([row, row | {"check": "parity", "said": "good"}, other]))
+    machine = {"commit": "1b72d4e", "date": "2026-11-22", "cores": 2}
+    rows = [row, row | {"check": "parity", "said": "good"}, other]
+    checks = ["parity", "conversion", "unit tests"]
+    results.write_text(json.dumps({"machine": machine, "checks": checks, "rows": rows}))
     assert written_versions(results).splitlines() == [
         "|  | 0.18.2, Python 3.12 | 0.19.2, Python 3.12 |",
         "| --- | --- | --- |",
-        "| unit tests | 9 passed | **failed**: 2 failed |",
         "| parity | good | not run |",
+        "| conversion | not run | not run |",
+        "| unit tests | 9 passed | **failed**: 2 failed |",
+        "",
+        "Commit 1b72d4e, 2026-11-22; 2 cores.",
     ]
+
+
+def test_the_page_has_a_row_for_every_check_and_says_what_it_is() -> None:
+    results = json.loads((ROOT / "results" / "versions.json").read_text())
+    assert results["checks"] == list(matrix.NAMES) and {"commit", "date"} <= results["machine"].keys()
+    assert {"other programs", "pip install ."} <= set(matrix.NAMES)
+    page = (ROOT / "docs" / "requirements.md").read_text()
+    assert re.findall(r"^- \*\*(.*?)\*\*: ", page, flags=re.MULTILINE) == list(matrix.NAMES)
+
+
+def test_the_page_says_how_many_differences_need_two_ways() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "tgdpo_megatron").rglob("*.py"))
+    words = {3: "three", 4: "four", 5: "five"}
+    said = f"Only {words[len(set(re.findall(r'([A-Z_]+)[.]holds', code)))]} of them need two ways in the code"
+    assert said in " ".join((ROOT / "docs" / "requirements.md").read_text().split())

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tests.versions
-from tests.versions.matrix import as_shown, run_matrix, table
+from bench.machine import machine
+from tests.versions.matrix import NAMES, as_shown, run_matrix, table
 
 
 def main() -> None:
@@ -22,12 +23,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     parsed = parser.parse_args()
     results = []
+    where = machine()
     with tempfile.TemporaryDirectory() as folder:
         for result in run_matrix(Path(folder), parsed.only):
             results.append(result)
             if parsed.json:
                 parsed.json.parent.mkdir(parents=True, exist_ok=True)
-                parsed.json.write_text(json.dumps([asdict(row) for row in as_shown(results)], indent=1))
+                found = {"machine": where, "checks": NAMES, "rows": [asdict(row) for row in as_shown(results)]}
+                parsed.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     sys.exit(0 if results and all(result.passed for result in results) else 1)
 

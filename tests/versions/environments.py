@@ -1,11 +1,13 @@
-"""Environments of the locks, made by uv: hard links of one copy of each package."""
+"""Environments made by uv, of the locks and of `pip install .`: hard links of one copy of each package."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +54,39 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def make(self) -> None:
-        """Install the locks.
+        """Install what the locks pin, with what torch's build brings, and remove all else.
 
         Raises:
             NoEnvironmentError: There is no such Python, or a package cannot be installed.
         """
         if not self.program.exists():
             _uv("venv", "--seed", "--python", self.python, "--no-python-downloads", str(self.folder))
+        all_of_it = str(self.folder / "packages.txt")
+        Path(all_of_it).unlink(missing_ok=True)  # uv prefers what it wrote there before, and may then find no wheels
         locks = ("requirements-dev.lock", lock_for(self.python, self.megatron))
-        _uv("pip", "install", "--python", str(self.program), *(word for lock in locks for word in ("-r", lock)))
+        _uv("pip", "compile", "--python", str(self.program), "--output-file", all_of_it, *locks)
+        _uv("pip", "sync", "--python", str(self.program), all_of_it)
+
+    def install(self, folder: Path) -> Path:
+        """Make a clean environment of what the project itself asks for, with this megatron-core and the locks' torch.
+
+        Args:
+            folder: It is emptied first.
+
+        Returns:
+            Where its console scripts are.
+
+        Raises:
+            NoEnvironmentError: As make.
+        """
+        _uv("venv", "--clear", "--python", str(self.program), str(folder))
+        (torch,) = re.findall(r"^torch==.*", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+        beside = (torch, f"megatron-core=={self.megatron}")
+        with tempfile.TemporaryDirectory() as place:  # setuptools leaves files among the sources that it builds from
+            source = Path(place) / "source"
+            shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
+            _uv("pip", "install", "--python", str(folder / "bin" / "python"), str(source), *beside)
+        return folder / "bin"
 
 
 ENVIRONMENTS = [

@@ -3,7 +3,7 @@
 python -m tests.versions.exchange write FOLDER NAME
 python -m tests.versions.exchange read FOLDER NAME WRITER...      prints what was found as JSON
 
-Each writer trains four steps on two ranks with the distributed optimizer and saves after two. A reader goes on from
+At each layout, a writer trains four steps with the distributed optimizer and saves after two. A reader goes on from
 there, and should find what the writer itself found in the last two steps.
 """
 
@@ -17,34 +17,67 @@ from typing import Any
 
 from tests.support.program import run_ranks
 
-RANKS, STEPS, SAVED = 2, 4, 2
+STEPS, SAVED = 4, 2
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "DP2": (2, {}),
+    "TP2PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
+"""Name -> ranks and settings."""
 COMPARED = ("loss", "grad_norm", "rewards/margins")
+METRICS = "metrics.jsonl"
 
 
 def write(folder: Path, name: str) -> None:
     """Train and save. The first writer makes the start, which all others read."""
     if not (folder / "start").exists():
         _make_start(folder)
-    run_ranks("tests.support.jobs", "train_all", RANKS, recipe="dpo_tiny", jobs=[_job(folder, name)])
+    for layout in LAYOUTS:
+        _train(folder, layout, [f"{name} at {layout}"])
 
 
 def read(folder: Path, name: str, writers: list[str]) -> dict[str, float]:
-    """Writer -> largest difference of a number of the last two steps from the writer's own, relative.
+    """Run of a writer -> largest difference of a number of the last two steps from the writer's own, relative.
 
     Raises:
-        AssertionError: Megatron itself does not see in a checkpoint what this project wrote.
+        AssertionError: Megatron itself does not see in a checkpoint what this project wrote; or a run did not go on
+            from it.
     """
-    jobs = []
-    for writer in writers:
-        _check_megatrons_view(_saved(folder / writer, SAVED))
-        own = folder / f"{writer} read by {name}"
-        shutil.copytree(folder / writer, own)
-        shutil.rmtree(_saved(own, STEPS))
-        jobs.append(_job(folder, own.name, resume=True))
-    found = run_ranks("tests.support.jobs", "train_all", RANKS, recipe="dpo_tiny", jobs=jobs)
-    return {
-        writer: _difference(_metrics(folder / writer), metrics) for writer, metrics in zip(writers, found, strict=True)
-    }
+    differences = {}
+    for layout in LAYOUTS:
+        written = [f"{writer} at {layout}" for writer in writers]
+        for run in written:
+            _check_megatrons_view(_saved(folder / run, SAVED))
+            own = folder / f"{run} read by {name}"
+            shutil.copytree(folder / run, own)
+            shutil.rmtree(_saved(own, STEPS))
+            (own / METRICS).unlink()  # what is there afterwards is the reader's
+        found = _train(folder, layout, [f"{run} read by {name}" for run in written], resume=True)
+        for run, metrics in zip(written, found, strict=True):
+            differences[run] = difference(_metrics(folder / run), metrics)
+    return differences
+
+
+def difference(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> float:
+    """The largest between two runs' last steps, relative where a number is above 1.
+
+    Raises:
+        AssertionError: The second run did not do just the steps after the checkpoint: it may have started anew.
+    """
+    steps = list(range(1, STEPS + 1))
+    assert [line["iteration"] for line in theirs] == steps
+    assert [line["iteration"] for line in ours] == steps[SAVED:], "it did not go on from the checkpoint"
+    return max(
+        abs(found[key] - wanted[key]) / max(1.0, abs(wanted[key]))
+        for wanted, found in zip(theirs[SAVED:], ours, strict=True)
+        for key in COMPARED
+    )
+
+
+def _train(folder: Path, layout: str, runs: list[str], resume: bool = False) -> list[list[dict[str, float]]]:
+    """Train each run at a layout; their metrics."""
+    ranks, parallel = LAYOUTS[layout]
+    jobs = [_job(folder, run, resume) | {"parallel": parallel} for run in runs]
+    return run_ranks("tests.support.jobs", "train_all", ranks, recipe="dpo_tiny", jobs=jobs)
 
 
 def _make_start(folder: Path) -> None:
@@ -59,7 +92,7 @@ def _make_start(folder: Path) -> None:
     hf_to_megatron(folder / "hf", folder / "start")
 
 
-def _job(folder: Path, name: str, resume: bool = False) -> dict[str, Any]:
+def _job(folder: Path, name: str, resume: bool) -> dict[str, Any]:
     return {
         "model": {"checkpoint": str(folder / "start")},
         "loss": {"type": "dpo"},
@@ -81,17 +114,8 @@ def _saved(run: Path, step: int) -> Path:
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run / METRICS).read_text().splitlines())
     return [line for line in lines if line["iteration"]]
-
-
-def _difference(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> float:
-    assert len(theirs) == len(ours) == STEPS
-    return max(
-        abs(found[key] - wanted[key]) / max(1.0, abs(wanted[key]))
-        for wanted, found in list(zip(theirs, ours, strict=True))[SAVED:]
-        for key in COMPARED
-    )
 
 
 def _check_megatrons_view(checkpoint: Path) -> None:

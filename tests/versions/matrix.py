@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,16 +77,16 @@ def _judged(environment: Environment, name: str, check: Callable[[Environment], 
 
 def _made(environment: Environment) -> str:
     environment.make()
-    names = ("torch", "triton", "numpy", "transformers")
-    show = f"""
-import importlib.metadata as metadata
-for name in {names}:
+    show = """
+import importlib.metadata as metadata, torch
+print("torch", torch.__version__, end="; ")  # with its build, which the metadata of a CUDA build leaves out
+for name in ("triton", "numpy", "transformers"):
     try:
         print(name, metadata.version(name), end="; ")
     except metadata.PackageNotFoundError:
         pass
 """
-    return _output(environment, "-c", show).rstrip("; ")
+    return _output(environment, "-c", show).splitlines()[-1].rstrip("; ")
 
 
 def _tests(*paths: str) -> Callable[[Environment], str]:
@@ -113,7 +114,7 @@ def _exchange(environment: Environment, what: str, folder: Path, *others: str) -
 
 def _written(environment: Environment, folder: Path) -> str:
     _exchange(environment, "write", folder)
-    return "one, after two of four steps"
+    return "at DP2 and at TP2×PP2, after two of four steps"
 
 
 def _read(environment: Environment, folder: Path, writers: Sequence[Environment], asked: int) -> str:
@@ -124,31 +125,56 @@ def _read(environment: Environment, folder: Path, writers: Sequence[Environment]
     found = json.loads(said.splitlines()[-1])
     if not all(difference <= EXCHANGED for difference in found.values()):
         raise FailedError(said)
-    return f"those of {len(found)}, largest difference {max(found.values()):.1g}"
+    return f"those of {len(writers)}, largest difference {max(found.values()):.1g}"
+
+
+def _installed(environment: Environment) -> str:
+    """Install the project as users do, and train with its console scripts in an empty folder."""
+    scripts = environment.install(environment.folder.with_name(f"{environment.short}-installed"))
+    pairs = ROOT / "docs" / "example" / "pairs.jsonl"
+    training = ("model.checkpoint=start", f"data.train={pairs}", "train.train_iters=2", "train.global_batch_size=8")
+    with tempfile.TemporaryDirectory() as place:
+        for script, *words in (
+            ("tgdpo-tiny-model", str(pairs), "hf"),
+            ("tgdpo-convert", "hf", "start"),
+            ("tgdpo-train", "--recipe=dpo_tiny", "--nproc-per-node=2", *training, "train.output=run"),
+        ):
+            _said([str(scripts / script), *words], Path(place), scripts, environment.folder / "failed.log")
+        steps = len((Path(place) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return f"{steps} steps of tgdpo-train, far from the repository"
 
 
 CHECKS: dict[str, Callable[[Environment], str]] = {
     "parity": _parity,
     "continuing": _tests("tests/distributed/test_resume.py"),
     "conversion": _tests("tests/distributed/test_roundtrip.py"),
+    "other programs": _tests("tests/distributed/test_other_programs.py"),
     "mended traps": _tests("tests/distributed/test_mended_traps.py"),
+    "pip install .": _installed,
     "unit tests": _tests("tests/unit"),
 }
+NAMES = ("environment", "writes checkpoints", "reads them", *CHECKS)
+"""All checks of an environment, in their order."""
 
 
 def _output(environment: Environment, *arguments: str) -> str:
-    """What a program of an environment says.
+    """What a program of an environment says, run in the repository."""
+    log = environment.folder / "failed.log"
+    return _said([str(environment.program), *arguments], ROOT, environment.folder / "bin", log)
+
+
+def _said(command: Sequence[str], folder: Path, programs: Path, log: Path) -> str:
+    """What a command says in a folder, where the programs of an environment are found first.
 
     Raises:
-        FailedError: It ends with another code than 0; the message has its last words. All that it said is kept.
+        FailedError: It ends with another code than 0; the message has its last words. All that it said is in the log.
     """
-    own = {"PATH": f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    own = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTHON"))}
-    command = [str(environment.program), *arguments]
     try:
         done = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env=variables | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -156,9 +182,8 @@ def _output(environment: Environment, *arguments: str) -> str:
             check=False,
         )
     except OSError as error:
-        raise FailedError(f"{environment.program}: {error.strerror}") from None
+        raise FailedError(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
-        log = environment.folder / "failed.log"
         log.write_text(done.stdout, encoding="utf-8")
         raise FailedError(f"{(done.stdout.strip().splitlines() or [''])[-1]} (see {log})")
     return done.stdout.strip()

@@ -393,7 +393,8 @@ def _kept(rank: Sizes, stage: int) -> float:
         kept += 4 * rank.channels  # the rotary table, which all layers share
     # Hidden states of frozen models that came from another stage. The policy's are counted as its first layer's input.
     kept += _receiving_chunks(rank, stage) * (rank.models - 1) * rank.layer_input
-    # Hidden states that were sent. Megatron frees them on a GPU, but for those of interleaved chunks before 0.18.
+    # Hidden states that were sent. Megatron frees them on a GPU, but for those of interleaved chunks before 0.18. These
+    # are counted for every version: a plan is often made on another machine than the one that trains.
     if rank.pipeline > 1 and (rank.device == "cpu" or rank.virtual > 1):
         sending = rank.virtual - (1 if stage == rank.pipeline - 1 else 0)
         kept += sending * rank.models * rank.layer_input

@@ -177,8 +177,6 @@ def check_python() -> None:
 def check_megatron() -> None:
     """Refuse a megatron-core that was not checked, one whose version nothing says, and more than one.
 
-    Another patch of a checked version is warned about: NVIDIA's containers carry some, and a patch should only mend.
-
     Raises:
         UserError: It is refused; the sentence names what was found, and what to install.
     """
@@ -204,12 +202,24 @@ def check_megatron() -> None:
             )
         raise UserError(f"megatron-core is not installed; install one of {checked}.")
     (version,) = set(versions.values())
+    check_megatron_version(version)
+
+
+def check_megatron_version(version: str) -> None:
+    """Refuse a megatron-core that was not checked; another patch of one that was is warned about.
+
+    NVIDIA's containers carry such patches, and a patch should only mend.
+
+    Raises:
+        UserError: It is refused; the sentence names the version found and those accepted.
+    """
     near = [one for one in MEGATRON if _numbers(one)[:2] == _numbers(version)[:2]]
     if _public(version) in MEGATRON:
         return
     if near and _numbers(version) >= _numbers(next(iter(MEGATRON))):
         _warn(f"megatron-core {version} was not checked with this project, but {near[0]} was")
     else:
+        checked = ", ".join(MEGATRON)
         _unchecked(f"megatron-core {version} was not checked with this project", f"install one of {checked}")
 
 
