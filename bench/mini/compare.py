@@ -29,6 +29,8 @@ from bench.mini.stages import (
 
 Numbers = dict[str, Any]
 """JSON types."""
+UNFINISHED = 0.01
+"""Largest share of unfinished answers of a configuration that is chosen, if any has no more."""
 CONTROLS: tuple[Rewards, ...] = ("shuffled", "mean", "true")
 
 
@@ -38,11 +40,13 @@ class Tried:
 
     Attributes:
         seen: The scorer's win rate against the start, after one epoch: what decides.
-        known: The same by the known reward, which nobody could see.
+        unfinished: Share of answers that had no room left.
+        known: The win rate by the known reward, which nobody could see.
     """
 
     setting: Setting
     seen: float
+    unfinished: float
     known: float
 
 
@@ -82,11 +86,13 @@ def _try(world: World, setting: Setting, guidance: Path | None = None) -> Tried:
     epoch = world.effort.epoch
     rewards: Rewards | None = "guidance" if guidance else None
     run = train(world, Plan(setting.name, setting, epoch, (epoch,), rewards, guidance, scored=True))
-    return Tried(setting, run["checks"][epoch]["win_rate"], mean(run["checks"][epoch]["wins"]))
+    found = run["checks"][epoch]
+    return Tried(setting, found["win_rate"], found["unfinished"], mean(found["wins"]))
 
 
 def _best(tried: Sequence[Tried]) -> Setting:
-    return max(tried, key=lambda one: one.seen).setting
+    """By what a user can see. Who sees answers that do not end takes another configuration."""
+    return max(tried, key=lambda one: (one.unfinished <= UNFINISHED, one.seen)).setting
 
 
 def _guide(world: World, dpo: Setting, guide: Setting) -> list[Numbers]:

@@ -37,7 +37,7 @@ class Setting:
         return f"learning rate {self.lr:g}, β {self.beta:g}{options.get(self.loss, '')}"
 
 
-LEARNING_RATES = (3e-5, 7e-5, 1.5e-4)
+LEARNING_RATES = (2.5e-5, 5e-5, 1e-4)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 SPREADS = (0.1, 0.3, 1.0)
 """Standard deviations of TGDPO's token weights, whose mean is about 1."""

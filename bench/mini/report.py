@@ -276,15 +276,15 @@ def _worlds(summary: Numbers) -> str:
 def _chosen(summary: Numbers) -> str:
     lines = []
     for name, tried in summary["tried"].items():
-        ranked = sorted(tried, key=lambda one: -one["seen"])
+        chosen = next(one for one in tried if one["setting"] == summary["chosen"][name])
         best = max(one["known"] for one in tried)
         lines.append(
             [
                 name,
                 str(len(tried)),
-                ranked[0]["setting"],
-                f"{100 * ranked[0]['seen']:.1f}",
-                f"{100 * ranked[0]['known']:.1f}",
+                chosen["setting"],
+                f"{100 * chosen['seen']:.1f}",
+                f"{100 * chosen['known']:.1f}",
                 f"{100 * best:.1f}",
             ]
         )

@@ -159,6 +159,17 @@ def test_the_page_has_the_tables_of_the_results_or_says_that_there_are_none() ->
     assert "dirty" not in summary["machine"]["commit"] and len(summary["effort"]["seeds"]) >= 5
 
 
+def test_the_page_quotes_the_first_run() -> None:
+    page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
+    first = json.loads((ROOT / "results" / "mini-first.json").read_text(encoding="utf-8"))
+    values = " | ".join(f"{value:+.1f}".replace("-", "−") for value in first["claims"]["C1"]["values"])
+    assert f"| first run | {values} |" in page
+    verdicts = [claim["verdict"] for claim in first["claims"].values()]
+    assert (verdicts.count("undecided"), len(verdicts)) == (11, 12) and "eleven of twelve" in page
+    dpo, tgdpo = (next(at for at in first["curves"][name][2] if at["step"] == 44) for name in ("DPO", "TGDPO"))
+    assert f"{dpo['unfinished']:.0f} % of DPO's answers and {tgdpo['unfinished']:.0f} % of TGDPO's" in page
+
+
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "tgdpo"])
 def test_configurations_that_are_tried_differ(loss: str) -> None:
     tried = configurations(loss, 12, seed=0)
