@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test slurm check parity roundtrip faults bench credit mini fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
@@ -28,16 +28,21 @@ runtime:  ## only what running needs, without tests and checks; TORCH=cpu as for
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test slurm check parity roundtrip faults bench credit mini fp8 real: export CUDA_VISIBLE_DEVICES :=
+demo test proofs slurm check parity roundtrip faults bench credit mini fp8 real: export CUDA_VISIBLE_DEVICES :=
 
 demo: $(STAMP)  ## the whole product on made-up data, TP2×PP2 on this machine, and a report to look at
 	$(RUN) -m tools.demo --output runs/demo --overwrite
 
-# Files of tests at once. Many tests start several processes themselves.
-WORKERS ?= 2
+# Files of tests at once. Many tests start several processes themselves, and many wait.
+WORKERS ?= 3
 
-test: $(STAMP)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 tests
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 tests
+
+test: $(STAMP)  ## the tests, but for the long ones: about twelve minutes
+	$(TESTS) -m "not long"
+
+proofs: $(STAMP)  ## the long tests: whole chains, benchmarks in small, programs under faults
+	$(TESTS) -m long
 
 slurm: $(STAMP)  ## the scripts of slurm/ on a Slurm of two nodes on this machine; says why not without root and Debian
 	$(RUN) -m pytest -v -rs -m slurm --durations=10 tests/slurm

@@ -15,6 +15,8 @@ import pytest
 
 from bench.credit.methods import METHODS, SOURCES
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

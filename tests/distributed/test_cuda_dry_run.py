@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.program import run_ranks
 
+pytestmark = pytest.mark.long
+
 PROGRAM = "tests.support.cuda_dry_run"
 on_a_pretended_gpu = partial(run_ranks, PROGRAM, program=PROGRAM)
 

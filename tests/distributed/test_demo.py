@@ -17,6 +17,8 @@ import yaml
 
 from tests.support.browser import assert_nothing_is_clipped, needs_chromium
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.program import run_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

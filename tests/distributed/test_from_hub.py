@@ -13,6 +13,8 @@ from tests.support.hub import Repo, environment, files_of, put_into_cache, run, 
 from tgdpo_megatron.checkpoint.manifest import read_manifest
 from tgdpo_megatron.data.prepare import load_prepared
 
+pytestmark = pytest.mark.long
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
 SETTINGS = [
     *(

@@ -15,6 +15,7 @@ import pytest
 from bench.mini.report import BEGIN, END, METHODS, put_into_page
 from bench.mini.rules import CLAIMS, QUESTIONS
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 
 

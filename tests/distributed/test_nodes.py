@@ -11,7 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.support.ports import free_port
+
+pytestmark = pytest.mark.long
 
 STEPS = 12
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from tests.faults.test_bad_inputs import ROOT, Said, assert_refused, end_of, environment
 
+pytestmark = pytest.mark.long
+
 TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_hf"
 
 

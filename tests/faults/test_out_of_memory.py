@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOADED = """
 import torch.distributed.elastic.multiprocessing.api, recipes.train, tgdpo_megatron.train, tgdpo_megatron.score
 from pathlib import Path
+
+pytestmark = pytest.mark.long
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(int(status["VmPeak"].split()[0]) * 1024)
 """

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults.runs import FEW_DAMAGES, disturbed_runs
+
+pytestmark = pytest.mark.long
 
 
 def test_killed_and_damaged_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
