@@ -160,7 +160,7 @@ class _Writer:
         over = self.chance.random() < 0.4 * (1 - self.quality)
         limit = self.prompt.limit
         number = limit + 1 if over else self.chance.randint(max(1, limit - 1), limit)
-        return " ".join(self._sentence() for _ in range(number))
+        return "\n".join(self._sentence() for _ in range(number))  # so that all begin with the same token
 
     def _sentence(self) -> str:
         words = [*self._object(), self._verb(), *self._object()]
