@@ -47,7 +47,7 @@ proofs: $(STAMP)  ## the long tests: whole chains, benchmarks in small, programs
 slurm: $(STAMP)  ## the scripts of slurm/ on a Slurm of two nodes on this machine; says why not without root and Debian
 	$(RUN) -m pytest -v -rs -m slurm --durations=10 tests/slurm
 
-check: $(STAMP)  ## format, lint, types, unit tests: under a minute
+check: $(STAMP)  ## format, lint, types, unit tests: about two minutes
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy

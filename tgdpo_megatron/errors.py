@@ -135,6 +135,19 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def smaller_batches(batch_tokens: int) -> Iterator[None]:
+    """Say what helps where memory runs out inside the block: another --batch-tokens."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out with --batch-tokens {batch_tokens}; give a smaller number, or a larger machine."
+        ) from error
+
+
 def lost_a_rank(error: BaseException) -> bool:
     """Whether an error is only the consequence of another rank's end: gloo's, NCCL's and torch's store's words."""
     if isinstance(error, LostRankError):

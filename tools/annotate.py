@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors, ran_out_of_memory
+from tgdpo_megatron.errors import CommandLine, at_least, one_sentence_errors, smaller_batches
 from tgdpo_megatron.reward_models.annotation import Report, annotate, begun, report_file, settings_of
 from tgdpo_megatron.reward_models.candidates import read_candidates
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
@@ -50,19 +48,6 @@ def closing(report: Report, output: Path, scorer: str, seconds: float, read: int
             "--keep-unfinished and another --output"
         )
     return "\n".join([*lines, f"report: {report_file(output)}"])
-
-
-@contextmanager
-def smaller_batches(batch_tokens: int) -> Iterator[None]:
-    """Say what helps where memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UserError(
-            f"memory ran out with --batch-tokens {batch_tokens}; give a smaller number, or a larger machine."
-        ) from error
 
 
 def main() -> None:

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.settings import changed
 from tgdpo_megatron.config import Config, DataConfig
-from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, UserError, at_least, one_sentence_errors, smaller_batches
 from tgdpo_megatron.evaluation.models import Model, find_models
 from tgdpo_megatron.report.words import plural
 from tgdpo_megatron.reward_models.opening import identify, open_scorer
 from tgdpo_megatron.sampling.engine import Sampling, max_length_of
-from tools.annotate import smaller_batches
 
 if TYPE_CHECKING:
     from tgdpo_megatron.data.prepare import PreparedPairs

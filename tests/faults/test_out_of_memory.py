@@ -16,12 +16,11 @@ import torch
 
 from tgdpo_megatron.errors import ran_out_of_memory
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = """
 import torch.distributed.elastic.multiprocessing.api, recipes.train, tgdpo_megatron.train, tgdpo_megatron.score
 from pathlib import Path
-
-pytestmark = pytest.mark.long
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(int(status["VmPeak"].split()[0]) * 1024)
 """
