@@ -23,17 +23,18 @@ PROMPT = Prompt("harbor", "warm", ("rope", "key"), 2)
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("the kind sailor docks the rope.", 0.5 + 1),
-        ("the grim sailor docks the rope.", 1 - 1),  # no adjective of any tone, so no sentence of the grammar
-        ("the bleak sailor docks the oven.", -0.5 - 0.5),
+        ("the kind sailor docks the rope. the boat sails the pier.", 0.5 + 1),
+        ("the kind sailor docks the rope.", 0.5 + 1 - 1),  # one sentence too few
+        ("the grim sailor docks the rope.", 1 - 1 - 1),  # no adjective of any tone, so no sentence of the grammar
+        ("the bleak sailor docks the oven.", -0.5 - 0.5 - 1),
         ("the boat sails the pier. the boat floats the key.", -0.5 + 1),
         ("the rope sails the pier. the wave docks the rope.", 1 - 0.5),
         ("the boat sails the pier. the wave docks the gull. the kind anchor rows the ferry.", 0.5 - 1),
-        ("the very kind sailor docks the rope.", -0.5 + 0.5 + 1),
-        ("the very sailor docks the rope.", -0.5 + 1 - 1),
-        ("the boat sails", -1),
-        ("sails the boat.", -1),
-        ("the boat sails the pier under the sweet lamp.", 0.5),
+        ("the very kind sailor docks the rope.", -0.5 + 0.5 + 1 - 1),
+        ("the very sailor docks the rope.", -0.5 + 1 - 1 - 1),
+        ("the boat sails", -1 - 1),
+        ("sails the boat.", -1 - 1),
+        ("the boat sails the pier under the sweet lamp.\nthe wave docks the gull.", 0.5),
         ("", 0),
     ],
 )
