@@ -21,7 +21,7 @@ from bench.mini.stages import (
     make_pairs,
     make_scorer,
     make_start,
-    score_run,
+    score_pairs,
     scores_of,
     tokens_moved,
     train,
@@ -63,7 +63,7 @@ def compare(work: Path, effort: Effort, processes: int) -> Numbers:
     tried = side_by_side([(_try, (tuning, setting)) for setting in plain], processes, "tuning DPO and SimPO")
     dpo, simpo, guide = _best(tried[:number]), _best(tried[number:]), _best(tried[:half])
 
-    guidance = score_run(tuning, guide.name, effort.epoch)
+    guidance = score_pairs(tuning, guide.name)
     guided = [(_try, (tuning, setting, guidance)) for setting in configurations("tgdpo", number - half, 3)]
     first = [(_guide, (world, dpo, guide)) for world in worlds]
     done = side_by_side([*first, *guided], processes, "DPO, and tuning TGDPO")
@@ -97,9 +97,9 @@ def _best(tried: Sequence[Tried]) -> Setting:
 
 def _guide(world: World, dpo: Setting, guide: Setting) -> list[Numbers]:
     """DPO for all epochs, and the guidance where that is another configuration."""
-    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checks, timed=True)]
+    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checked, timed=True, guides=guide == dpo)]
     if guide != dpo:
-        plans.append(Plan("guidance", guide, world.effort.epoch, (world.effort.epoch,)))
+        plans.append(Plan("guidance", guide, world.effort.epoch, (world.effort.epoch,), guides=True))
     return _follow(world, *plans)
 
 
@@ -108,8 +108,9 @@ def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Se
     effort, once = world.effort, (world.effort.epoch,)
     guidance, other = scores_of(world, "DPO" if guide == dpo else "guidance"), scores_of(world, "other-guidance")
     return [
-        [Plan("SimPO", simpo, effort.steps, effort.checks)],
-        [Plan("TGDPO", tgdpo, effort.steps, effort.checks, "guidance", guidance, timed=True)],
+        [Plan("SimPO", simpo, effort.steps, effort.checked)],
+        [Plan("same-beta", replace(dpo, lr=tgdpo.lr, beta=tgdpo.beta), effort.steps, effort.checked)],
+        [Plan("TGDPO", tgdpo, effort.steps, effort.checked, "guidance", guidance, timed=True)],
         *([Plan(control, tgdpo, effort.epoch, once, control, guidance)] for control in CONTROLS),
         *(
             [
@@ -127,7 +128,7 @@ def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Se
             if spread != tgdpo.option
         ),
         [
-            Plan("other-guidance", with_other_beta(guide), effort.epoch, once),
+            Plan("other-guidance", with_other_beta(guide), effort.epoch, once, guides=True),
             Plan("guided-otherwise", tgdpo, effort.epoch, once, "guidance", other),
         ],
     ]
@@ -139,6 +140,6 @@ def _follow(world: World, *plans: Plan) -> list[Numbers]:
     for plan in plans:
         run = train(world, plan)
         if plan.checks:
-            run["moved"] = tokens_moved(world, score_run(world, plan.name, world.effort.epoch))
+            run["moved"] = tokens_moved(world, plan.name)
         runs.append(run)
     return runs

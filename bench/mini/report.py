@@ -21,12 +21,14 @@ METHODS = {
     "SimPO": "SimPO",
     "TGDPO": "TGDPO",
     "guided-otherwise": "TGDPO, guided by DPO at another β",
+    "same-beta": "control: DPO with TGDPO's β and learning rate",
     "shuffled": "control: TGDPO, r̂ shuffled within an answer",
     "mean": "control: TGDPO, r̂ averaged over an answer",
     "true": "control: TGDPO, true token rewards",
 }
 """Run -> what the tables call it."""
-LONG = ("DPO", "SimPO", "TGDPO")
+LONG = {"DPO": "DPO", "SimPO": "SimPO", "TGDPO": "TGDPO", "same-beta": "DPO with TGDPO's β"}
+"""Runs of several epochs -> what the table and the picture of epochs call them."""
 MOVED = ("right in chosen", "right in rejected", "wrong in chosen", "wrong in rejected")
 DRAWS = 2000
 
@@ -125,6 +127,8 @@ _VALUES: dict[str, Callable[[_Seed], float]] = {
     "Q4": lambda seed: seed.win("true") - seed.win("DPO"),
     "Q5": lambda seed: seed.win("TGDPO") - seed.win("DPO", epochs=2),
     "Q6": lambda seed: seed.moved("TGDPO", "right in chosen") - seed.moved("DPO", "right in chosen"),
+    "Q7": lambda seed: seed.win("TGDPO") - seed.win("same-beta"),
+    "Q8": lambda seed: seed.drop("same-beta") - seed.drop("TGDPO"),
 }
 """The number of a seed, as rules.py says it in words."""
 
@@ -229,11 +233,11 @@ def _epochs(summary: Numbers) -> str:
     effort = summary["effort"]
     steps = [point["step"] for point in summary["curves"]["DPO"][0]]
     lines = []
-    for name in LONG:
+    for name, words in LONG.items():
         curves = summary["curves"][name]
         cells = [_over(_at(summary, name, step), win=".1f")[0] for step in steps]
         drops = [max(point["win"] for point in curve) - curve[-1]["win"] for curve in curves]
-        lines.append([name, *cells, _words(drops, ".1f")])
+        lines.append([words, *cells, _words(drops, ".1f")])
     return _table(["method", *(f"{step / effort['epoch']:g} epochs" for step in steps), "best less last"], lines)
 
 
@@ -330,14 +334,16 @@ def picture(summary: Numbers) -> str:
     """Win rates over three epochs, reward over distance, tokens moved, accuracy over steps."""
     epoch = summary["effort"]["epoch"]
     wins, distances = [], []
-    for colour, name in enumerate(LONG):
+    for colour, (name, words) in enumerate(LONG.items()):
         steps = [point["step"] for point in summary["curves"][name][0]]
         points = [_at(summary, name, step) for step in steps]
         wins.append(
-            Line(name, [0, *(step / epoch for step in steps)], [50, *(_mean(at, "win") for at in points)], True, colour)
+            Line(
+                words, [0, *(step / epoch for step in steps)], [50, *(_mean(at, "win") for at in points)], True, colour
+            )
         )
         reward = [_mean(summary["start"], "reward"), *(_mean(at, "reward") for at in points)]
-        distances.append(Line(name, [0, *(_mean(at, "kl") for at in points)], reward, True, colour))
+        distances.append(Line(words, [0, *(_mean(at, "kl") for at in points)], reward, True, colour))
     accuracy = []
     for colour, (name, curves) in enumerate(summary["accuracy"].items()):
         words = name if name == "DPO" else f"TGDPO, weights ± {name.removeprefix('spread-')}"

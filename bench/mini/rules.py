@@ -122,6 +122,18 @@ QUESTIONS = (
         "mean change of the log-prob of right tokens in chosen held-out answers under TGDPO, less that under DPO",
         "nats",
     ),
+    Claim(
+        "Q7",
+        "guidance helps at the same β and learning rate",
+        "TGDPO's win rate less that of DPO with TGDPO's β and learning rate, after one epoch",
+        "points",
+    ),
+    Claim(
+        "Q8",
+        "guidance, and not its β, keeps TGDPO from getting worse again",
+        "drop of DPO with TGDPO's β and learning rate less TGDPO's",
+        "points",
+    ),
 )
 """What the paper does not say, but what would explain its result or ours. The same rule decides."""
 

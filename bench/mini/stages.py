@@ -34,6 +34,8 @@ MAX_LENGTH = 256
 LONGEST = 80
 """Most tokens of a sampled answer; the writers' longest has 60."""
 PARTS = ("train", "held_out")
+ROLES = ("train", "validation")
+"""What the settings call the parts."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Effort:
         sft, labels, train, held_out: Answers by writers to learn from; pairs that annotators labelled, for the scorer;
             prompts of the pairs; prompts that judge.
         epoch: Steps of 32 pairs in an epoch.
-        checked: Steps between the checkpoints that are judged.
+        checked: Steps of the longest runs after which answers are judged.
         configurations: Of each method. Half of TGDPO's go to its guidance.
         answers, judged: To every prompt, of the start and of a trained model.
     """
@@ -54,13 +56,13 @@ class Effort:
     seeds: tuple[int, ...] = (6, 7, 8, 9, 10)
     tuning_seed: int = 100
     sft: int = 6000
-    sft_steps: int = 1200
+    sft_steps: int = 1000
     labels: int = 14000
     train: int = 1500
     held_out: int = 300
     epoch: int = 44
     epochs: int = 3
-    checked: int = 22
+    checked: tuple[int, ...] = (22, 44, 88, 132)
     configurations: int = 8
     answers: int = 5
     judged: int = 2
@@ -69,11 +71,6 @@ class Effort:
     def steps(self) -> int:
         """Of the longest runs."""
         return self.epochs * self.epoch
-
-    @property
-    def checks(self) -> tuple[int, ...]:
-        """Steps of these after which answers are judged."""
-        return tuple(range(self.checked, self.steps + 1, self.checked))
 
 
 class World:
@@ -199,7 +196,7 @@ def make_pairs(world: World) -> dict[str, Any]:
         commands.run(
             "tools.prepare_pairs", world.pairs(part), world.hf, world.tokens(part), f"--max-length={MAX_LENGTH}"
         )
-    _score(commands, world, world.scores, "--recipe=dpo_tiny")
+    _score(commands, world, world.scores, PARTS, "--recipe=dpo_tiny")
     start = judged(world.answers("held_out"), world.answers("held_out"))
     return {"seed": world.seed, "start": asdict(start), **_quality(world)}
 
@@ -265,13 +262,12 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
     )
 
 
-def _score(commands: Commands, world: World, scores: Path, *settings: str) -> None:
-    """Token log-probs of all pairs, under the frozen models that the settings name."""
+def _score(commands: Commands, world: World, scores: Path, parts: Sequence[str], *settings: str) -> None:
+    """Token log-probs of the pairs of one or two parts, under the frozen models that the settings name."""
     commands.run(
         "recipes.score",
         f"model.checkpoint={world.start}",
-        f"data.train={world.tokens('train')}",
-        f"data.validation={world.tokens('held_out')}",
+        *(f"data.{role}={world.tokens(part)}" for role, part in zip(ROLES, parts, strict=False)),
         f"data.max_length={MAX_LENGTH}",
         f"scores.path={scores}",
         "train.micro_batch_size=64",
@@ -289,8 +285,9 @@ class Plan:
         guidance: Folder of scores that holds the guidance's log-probs.
         steps: Optimizer steps.
         checks: Steps after which answers are sampled and judged.
-        scored: Whether the scorer judges them as well, which is what a user could see.
+        scored: Whether the scorer judges them in place of the divergence: what a user who tunes looks at.
         timed: Whether held-out preference accuracy is measured every few steps, and not at the end alone.
+        guides: Whether its checkpoint after an epoch guides TGDPO, which reads its log-probs of all pairs.
     """
 
     name: str
@@ -301,6 +298,7 @@ class Plan:
     guidance: Path | None = None
     scored: bool = False
     timed: bool = False
+    guides: bool = False
 
 
 def train(world: World, plan: Plan) -> dict[str, Any]:
@@ -333,6 +331,8 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         *((f"train.export_interval={every}", "train.keep_last=0") if plan.checks else ()),
         *_QUICK,
     )
+    if plan.guides:
+        score_pairs(world, plan.name)
     found = {"seed": world.seed, "name": plan.name, "setting": str(plan.setting), "accuracy": _accuracies(output)}
     return found | {"checks": _judge(commands, world, plan)} if plan.checks else found
 
@@ -351,7 +351,7 @@ def _judge(commands: Commands, world: World, plan: Plan) -> dict[int, dict[str, 
         "--answers",
         world.answers("held_out"),
         *answers.values(),
-        *(("--scorer", world.scorer) if plan.scored else ()),
+        *(("--scorer", world.scorer, "--no-kl") if plan.scored else ()),
         f"--output={output / 'compared'}",
     )
     compared = json.loads((output / "compared" / "comparison.json").read_text(encoding="utf-8"))["models"]
@@ -426,29 +426,30 @@ def scores_of(world: World, name: str) -> Path:
     return world.folder / "scores-of" / name
 
 
-def score_run(world: World, name: str, step: int) -> Path:
-    """Log-probs of the pairs under a checkpoint of a run, beside the start's. Returns their folder."""
-    scores = scores_of(world, name)
-    trained = world.run(name) / "checkpoints" / f"iter-{step:07d}"
-    _score(world.commands(name), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={trained}")
-    return scores
+def score_pairs(world: World, name: str) -> Path:
+    """Log-probs of all pairs after an epoch of a run, beside the start's. Returns their folder, `scores_of`."""
+    _score(world.commands(name), world, scores_of(world, name), PARTS, *_after_an_epoch(world, name))
+    return scores_of(world, name)
 
 
-def tokens_moved(world: World, scores: Path) -> dict[str, float]:
-    """How far training moved the tokens of held-out pairs, by what they are worth.
-
-    Args:
-        scores: What score_run wrote.
-    """
-    data = world.data("held_out")
-    found = load_scores(_part_of(scores, "held_out"), data, ("reference", "guidance")).values
+def tokens_moved(world: World, name: str) -> dict[str, float]:
+    """How far an epoch of a run moved the tokens of held-out pairs, by what they are worth."""
+    data, scores = world.data("held_out"), world.folder / "moved" / name
+    _score(world.commands(name), world, scores, ["held_out"], *_after_an_epoch(world, name))
+    found = load_scores(scores / ROLES[0], data, ("reference", "guidance")).values
     lengths = np.diff(response_starts(data))
     side = np.repeat(np.tile([CHOSEN, REJECTED], len(data)), lengths)
     return moved(found["reference"], found["guidance"], world.true_rewards("held_out"), side)
 
 
+def _after_an_epoch(world: World, name: str) -> tuple[str, str]:
+    """Settings with which a run's checkpoint stands in the place of the guidance."""
+    checkpoint = world.run(name) / "checkpoints" / f"iter-{world.effort.epoch:07d}"
+    return "--recipe=tgdpo_tiny", f"model.guidance={checkpoint}"
+
+
 def _part_of(scores: Path, part: str) -> Path:
-    return scores / ("train" if part == "train" else "validation")
+    return scores / ROLES[PARTS.index(part)]
 
 
 def _spans(prompt: Prompt, answer: str) -> list[list[float]]:
