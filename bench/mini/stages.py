@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.mini.commands import Commands
 from bench.mini.measures import agreement, judged, moved, rewards_of
-from bench.mini.methods import Rewards, Setting
+from bench.mini.methods import LEARNING_RATE, Rewards, Setting
 from bench.mini.world import Prompt, first_is_preferred, make_prompts, pieces, write
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.data.token_scores import response_starts
@@ -49,11 +49,11 @@ class Effort:
             prompts of the pairs; prompts that judge.
         epoch: Steps of 32 pairs in an epoch.
         checked: Steps of the longest runs after which answers are judged.
-        configurations: Of each method. Half of TGDPO's go to its guidance.
+        configurations: Of each method, the first of methods.TRIED.
         answers, judged: To every prompt, of the start and of a trained model.
     """
 
-    seeds: tuple[int, ...] = (6, 7, 8, 9, 10)
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
     tuning_seed: int = 100
     sft: int = 6000
     sft_steps: int = 1000
@@ -63,9 +63,12 @@ class Effort:
     epoch: int = 44
     epochs: int = 3
     checked: tuple[int, ...] = (22, 44, 88, 132)
-    configurations: int = 8
+    configurations: int = 6
     answers: int = 5
     judged: int = 2
+
+    def __post_init__(self) -> None:
+        assert {self.epoch, 2 * self.epoch, self.steps} <= set(self.checked), "the rules compare these"
 
     @property
     def steps(self) -> int:
@@ -178,7 +181,7 @@ def make_start(world: World) -> None:
 def make_scorer(world: World) -> None:
     """Train the scorer from the start of a world, which is made first, on labels of its own."""
     make_start(world)
-    chance, labels = random.Random(-1), world.folder / "labels.jsonl"
+    chance, labels = random.Random("labels"), world.folder / "labels.jsonl"
     _write(labels, [_labelled(make_prompts(1, chance)[0], chance) for _ in range(world.effort.labels)])
     world.commands("scorer").run("bench.mini.scorer", world.hf, labels, world.scorer)
 
@@ -197,6 +200,8 @@ def make_pairs(world: World) -> dict[str, Any]:
             "tools.prepare_pairs", world.pairs(part), world.hf, world.tokens(part), f"--max-length={MAX_LENGTH}"
         )
     _score(commands, world, world.scores, PARTS, "--recipe=dpo_tiny")
+    for part in PARTS:
+        world.true_rewards(part)  # once, before runs of this world go on side by side
     start = judged(world.answers("held_out"), world.answers("held_out"))
     return {"seed": world.seed, "start": asdict(start), **_quality(world)}
 
@@ -319,7 +324,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"data.max_length={MAX_LENGTH}",
         f"loss.type={plan.setting.loss}",
         f"loss.beta={plan.setting.beta}",
-        f"optimizer.lr={plan.setting.lr}",
+        f"optimizer.lr={LEARNING_RATE}",
         "optimizer.lr_decay_style=constant",
         f"optimizer.lr_warmup_iters={min(WARMUP, world.effort.epoch - 1)}",
         f"train.output={output}",
@@ -327,7 +332,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"train.micro_batch_size={BATCH}",
         f"train.eval_interval={EVALUATED_EVERY if plan.timed else plan.steps}",
         f"train.seed={world.seed}",
-        *_options(world, plan),
+        *_loss_settings(world, plan),
         *((f"train.export_interval={every}", "train.keep_last=0") if plan.checks else ()),
         *_QUICK,
     )
@@ -370,16 +375,17 @@ def _accuracies(run: Path) -> dict[int, float]:
     return {int(line["iteration"]): line[name] for line in _read(run / "metrics.jsonl") if name in line}
 
 
-def _options(world: World, plan: Plan) -> list[str]:
-    """The settings of a loss beside β, and where its scores are."""
+def _loss_settings(world: World, plan: Plan) -> list[str]:
+    """The settings of a loss beside β, and where its scores are. Writes a file of token rewards where there is one."""
     setting = plan.setting
     if setting.loss == "simpo":
-        return [f"loss.gamma_beta_ratio={setting.option}"]
+        return [f"loss.gamma_beta_ratio={setting.margin}"]
     if setting.loss == "dpo":
         return ["scores.source=cached", f"scores.path={world.scores}"]
     assert plan.rewards is not None
     rewards = {part: token_rewards(world, plan, part) for part in PARTS}
-    common = ["scores.source=cached", "loss.beta_r=1", f"loss.alpha={setting.option / float(rewards['train'].std())}"]
+    alpha = setting.spread / signed(world.data("train"), rewards["train"]).std()
+    common = ["scores.source=cached", "loss.beta_r=1", f"loss.alpha={alpha}"]
     if plan.rewards == "guidance":
         return [*common, f"scores.path={plan.guidance}"]
     files = {part: world.run(f"{plan.name}-rewards-{part}.jsonl") for part in PARTS}
@@ -409,6 +415,11 @@ def token_rewards(world: World, plan: Plan, part: str) -> np.ndarray:
     if plan.rewards == "shuffled":
         return np.concatenate([chance.permutation(answer) for answer in answers])
     return np.concatenate([np.full_like(answer, answer.mean()) for answer in answers])
+
+
+def signed(data: PreparedPairs, rewards: np.ndarray) -> np.ndarray:
+    """r̂ with the sign that it has in TGDPO's weights: 1 + α r̂ for chosen tokens, 1 − α r̂ for rejected ones. fp32."""
+    return rewards * np.repeat(np.tile([1.0, -1.0], len(data)), np.diff(response_starts(data)))
 
 
 def write_reward_file(path: Path, data: PreparedPairs, rewards: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """A small world whose reward is known: prompts that ask for four things, writers of mixed quality, and the reward.
 
-A prompt names a topic, a tone, words to use and a number of sentences. Writers keep to all that, do without
-fillers, and keep to the grammar of a sentence, the more the better they are. So right and wrong tokens stand in good
-answers as in bad ones.
+A prompt names a topic, a tone, words to use and a number of sentences. Writers keep to the number. The better they are,
+the more they keep to the rest, do without fillers, and keep to the grammar of a sentence. So right and wrong tokens
+stand in good answers as in bad ones.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def _of_word(prompt: Prompt, word: str) -> float:
 
 def reward(prompt: Prompt, answer: str) -> float:
     """The known reward of an answer: the sum over its pieces."""
-    return sum(piece.reward for piece in pieces(prompt, answer))
+    found = pieces(prompt, answer)
+    return sum(piece.reward for piece in found) if found else BAD_SENTENCE * prompt.sentences
 
 
 def write(prompt: Prompt, quality: float, chance: random.Random) -> str:
