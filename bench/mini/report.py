@@ -361,8 +361,9 @@ def picture(summary: Numbers) -> str:
     accuracy = []
     for colour, (name, curves) in enumerate(summary["accuracy"].items()):
         words = name if name == "DPO" else f"TGDPO, weights ± {name.removeprefix('spread-')}"
-        heights = [100 * mean(value for _, value in at) for at in zip(*curves, strict=True)]
-        accuracy.append(Line(words, [step for step, _ in curves[0]], heights, True, colour))
+        # Before the first step nothing is gained on either answer, which counts as not preferred.
+        heights = [100 * mean(value for _, value in at) for at in zip(*curves, strict=True)][1:]
+        accuracy.append(Line(words, [step for step, _ in curves[0]][1:], heights, True, colour))
     moved = [
         Series(
             which,
