@@ -1,7 +1,7 @@
 """The whole miniature: worlds, tuning on a world of its own, and every run of every seed, side by side.
 
-Tuning is equal: every method has as many runs, of which the best is taken by what a user can see, the scorer's win rate
-against the start. Half of TGDPO's are DPO runs, of which the best guides the other half.
+Every method is tuned over as many configurations, of which the best is taken by what a user can see, the scorer's win
+rate against the start. The tuned DPO guides TGDPO.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from bench.mini.commands import import_everything, side_by_side
-from bench.mini.methods import SPREADS, Rewards, Setting, configurations, with_other_beta
+from bench.mini.methods import SPREADS, TRIED, Rewards, Setting, with_other_beta
 from bench.mini.stages import (
     Effort,
     Plan,
@@ -21,7 +21,7 @@ from bench.mini.stages import (
     make_pairs,
     make_scorer,
     make_start,
-    score_run,
+    score_pairs,
     scores_of,
     tokens_moved,
     train,
@@ -29,6 +29,8 @@ from bench.mini.stages import (
 
 Numbers = dict[str, Any]
 """JSON types."""
+UNFINISHED = 0.01
+"""Largest share of unfinished answers of a configuration that is chosen, if any has no more."""
 CONTROLS: tuple[Rewards, ...] = ("shuffled", "mean", "true")
 
 
@@ -38,11 +40,13 @@ class Tried:
 
     Attributes:
         seen: The scorer's win rate against the start, after one epoch: what decides.
-        known: The same by the known reward, which nobody could see.
+        unfinished: Share of answers that had no room left.
+        known: The win rate by the known reward, which nobody could see.
     """
 
     setting: Setting
     seen: float
+    unfinished: float
     known: float
 
 
@@ -54,25 +58,25 @@ def compare(work: Path, effort: Effort, processes: int) -> Numbers:
     side_by_side(starts, processes, "starts and scorer")
     made = side_by_side([(make_pairs, (world,)) for world in (tuning, *worlds)], processes, "pairs")
 
-    number, half = effort.configurations, effort.configurations // 2
-    plain = [*configurations("dpo", number, 1), *configurations("simpo", number, 2)]
-    tried = side_by_side([(_try, (tuning, setting)) for setting in plain], processes, "tuning DPO and SimPO")
-    dpo, simpo, guide = _best(tried[:number]), _best(tried[number:]), _best(tried[:half])
+    settings = {name: of[: effort.configurations] for name, of in TRIED.items()}
+    plain = [(_try, (tuning, setting)) for name in ("DPO", "SimPO") for setting in settings[name]]
+    found = side_by_side(plain, processes, "tuning DPO and SimPO")
+    tried = {"DPO": found[: effort.configurations], "SimPO": found[effort.configurations :]}
+    dpo, simpo = _best(tried["DPO"]), _best(tried["SimPO"])
 
-    guidance = score_run(tuning, guide.name, effort.epoch)
-    guided = [(_try, (tuning, setting, guidance)) for setting in configurations("tgdpo", number - half, 3)]
-    first = [(_guide, (world, dpo, guide)) for world in worlds]
+    guidance = score_pairs(tuning, dpo.name)
+    guided = [(_try, (tuning, setting, guidance)) for setting in settings["TGDPO"]]
+    first = [(_follow, (world, _dpo(world, dpo))) for world in worlds]
     done = side_by_side([*first, *guided], processes, "DPO, and tuning TGDPO")
-    runs, tried_tgdpo = done[: len(first)], done[len(first) :]
-    tgdpo = _best(tried_tgdpo)
+    runs, tried["TGDPO"] = done[: len(first)], done[len(first) :]
+    tgdpo = _best(tried["TGDPO"])
 
-    later = [(_follow, (world, *plans)) for world in worlds for plans in _plans(world, dpo, simpo, tgdpo, guide)]
+    later = [(_follow, (world, *plans)) for world in worlds for plans in _plans(world, dpo, simpo, tgdpo)]
     runs += side_by_side(later, processes, "SimPO, TGDPO, controls")
-    all_tried = {"DPO": tried[:number], "SimPO": tried[number:], "TGDPO": tried_tgdpo}
     return {
         "worlds": made,
-        "tried": {name: [{**asdict(one), "setting": str(one.setting)} for one in of] for name, of in all_tried.items()},
-        "chosen": {"DPO": str(dpo), "SimPO": str(simpo), "TGDPO": str(tgdpo), "guidance": str(guide)},
+        "tried": {name: [{**asdict(one), "setting": str(one.setting)} for one in of] for name, of in tried.items()},
+        "chosen": {"DPO": str(dpo), "SimPO": str(simpo), "TGDPO": str(tgdpo)},
         "runs": [run for some in runs for run in some],
     }
 
@@ -82,34 +86,34 @@ def _try(world: World, setting: Setting, guidance: Path | None = None) -> Tried:
     epoch = world.effort.epoch
     rewards: Rewards | None = "guidance" if guidance else None
     run = train(world, Plan(setting.name, setting, epoch, (epoch,), rewards, guidance, scored=True))
-    return Tried(setting, run["checks"][epoch]["win_rate"], mean(run["checks"][epoch]["wins"]))
+    found = run["checks"][epoch]
+    return Tried(setting, found["win_rate"], found["unfinished"], mean(found["wins"]))
 
 
 def _best(tried: Sequence[Tried]) -> Setting:
-    return max(tried, key=lambda one: one.seen).setting
+    """By what a user can see. Who sees answers that do not end takes another configuration."""
+    return max(tried, key=lambda one: (one.unfinished <= UNFINISHED, one.seen)).setting
 
 
-def _guide(world: World, dpo: Setting, guide: Setting) -> list[Numbers]:
-    """DPO for all epochs, and the guidance where that is another configuration."""
-    plans = [Plan("DPO", dpo, world.effort.steps, world.effort.checks, timed=True)]
-    if guide != dpo:
-        plans.append(Plan("guidance", guide, world.effort.epoch, (world.effort.epoch,)))
-    return _follow(world, *plans)
+def _dpo(world: World, dpo: Setting) -> Plan:
+    """DPO, whose checkpoint after an epoch is the guidance."""
+    return Plan("DPO", dpo, world.effort.steps, world.effort.checked, timed=True, guides=True)
 
 
-def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Setting) -> list[list[Plan]]:
+def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting) -> list[list[Plan]]:
     """What follows once there is guidance. Plans of one list depend on each other."""
     effort, once = world.effort, (world.effort.epoch,)
-    guidance, other = scores_of(world, "DPO" if guide == dpo else "guidance"), scores_of(world, "other-guidance")
+    guidance, other = scores_of(world, "DPO"), scores_of(world, "other-guidance")
     return [
-        [Plan("SimPO", simpo, effort.steps, effort.checks)],
-        [Plan("TGDPO", tgdpo, effort.steps, effort.checks, "guidance", guidance, timed=True)],
+        [Plan("SimPO", simpo, effort.steps, effort.checked)],
+        [Plan("same-beta", replace(dpo, beta=tgdpo.beta), effort.steps, effort.checked)],
+        [Plan("TGDPO", tgdpo, effort.steps, effort.checked, "guidance", guidance, timed=True)],
         *([Plan(control, tgdpo, effort.epoch, once, control, guidance)] for control in CONTROLS),
         *(
             [
                 Plan(
                     f"spread-{spread:g}",
-                    replace(tgdpo, option=spread),
+                    replace(tgdpo, spread=spread),
                     effort.epoch,
                     (),
                     "guidance",
@@ -118,10 +122,10 @@ def _plans(world: World, dpo: Setting, simpo: Setting, tgdpo: Setting, guide: Se
                 )
             ]
             for spread in SPREADS
-            if spread != tgdpo.option
+            if spread != tgdpo.spread
         ),
         [
-            Plan("other-guidance", with_other_beta(guide), effort.epoch, once),
+            Plan("other-guidance", with_other_beta(dpo), effort.epoch, once, guides=True),
             Plan("guided-otherwise", tgdpo, effort.epoch, once, "guidance", other),
         ],
     ]
@@ -133,6 +137,6 @@ def _follow(world: World, *plans: Plan) -> list[Numbers]:
     for plan in plans:
         run = train(world, plan)
         if plan.checks:
-            run["moved"] = tokens_moved(world, score_run(world, plan.name, world.effort.epoch))
+            run["moved"] = tokens_moved(world, plan.name)
         runs.append(run)
     return runs

@@ -17,7 +17,7 @@ from tgdpo_megatron.sampling.answers import Answered, read_answers
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswers:
     """A model's answers to the held-out prompts, judged by the known reward.
 
     Attributes:
@@ -32,19 +32,14 @@ class Judged:
     tokens: float
     unfinished: float
 
-    @property
-    def win_rate(self) -> float:
-        """Mean over the prompts."""
-        return sum(self.wins) / len(self.wins)
 
-
-def judged(model: Path, start: Path) -> Judged:
+def judged(model: Path, start: Path) -> JudgedAnswers:
     """Judge a file of answers against the start's file of answers to the same prompts."""
     answers, others = list(read_answers(model)), {answered.prompt_id: answered for answered in read_answers(start)}
     rewards = [_of(answered) for answered in answers]
     tokens = [number for answered in answers for number in answered.num_tokens]
     reasons = [reason for answered in answers for reason in answered.finish_reasons]
-    return Judged(
+    return JudgedAnswers(
         wins=[win_share(own, _of(others[answered.prompt_id])) for answered, own in zip(answers, rewards, strict=True)],
         reward=float(np.mean(rewards)),
         tokens=sum(tokens) / len(tokens),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -11,6 +10,9 @@ Rewards = Literal["guidance", "shuffled", "mean", "true"]
 """Token rewards: log-ratio of the guidance to the start; the same shuffled within every answer; its mean over the
 answer, on all tokens; what the known reward says."""
 
+LEARNING_RATE = 7e-5
+"""Of all methods. With Adam the size of a step depends on it, and hardly on the scale of a loss."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -18,42 +20,34 @@ class Setting:
 
     Attributes:
         loss: One of `loss.type`.
-        option: SimPO's `loss.gamma_beta_ratio`. For TGDPO the standard deviation of the token weights over the training
-            pairs, which `loss.alpha` follows from: the same α means different things for different guidance.
+        margin: SimPO's `loss.gamma_beta_ratio`.
+        spread: TGDPO's standard deviation of the token weights over the training pairs, which `loss.alpha` follows
+            from: the same α means different things for different guidance.
     """
 
     loss: str
-    lr: float
     beta: float
-    option: float = 0.0
+    margin: float = 0.0
+    spread: float = 0.0
 
     @property
     def name(self) -> str:
         """For a folder."""
-        return f"{self.loss}-{self.lr:g}-{self.beta:g}-{self.option:g}"
+        return f"{self.loss}-{self.beta:g}-{self.margin or self.spread:g}"
 
     def __str__(self) -> str:
-        options = {"simpo": f", γ/β {self.option:g}", "tgdpo": f", weights ± {self.option:g}"}
-        return f"learning rate {self.lr:g}, β {self.beta:g}{options.get(self.loss, '')}"
+        options = {"simpo": f", γ/β {self.margin:g}", "tgdpo": f", weights ± {self.spread:g}"}
+        return f"β {self.beta:g}{options.get(self.loss, '')}"
 
 
-LEARNING_RATES = (3e-5, 7e-5, 1.5e-4)
-BETAS = (0.03, 0.1, 0.3, 1.0)
 SPREADS = (0.1, 0.3, 1.0)
-"""Standard deviations of TGDPO's token weights, whose mean is about 1."""
-SIMPO_BETAS = (1.0, 2.5, 5.0, 10.0)
-SIMPO_MARGINS = (0.2, 0.55)
-
-
-def configurations(loss: str, number: int, seed: int) -> list[Setting]:
-    """So many different configurations of a method, drawn at random."""
-    grids = {
-        "dpo": (LEARNING_RATES, BETAS, (0.0,)),
-        "simpo": (LEARNING_RATES, SIMPO_BETAS, SIMPO_MARGINS),
-        "tgdpo": (LEARNING_RATES, BETAS, SPREADS),
-    }
-    drawn = random.Random(seed).sample(list(product(*grids[loss])), number)
-    return [Setting(loss, *values) for values in drawn]
+"""Standard deviations of TGDPO's token weights."""
+TRIED = {
+    "DPO": [Setting("dpo", beta) for beta in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)],
+    "SimPO": [Setting("simpo", beta, margin=margin) for beta, margin in product((2.5, 5.0, 10.0), (0.2, 0.55))],
+    "TGDPO": [Setting("tgdpo", beta, spread=spread) for beta, spread in product((0.1, 0.3, 1.0), SPREADS[1:])],
+}
+"""Method -> all configurations that it is tuned over, as many for each method."""
 
 
 def with_other_beta(setting: Setting) -> Setting:

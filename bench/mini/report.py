@@ -21,12 +21,24 @@ METHODS = {
     "SimPO": "SimPO",
     "TGDPO": "TGDPO",
     "guided-otherwise": "TGDPO, guided by DPO at another β",
+    "same-beta": "control: DPO with TGDPO's β",
     "shuffled": "control: TGDPO, r̂ shuffled within an answer",
     "mean": "control: TGDPO, r̂ averaged over an answer",
     "true": "control: TGDPO, true token rewards",
 }
 """Run -> what the tables call it."""
-LONG = ("DPO", "SimPO", "TGDPO")
+LONG = {"DPO": "DPO", "SimPO": "SimPO", "TGDPO": "TGDPO", "same-beta": "DPO with TGDPO's β"}
+"""Runs of several epochs -> what the table and the picture of epochs call them."""
+WINS = {
+    "C1": ("TGDPO", "DPO"),
+    "C2": ("TGDPO", "SimPO"),
+    "C5": ("guided-otherwise", "TGDPO"),
+    "Q2": ("TGDPO", "shuffled"),
+    "Q3": ("TGDPO", "mean"),
+    "Q4": ("true", "same-beta"),
+    "Q7": ("TGDPO", "same-beta"),
+}
+"""Claims about the win rates of two runs after one epoch."""
 MOVED = ("right in chosen", "right in rejected", "wrong in chosen", "wrong in rejected")
 DRAWS = 2000
 
@@ -53,10 +65,7 @@ def summarise(found: Numbers, effort: Effort) -> Numbers:
             claim.name: {"values": values[claim.name], **asdict(judge(values[claim.name], claim.within))}
             for claim in _ALL
         },
-        "prompts": {
-            claim: _over_prompts(runs, effort, *names)
-            for claim, names in {"C1": ("TGDPO", "DPO"), "C2": ("TGDPO", "SimPO")}.items()
-        },
+        "prompts": {claim: _over_prompts(runs, effort, *names) for claim, names in WINS.items()},
         "curves": {name: [_curve(runs[name, seed]) for seed in effort.seeds] for name in METHODS},
         "moved": {name: [runs[name, seed]["moved"] for seed in effort.seeds] for name in METHODS},
         "accuracy": {
@@ -113,18 +122,14 @@ class _Seed:
 
 
 _VALUES: dict[str, Callable[[_Seed], float]] = {
-    "C1": lambda seed: seed.win("TGDPO") - seed.win("DPO"),
-    "C2": lambda seed: seed.win("TGDPO") - seed.win("SimPO"),
+    **{claim: lambda seed, of=of: seed.win(of[0]) - seed.win(of[1]) for claim, of in WINS.items()},
     "C3, DPO": lambda seed: seed.drop("DPO") - seed.drop("TGDPO"),
     "C3, SimPO": lambda seed: seed.drop("SimPO") - seed.drop("TGDPO"),
     "C4": lambda seed: seed.steps(SPREADS[0]) - seed.steps(SPREADS[-1]),
-    "C5": lambda seed: seed.win("guided-otherwise") - seed.win("TGDPO"),
     "Q1": lambda seed: float(np.subtract(*seed.at_equal_divergence("TGDPO", "DPO"))),
-    "Q2": lambda seed: seed.win("TGDPO") - seed.win("shuffled"),
-    "Q3": lambda seed: seed.win("TGDPO") - seed.win("mean"),
-    "Q4": lambda seed: seed.win("true") - seed.win("DPO"),
     "Q5": lambda seed: seed.win("TGDPO") - seed.win("DPO", epochs=2),
-    "Q6": lambda seed: seed.moved("TGDPO", "right in chosen") - seed.moved("DPO", "right in chosen"),
+    "Q6": lambda seed: seed.moved("TGDPO", "right in chosen") - seed.moved("same-beta", "right in chosen"),
+    "Q8": lambda seed: seed.drop("same-beta") - seed.drop("TGDPO"),
 }
 """The number of a seed, as rules.py says it in words."""
 
@@ -166,8 +171,9 @@ def markdown(summary: Numbers) -> str:
         "Three epochs at a constant learning rate: win rate against the start, %": _epochs(summary),
         "How far one epoch moved the log-prob of a held-out token, nats": _moved(summary),
         "Steps until the held-out preference accuracy is the best of DPO's first epoch": _steps(summary),
+        "Seed by seed: KL divergence from the start after one epoch and after three, nats": _distances(summary),
         "The worlds: share of comparisons that agree with the known reward, %": _worlds(summary),
-        "The configurations that were chosen": _chosen(summary),
+        "All configurations that were tried, in the tuning world, after one epoch": _tried(summary),
     }
     return "\n\n".join(f"**{title}**\n\n{table}" for title, table in titles.items())
 
@@ -185,6 +191,7 @@ def put_into_page(page: str, summary: Numbers) -> str:
 
 def _verdicts(summary: Numbers, claims: Sequence[Claim]) -> str:
     lines = []
+    words = {"reproduced": "yes", "contradicted": "no"} if claims is QUESTIONS else {}
     for claim in claims:
         found = summary["claims"][claim.name]
         form = "+.2f" if claim.unit in ("nats", "reward") else "+.1f"
@@ -198,12 +205,20 @@ def _verdicts(summary: Numbers, claims: Sequence[Claim]) -> str:
                 f"{_signed(found['mean'], form)} {claim.unit}",
                 interval,
                 prompts,
-                f"{found['detectable']:{form[1:]}}",
-                f"**{found['verdict']}**",
+                f"{found['detectable']:{form[1:]}}" if claim.within is None else "–",
+                f"**{words.get(found['verdict'], found['verdict'])}**",
             ]
         )
-    columns = ["", "claim", "mean", "95 % interval", "bootstrap over prompts", "smallest detectable effect", "verdict"]
-    return _table(columns, lines)
+    columns = [
+        "",
+        "question" if words else "claim",
+        "mean",
+        "95 % interval",
+        "bootstrap over prompts",
+        "smallest detectable effect",
+        "verdict",
+    ]
+    return _table(columns, lines, words=2)
 
 
 def _methods(summary: Numbers) -> str:
@@ -229,12 +244,30 @@ def _epochs(summary: Numbers) -> str:
     effort = summary["effort"]
     steps = [point["step"] for point in summary["curves"]["DPO"][0]]
     lines = []
-    for name in LONG:
+    for name, words in LONG.items():
         curves = summary["curves"][name]
         cells = [_over(_at(summary, name, step), win=".1f")[0] for step in steps]
         drops = [max(point["win"] for point in curve) - curve[-1]["win"] for curve in curves]
-        lines.append([name, *cells, _words(drops, ".1f")])
-    return _table(["method", *(f"{step / effort['epoch']:g} epochs" for step in steps), "best less last"], lines)
+        since = [
+            at["win"] - curve[-1]["win"] for at, curve in zip(_at(summary, name, effort["epoch"]), curves, strict=True)
+        ]
+        lines.append([words, *cells, _words(drops, ".1f"), _words(since, "+.1f")])
+    epochs = [f"{step / effort['epoch']:g} epoch{'s' if step > effort['epoch'] else ''}" for step in steps]
+    return _table(["method", *epochs, "best less last", "1 epoch less last"], lines)
+
+
+def _distances(summary: Numbers) -> str:
+    effort = summary["effort"]
+    lines = []
+    for name, words in LONG.items():
+        first, last = _at(summary, name, effort["epoch"]), (curve[-1] for curve in summary["curves"][name])
+        lines.append(
+            [
+                words,
+                *(f"{_signed(a['kl'], '.1f')}; {_signed(b['kl'], '.1f')}" for a, b in zip(first, last, strict=True)),
+            ]
+        )
+    return _table(["method", *(f"seed {seed}" for seed in effort["seeds"])], lines)
 
 
 def _moved(summary: Numbers) -> str:
@@ -273,31 +306,15 @@ def _worlds(summary: Numbers) -> str:
     return _table(["seed", *names.values(), "number of pairs"], lines)
 
 
-def _chosen(summary: Numbers) -> str:
+def _tried(summary: Numbers) -> str:
     lines = []
     for name, tried in summary["tried"].items():
-        ranked = sorted(tried, key=lambda one: -one["seen"])
-        best = max(one["known"] for one in tried)
-        lines.append(
-            [
-                name,
-                str(len(tried)),
-                ranked[0]["setting"],
-                f"{100 * ranked[0]['seen']:.1f}",
-                f"{100 * ranked[0]['known']:.1f}",
-                f"{100 * best:.1f}",
-            ]
-        )
-    guide = summary["chosen"]["guidance"]
-    columns = [
-        "method",
-        "tried",
-        "chosen",
-        "scorer's win rate, %",
-        "by the known reward",
-        "best of all by the known reward",
-    ]
-    return _table(columns, lines) + f"\n\nTGDPO's guidance: DPO, {guide}."
+        for one in tried:
+            words = f"**{one['setting']}**" if one["setting"] == summary["chosen"][name] else one["setting"]
+            shares = (f"{100 * one[share]:.1f}" for share in ("seen", "known", "unfinished"))
+            lines.append([name, words, *shares])
+    columns = ["method", "configuration", "scorer's win rate, %", "by the known reward, %", "unfinished, %"]
+    return _table(columns, lines, words=2) + "\n\nBold: what was chosen."
 
 
 def _at(summary: Numbers, name: str, step: int) -> list[Numbers]:
@@ -318,8 +335,9 @@ def _signed(value: float, form: str) -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    right = "|".join(["---", *["--:"] * (len(columns) - 1)])
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """A table whose first columns, so many, are words."""
+    right = "|".join([*["---"] * words, *["--:"] * (len(columns) - words)])
     return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -330,19 +348,22 @@ def picture(summary: Numbers) -> str:
     """Win rates over three epochs, reward over distance, tokens moved, accuracy over steps."""
     epoch = summary["effort"]["epoch"]
     wins, distances = [], []
-    for colour, name in enumerate(LONG):
+    for colour, (name, words) in enumerate(LONG.items()):
         steps = [point["step"] for point in summary["curves"][name][0]]
         points = [_at(summary, name, step) for step in steps]
         wins.append(
-            Line(name, [0, *(step / epoch for step in steps)], [50, *(_mean(at, "win") for at in points)], True, colour)
+            Line(
+                words, [0, *(step / epoch for step in steps)], [50, *(_mean(at, "win") for at in points)], True, colour
+            )
         )
         reward = [_mean(summary["start"], "reward"), *(_mean(at, "reward") for at in points)]
-        distances.append(Line(name, [0, *(_mean(at, "kl") for at in points)], reward, True, colour))
+        distances.append(Line(words, [0, *(_mean(at, "kl") for at in points)], reward, True, colour))
     accuracy = []
     for colour, (name, curves) in enumerate(summary["accuracy"].items()):
         words = name if name == "DPO" else f"TGDPO, weights ± {name.removeprefix('spread-')}"
-        heights = [100 * mean(value for _, value in at) for at in zip(*curves, strict=True)]
-        accuracy.append(Line(words, [step for step, _ in curves[0]], heights, True, colour))
+        # Before the first step nothing is gained on either answer, which counts as not preferred.
+        heights = [100 * mean(value for _, value in at) for at in zip(*curves, strict=True)][1:]
+        accuracy.append(Line(words, [step for step, _ in curves[0]][1:], heights, True, colour))
     moved = [
         Series(
             which,

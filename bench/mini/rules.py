@@ -54,7 +54,7 @@ CLAIMS = (
     ),
     Claim(
         "C3, DPO",
-        "TGDPO can be trained to convergence, where DPO gets worse again",
+        "TGDPO can be trained on, where DPO gets worse again",
         "DPO's drop less TGDPO's: win rate of the best checkpoint of three epochs less that of the last",
         "points",
     ),
@@ -106,21 +106,34 @@ QUESTIONS = (
     ),
     Claim(
         "Q4",
-        "true token rewards would help",
-        "win rate of TGDPO with the true token rewards less DPO's",
+        "true token rewards help",
+        "win rate of TGDPO with the true token rewards less that of DPO with TGDPO's β",
         "points",
     ),
     Claim(
         "Q5",
-        "TGDPO is worth its guidance run",
-        "TGDPO's win rate less that of DPO after two epochs, which cost as many steps",
+        "TGDPO is better than DPO with the steps that its guidance took",
+        "TGDPO's win rate after one epoch less DPO's after two",
         "points",
     ),
     Claim(
         "Q6",
-        "TGDPO does not lower right tokens",
-        "mean change of the log-prob of right tokens in chosen held-out answers under TGDPO, less that under DPO",
+        "TGDPO raises right tokens more than DPO",
+        "mean change of the log-prob of right tokens in chosen held-out answers under TGDPO, less that under DPO with "
+        "TGDPO's β",
         "nats",
+    ),
+    Claim(
+        "Q7",
+        "guidance helps at the same β",
+        "TGDPO's win rate less that of DPO with TGDPO's β, after one epoch",
+        "points",
+    ),
+    Claim(
+        "Q8",
+        "guidance, and not β, keeps TGDPO from getting worse again",
+        "drop of DPO with TGDPO's β less TGDPO's",
+        "points",
     ),
 )
 """What the paper does not say, but what would explain its result or ours. The same rule decides."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.mini.commands import Commands
 from bench.mini.measures import agreement, judged, moved, rewards_of
-from bench.mini.methods import Rewards, Setting
+from bench.mini.methods import LEARNING_RATE, Rewards, Setting
 from bench.mini.world import Prompt, first_is_preferred, make_prompts, pieces, write
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared
 from tgdpo_megatron.data.token_scores import response_starts
@@ -34,6 +34,8 @@ MAX_LENGTH = 256
 LONGEST = 80
 """Most tokens of a sampled answer; the writers' longest has 60."""
 PARTS = ("train", "held_out")
+ROLES = ("train", "validation")
+"""What the settings call the parts."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +48,32 @@ class Effort:
         sft, labels, train, held_out: Answers by writers to learn from; pairs that annotators labelled, for the scorer;
             prompts of the pairs; prompts that judge.
         epoch: Steps of 32 pairs in an epoch.
-        checked: Steps between the checkpoints that are judged.
-        configurations: Of each method. Half of TGDPO's go to its guidance.
+        checked: Steps of the longest runs after which answers are judged.
+        configurations: Of each method, the first of methods.TRIED.
         answers, judged: To every prompt, of the start and of a trained model.
     """
 
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
     tuning_seed: int = 100
     sft: int = 6000
-    sft_steps: int = 1500
+    sft_steps: int = 1000
     labels: int = 14000
     train: int = 1500
     held_out: int = 300
     epoch: int = 44
     epochs: int = 3
-    checked: int = 22
-    configurations: int = 12
+    checked: tuple[int, ...] = (22, 44, 88, 132)
+    configurations: int = 6
     answers: int = 5
-    judged: int = 3
+    judged: int = 2
+
+    def __post_init__(self) -> None:
+        assert {self.epoch, 2 * self.epoch, self.steps} <= set(self.checked), "the rules compare these"
 
     @property
     def steps(self) -> int:
         """Of the longest runs."""
         return self.epochs * self.epoch
-
-    @property
-    def checks(self) -> tuple[int, ...]:
-        """Steps of these after which answers are judged."""
-        return tuple(range(self.checked, self.steps + 1, self.checked))
 
 
 class World:
@@ -181,7 +181,7 @@ def make_start(world: World) -> None:
 def make_scorer(world: World) -> None:
     """Train the scorer from the start of a world, which is made first, on labels of its own."""
     make_start(world)
-    chance, labels = random.Random(-1), world.folder / "labels.jsonl"
+    chance, labels = random.Random("labels"), world.folder / "labels.jsonl"
     _write(labels, [_labelled(make_prompts(1, chance)[0], chance) for _ in range(world.effort.labels)])
     world.commands("scorer").run("bench.mini.scorer", world.hf, labels, world.scorer)
 
@@ -199,7 +199,9 @@ def make_pairs(world: World) -> dict[str, Any]:
         commands.run(
             "tools.prepare_pairs", world.pairs(part), world.hf, world.tokens(part), f"--max-length={MAX_LENGTH}"
         )
-    _score(commands, world, world.scores, "--recipe=dpo_tiny")
+    _score(commands, world, world.scores, PARTS, "--recipe=dpo_tiny")
+    for part in PARTS:
+        world.true_rewards(part)  # once, before runs of this world go on side by side
     start = judged(world.answers("held_out"), world.answers("held_out"))
     return {"seed": world.seed, "start": asdict(start), **_quality(world)}
 
@@ -265,13 +267,12 @@ def _sample(commands: Commands, world: World, model: Path, part: str, answers: P
     )
 
 
-def _score(commands: Commands, world: World, scores: Path, *settings: str) -> None:
-    """Token log-probs of all pairs, under the frozen models that the settings name."""
+def _score(commands: Commands, world: World, scores: Path, parts: Sequence[str], *settings: str) -> None:
+    """Token log-probs of the pairs of one or two parts, under the frozen models that the settings name."""
     commands.run(
         "recipes.score",
         f"model.checkpoint={world.start}",
-        f"data.train={world.tokens('train')}",
-        f"data.validation={world.tokens('held_out')}",
+        *(f"data.{role}={world.tokens(part)}" for role, part in zip(ROLES, parts, strict=False)),
         f"data.max_length={MAX_LENGTH}",
         f"scores.path={scores}",
         "train.micro_batch_size=64",
@@ -289,8 +290,9 @@ class Plan:
         guidance: Folder of scores that holds the guidance's log-probs.
         steps: Optimizer steps.
         checks: Steps after which answers are sampled and judged.
-        scored: Whether the scorer judges them as well, which is what a user could see.
+        scored: Whether the scorer judges them in place of the divergence: what a user who tunes looks at.
         timed: Whether held-out preference accuracy is measured every few steps, and not at the end alone.
+        guides: Whether its checkpoint after an epoch guides TGDPO, which reads its log-probs of all pairs.
     """
 
     name: str
@@ -301,6 +303,7 @@ class Plan:
     guidance: Path | None = None
     scored: bool = False
     timed: bool = False
+    guides: bool = False
 
 
 def train(world: World, plan: Plan) -> dict[str, Any]:
@@ -321,7 +324,7 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"data.max_length={MAX_LENGTH}",
         f"loss.type={plan.setting.loss}",
         f"loss.beta={plan.setting.beta}",
-        f"optimizer.lr={plan.setting.lr}",
+        f"optimizer.lr={LEARNING_RATE}",
         "optimizer.lr_decay_style=constant",
         f"optimizer.lr_warmup_iters={min(WARMUP, world.effort.epoch - 1)}",
         f"train.output={output}",
@@ -329,10 +332,12 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         f"train.micro_batch_size={BATCH}",
         f"train.eval_interval={EVALUATED_EVERY if plan.timed else plan.steps}",
         f"train.seed={world.seed}",
-        *_options(world, plan),
+        *_loss_settings(world, plan),
         *((f"train.export_interval={every}", "train.keep_last=0") if plan.checks else ()),
         *_QUICK,
     )
+    if plan.guides:
+        score_pairs(world, plan.name)
     found = {"seed": world.seed, "name": plan.name, "setting": str(plan.setting), "accuracy": _accuracies(output)}
     return found | {"checks": _judge(commands, world, plan)} if plan.checks else found
 
@@ -351,7 +356,7 @@ def _judge(commands: Commands, world: World, plan: Plan) -> dict[int, dict[str, 
         "--answers",
         world.answers("held_out"),
         *answers.values(),
-        *(("--scorer", world.scorer) if plan.scored else ()),
+        *(("--scorer", world.scorer, "--no-kl") if plan.scored else ()),
         f"--output={output / 'compared'}",
     )
     compared = json.loads((output / "compared" / "comparison.json").read_text(encoding="utf-8"))["models"]
@@ -370,16 +375,17 @@ def _accuracies(run: Path) -> dict[int, float]:
     return {int(line["iteration"]): line[name] for line in _read(run / "metrics.jsonl") if name in line}
 
 
-def _options(world: World, plan: Plan) -> list[str]:
-    """The settings of a loss beside β, and where its scores are."""
+def _loss_settings(world: World, plan: Plan) -> list[str]:
+    """The settings of a loss beside β, and where its scores are. Writes a file of token rewards where there is one."""
     setting = plan.setting
     if setting.loss == "simpo":
-        return [f"loss.gamma_beta_ratio={setting.option}"]
+        return [f"loss.gamma_beta_ratio={setting.margin}"]
     if setting.loss == "dpo":
         return ["scores.source=cached", f"scores.path={world.scores}"]
     assert plan.rewards is not None
     rewards = {part: token_rewards(world, plan, part) for part in PARTS}
-    common = ["scores.source=cached", "loss.beta_r=1", f"loss.alpha={setting.option / float(rewards['train'].std())}"]
+    alpha = setting.spread / signed(world.data("train"), rewards["train"]).std()
+    common = ["scores.source=cached", "loss.beta_r=1", f"loss.alpha={alpha}"]
     if plan.rewards == "guidance":
         return [*common, f"scores.path={plan.guidance}"]
     files = {part: world.run(f"{plan.name}-rewards-{part}.jsonl") for part in PARTS}
@@ -411,6 +417,11 @@ def token_rewards(world: World, plan: Plan, part: str) -> np.ndarray:
     return np.concatenate([np.full_like(answer, answer.mean()) for answer in answers])
 
 
+def signed(data: PreparedPairs, rewards: np.ndarray) -> np.ndarray:
+    """r̂ with the sign that it has in TGDPO's weights: 1 + α r̂ for chosen tokens, 1 − α r̂ for rejected ones. fp32."""
+    return rewards * np.repeat(np.tile([1.0, -1.0], len(data)), np.diff(response_starts(data)))
+
+
 def write_reward_file(path: Path, data: PreparedPairs, rewards: np.ndarray) -> None:
     """Rewards of all tokens, as a user would give them."""
     answers = np.split(rewards, response_starts(data)[1:-1])
@@ -426,29 +437,30 @@ def scores_of(world: World, name: str) -> Path:
     return world.folder / "scores-of" / name
 
 
-def score_run(world: World, name: str, step: int) -> Path:
-    """Log-probs of the pairs under a checkpoint of a run, beside the start's. Returns their folder."""
-    scores = scores_of(world, name)
-    trained = world.run(name) / "checkpoints" / f"iter-{step:07d}"
-    _score(world.commands(name), world, scores, "--recipe=tgdpo_tiny", f"model.guidance={trained}")
-    return scores
+def score_pairs(world: World, name: str) -> Path:
+    """Log-probs of all pairs after an epoch of a run, beside the start's. Returns their folder, `scores_of`."""
+    _score(world.commands(name), world, scores_of(world, name), PARTS, *_after_an_epoch(world, name))
+    return scores_of(world, name)
 
 
-def tokens_moved(world: World, scores: Path) -> dict[str, float]:
-    """How far training moved the tokens of held-out pairs, by what they are worth.
-
-    Args:
-        scores: What score_run wrote.
-    """
-    data = world.data("held_out")
-    found = load_scores(_part_of(scores, "held_out"), data, ("reference", "guidance")).values
+def tokens_moved(world: World, name: str) -> dict[str, float]:
+    """How far an epoch of a run moved the tokens of held-out pairs, by what they are worth."""
+    data, scores = world.data("held_out"), world.folder / "moved" / name
+    _score(world.commands(name), world, scores, ["held_out"], *_after_an_epoch(world, name))
+    found = load_scores(scores / ROLES[0], data, ("reference", "guidance")).values
     lengths = np.diff(response_starts(data))
     side = np.repeat(np.tile([CHOSEN, REJECTED], len(data)), lengths)
     return moved(found["reference"], found["guidance"], world.true_rewards("held_out"), side)
 
 
+def _after_an_epoch(world: World, name: str) -> tuple[str, str]:
+    """Settings with which a run's checkpoint stands in the place of the guidance."""
+    checkpoint = world.run(name) / "checkpoints" / f"iter-{world.effort.epoch:07d}"
+    return "--recipe=tgdpo_tiny", f"model.guidance={checkpoint}"
+
+
 def _part_of(scores: Path, part: str) -> Path:
-    return scores / ("train" if part == "train" else "validation")
+    return scores / ROLES[PARTS.index(part)]
 
 
 def _spans(prompt: Prompt, answer: str) -> list[list[float]]:

@@ -1,8 +1,8 @@
 """A small world whose reward is known: prompts that ask for four things, writers of mixed quality, and the reward.
 
-A prompt names a topic, a tone, words to use and a largest number of sentences. Writers keep to all that, do without
-fillers, and keep to the grammar of a sentence, the more the better they are. So right and wrong tokens stand in good
-answers as in bad ones.
+A prompt names a topic, a tone, words to use and a number of sentences. Writers keep to the number. The better they are,
+the more they keep to the rest, do without fillers, and keep to the grammar of a sentence. So right and wrong tokens
+stand in good answers as in bad ones.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ FILLERS = ("very", "really", "quite", "rather", "truly")
 OBJECTS = ("lamp", "rope", "letter", "clock", "mirror", "drum", "map", "key")
 """Words that prompts ask for; every topic and tone can have them."""
 PLACES = ("near", "under", "behind", "beside")
-LIMITS = {2: "two", 3: "three", 4: "four"}
-"""Largest number of sentences, as a prompt says it."""
+SENTENCES = {2: "two", 3: "three", 4: "four"}
+"""Number of sentences, as a prompt says it."""
 
-_POSSIBLE = len(TOPICS) * len(TONES) * len(LIMITS) * len(OBJECTS) ** 2
+_POSSIBLE = len(TOPICS) * len(TONES) * len(SENTENCES) * len(OBJECTS) ** 2
 """Prompts: one keyword, or two different ones in either order."""
 
 NOUN_OF = {noun: topic for topic, (nouns, _) in TOPICS.items() for noun in nouns.split()}
@@ -61,22 +61,20 @@ class Prompt:
     topic: str
     tone: str
     keywords: tuple[str, ...]
-    limit: int
+    sentences: int
 
     @property
     def text(self) -> str:
         """As a model reads it."""
-        return f"{self.tone} {self.topic} with {' and '.join(self.keywords)}, at most {LIMITS[self.limit]} sentences"
+        return f"{self.tone} {self.topic} with {' and '.join(self.keywords)}, in {SENTENCES[self.sentences]} sentences"
 
     @classmethod
     def parse(cls, text: str) -> Prompt:
         """The prompt that reads so."""
-        found = re.fullmatch(r"(\w+) (\w+) with ([\w ]+), at most (\w+) sentences", text)
+        found = re.fullmatch(r"(\w+) (\w+) with ([\w ]+), in (\w+) sentences", text)
         assert found, text
-        tone, topic, keywords, limit = found.groups()
-        return cls(
-            topic, tone, tuple(keywords.split(" and ")), {word: number for number, word in LIMITS.items()}[limit]
-        )
+        tone, topic, keywords, number = found.groups()
+        return cls(topic, tone, tuple(keywords.split(" and ")), {word: n for n, word in SENTENCES.items()}[number])
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def make_prompts(number: int, chance: random.Random) -> list[Prompt]:
     while len(prompts) < number:
         keywords = tuple(chance.sample(OBJECTS, chance.randint(1, 2)))
         prompts[
-            Prompt(chance.choice(list(TOPICS)), chance.choice(list(TONES)), keywords, chance.choice(list(LIMITS)))
+            Prompt(chance.choice(list(TOPICS)), chance.choice(list(TONES)), keywords, chance.choice(list(SENTENCES)))
         ] = None
     return list(prompts)
 
@@ -105,7 +103,8 @@ def pieces(prompt: Prompt, answer: str) -> list[Piece]:
 
     A filler costs, and so does a content word that the answer had before. Otherwise an adjective counts by its tone, a
     noun or verb of another topic costs, and a word that was asked for counts. A sentence that the grammar does not have
-    costs, and so does one over the limit, at its full stop, or at the last word where that is missing.
+    costs, and so does one too many, at its full stop, or at the last word where that is missing. Every sentence too few
+    costs at the end.
     """
     found: list[Piece] = []
     seen: set[str] = set()
@@ -121,7 +120,8 @@ def pieces(prompt: Prompt, answer: str) -> list[Piece]:
         if word == "." or place + 1 == len(matches):
             sentences += 1
             whole = word == "." and SENTENCE.fullmatch(kinds) is not None
-            reward += BAD_SENTENCE * ((not whole) + (sentences > prompt.limit))
+            missing = max(0, prompt.sentences - sentences) if place + 1 == len(matches) else 0
+            reward += BAD_SENTENCE * ((not whole) + (sentences > prompt.sentences) + missing)
             kinds = ""
         found.append(Piece(*match.span(), reward))
     return found
@@ -140,7 +140,8 @@ def _of_word(prompt: Prompt, word: str) -> float:
 
 def reward(prompt: Prompt, answer: str) -> float:
     """The known reward of an answer: the sum over its pieces."""
-    return sum(piece.reward for piece in pieces(prompt, answer))
+    found = pieces(prompt, answer)
+    return sum(piece.reward for piece in found) if found else BAD_SENTENCE * prompt.sentences
 
 
 def write(prompt: Prompt, quality: float, chance: random.Random) -> str:
@@ -157,10 +158,7 @@ class _Writer:
         self.wanted = [word for word in prompt.keywords if chance.random() < 0.5 + 0.5 * quality]
 
     def answer(self) -> str:
-        over = self.chance.random() < 0.4 * (1 - self.quality)
-        limit = self.prompt.limit
-        number = limit + 1 if over else self.chance.randint(max(1, limit - 1), limit)
-        return " ".join(self._sentence() for _ in range(number))
+        return "\n".join(self._sentence() for _ in range(self.prompt.sentences))  # so all begin with the same token
 
     def _sentence(self) -> str:
         words = [*self._object(), self._verb(), *self._object()]
