@@ -46,8 +46,8 @@ PROGRAMS = {
 }
 """Console script -> the module that it runs. pyproject.toml lists the scripts as well."""
 
-WITHOUT_SCRIPT = ("recipes.convert",)
-"""Programs that only jobs of Slurm start: recipes.train does the same by itself."""
+WITHOUT_SCRIPT = ("recipes.convert", "tools.marked_pairs")
+"""Programs that only others start: the jobs of tools.submit, and tools.demo."""
 _SCRIPTS = {module: script for script, module in PROGRAMS.items()}
 _MODULE = re.compile(r"(?<![\w./-])(?:python -m )?((?:recipes|tools)\.[a-z_]+)\b(?!\.\w)")
 

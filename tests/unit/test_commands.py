@@ -19,8 +19,7 @@ from tgdpo_megatron.commands import PROGRAMS, WITHOUT_SCRIPT
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_THE_REPOSITORY = {
-    *("tools.docs", "tools.gpu_environment", "tools.gpu_wheels", "tools.lock_for"),
-    *("tools.marked_pairs", "tools.real_run"),
+    *("tools.docs", "tools.gpu_environment", "tools.gpu_wheels", "tools.lock_for", "tools.real_run"),
 }
 """Programs that need the repository."""
 
