@@ -26,7 +26,7 @@ from typing import Any
 
 from recipes.settings import RECIPES, Command, read_command_line
 from tgdpo_megatron.bounded import read_json
-from tgdpo_megatron.commands import as_called
+from tgdpo_megatron.commands import PYTHON, as_called
 from tgdpo_megatron.config import check_batch_layout, check_layout
 from tgdpo_megatron.errors import UNEXPECTED, USER_ERROR, UserError, code_of, one_sentence_errors
 from tgdpo_megatron.platform.interrupts import asking
@@ -319,7 +319,7 @@ def _call(stage: Stage, command: list[str]) -> None:
     try:
         # In a group of its own, so that Ctrl-C in a terminal reaches it once, from here.
         environment = os.environ | {PARENT: str(os.getpid())}
-        running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment, process_group=0))
+        running.append(subprocess.Popen([*PYTHON, *command[2:]], env=environment, process_group=0))
         if received:  # before the program had begun
             running[0].send_signal(received[-1])
         code = running[0].wait()

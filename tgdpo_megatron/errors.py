@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from tgdpo_megatron.commands import as_called
@@ -218,6 +218,28 @@ def one_sentence_errors() -> Iterator[None]:
     if in_a_rank:
         os._exit(code)  # sys.exit would wait for collectives with ranks that are gone
     sys.exit(code)
+
+
+def refuse_import(error: UserError) -> NoReturn:
+    """Fail the import of this package.
+
+    Whoever uses a part of the package, as in a notebook, gets an ImportError. Where nobody catches it, as where a
+    program starts, it is one sentence and exit code 2, like every other mistake.
+
+    Raises:
+        ImportError: Always, with the sentence of the error.
+    """
+    refusal, before = ImportError(str(error)), sys.excepthook
+
+    def show(kind: type[BaseException], shown: BaseException, trace: TracebackType | None) -> None:
+        if shown is not refusal:
+            before(kind, shown, trace)
+            return
+        print(f"error: {shown}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+    sys.excepthook = show
+    raise refusal from None
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:

@@ -94,6 +94,10 @@ def test_every_console_script_explains_itself_by_the_names_that_are_installed(sc
     assert said.strip() and [module for module in PROGRAMS.values() if module in said] == []
 
 
+def test_a_program_has_the_name_that_is_installed_also_where_a_job_starts_it(program: Program) -> None:
+    assert program("python", "-P", "-m", "tgdpo_megatron", "tools.runs", "--help").startswith("usage: tgdpo-runs ")
+
+
 def test_a_whole_chain_runs_far_from_the_repository(program: Program, folder: Path) -> None:
     """From a model to a scored, trained, exported and viewed one, on two ranks that our launcher starts."""
     program("tgdpo-tiny-model", "pairs.jsonl", "hf")

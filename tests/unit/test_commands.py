@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from recipes.settings import read_command_line
-from tests.support.in_process import Program
-from tgdpo_megatron.commands import BY_SCRIPT, PROGRAMS, as_called
-from tools import runs
+from tgdpo_megatron import commands
+from tgdpo_megatron.commands import PROGRAMS, WITHOUT_SCRIPT
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_THE_REPOSITORY = {
-    "recipes.convert",  # recipes.train does it by itself; a job of its own is queued by tools.submit
-    *(
-        "tools.docs",
-        "tools.gpu_environment",
-        "tools.gpu_wheels",
-        "tools.lock_for",
-        "tools.marked_pairs",
-        "tools.real_run",
-    ),
+    *("tools.docs", "tools.gpu_environment", "tools.gpu_wheels", "tools.lock_for", "tools.real_run"),
 }
-"""Programs that need the repository, or that another program starts: they have no console script."""
+"""Programs that need the repository."""
 
 
 def programs() -> set[str]:
@@ -39,7 +32,7 @@ def programs() -> set[str]:
 
 
 def test_every_program_for_users_has_a_console_script() -> None:
-    assert set(PROGRAMS.values()) == programs() - OF_THE_REPOSITORY
+    assert {*PROGRAMS.values(), *WITHOUT_SCRIPT} == programs() - OF_THE_REPOSITORY
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert listed == dict.fromkeys(PROGRAMS, "tgdpo_megatron.commands:main")
     assert list(listed) == sorted(listed)
@@ -49,6 +42,18 @@ def test_the_documentation_lists_every_console_script() -> None:
     lines = (ROOT / "docs" / "README.md").read_text().splitlines()
     rows = [line.split("|") for line in lines if line.startswith("| `tgdpo-")]
     assert {script.strip(" `"): module.strip(" `") for _, script, module, *_ in rows} == PROGRAMS
+
+
+@pytest.fixture
+def in_the_wheel(tmp_path: Path) -> ModuleType:
+    """The module as it lies in the wheel."""
+    (tmp_path / "repository").mkdir()
+    file = shutil.copy(commands.__file__, tmp_path)
+    spec = importlib.util.spec_from_file_location("in_the_wheel", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -66,28 +71,10 @@ def test_the_documentation_lists_every_console_script() -> None:
         ("train.output and loss.type stay", "train.output and loss.type stay"),
     ],
 )
-def test_a_text_names_programs_as_the_user_started_this_one(
-    text: str, called: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(BY_SCRIPT, raising=False)
-    assert as_called(text) == text
-    monkeypatch.setenv(BY_SCRIPT, "1")
-    assert as_called(text) == called
-
-
-def test_help_and_errors_of_a_console_script_name_it(
-    in_process: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(BY_SCRIPT, "1")
-    code, said = in_process(runs.main, ["--help"])
-    assert code == 0 and said.startswith("usage: tgdpo-runs ") and "    tgdpo-runs FOLDER" in said
-    code, said = in_process(runs.main, [])
-    assert (code, said) == (2, "command line: FOLDER must be given; see tgdpo-runs --help.")
-    with pytest.raises(SystemExit):
-        read_command_line("recipes.score", "python -m recipes.score [key=value ...]", ["--help"])
-    said = capsys.readouterr().out
-    assert said.startswith("tgdpo-score [key=value ...]") and "tgdpo-train --help.)" in said
-    assert "recipes." not in said.replace("recipes:", "")
+def test_a_text_names_programs_as_they_are_called_here(text: str, called: str, in_the_wheel: ModuleType) -> None:
+    """Whichever way this one was started: a job, say, may have been queued by another installation."""
+    assert commands.as_called(text) == text
+    assert in_the_wheel.as_called(text) == called
 
 
 def test_a_program_starts_from_any_folder_even_one_with_folders_of_the_same_names(tmp_path: Path) -> None:
@@ -100,9 +87,40 @@ def test_a_program_starts_from_any_folder_even_one_with_folders_of_the_same_name
     assert done.returncode == 0 and "List runs in a table" in done.stdout, done.stderr
 
 
-def test_a_program_must_be_named() -> None:
-    done = subprocess.run([sys.executable, "-m", "tgdpo_megatron"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: name a program: recipes.align, recipes.score, ")
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [([], "no program is named"), (["train"], "'train' is no program"), (["os"], "'os' is no program")],
+)
+def test_what_is_no_program_is_refused_with_those_that_there_are(words: list[str], says: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "tgdpo_megatron", *words], cwd=ROOT, capture_output=True, text=True)
+    known = ", ".join(sorted((*PROGRAMS.values(), *WITHOUT_SCRIPT)))
+    assert (done.returncode, done.stderr) == (2, f"error: {says}; name one of {known}.\n")
+
+
+def test_a_console_script_keeps_the_options_of_python_and_leaves_nothing_to_other_pythons(tmp_path: Path) -> None:
+    script = tmp_path / "tgdpo-runs"
+    script.write_text(CONSOLE_SCRIPT)
+    command = [sys.executable, "-u", "-X", "utf8=0", "-W", "error::UserWarning", script, "--help"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    *helped, kept, left = done.stdout.splitlines()
+    assert any("List runs in a table" in line for line in helped), done.stderr
+    assert kept == "True {'utf8': '0'} ['error::UserWarning']"
+    assert left == "[]"
+
+
+CONSOLE_SCRIPT = f"""
+import os, sys
+unbuffered = sys.stdout.write_through
+sys.path.insert(1, {str(ROOT)!r})
+from tgdpo_megatron.commands import main
+try:
+    main()
+except SystemExit:
+    print(unbuffered, sys._xoptions, sys.warnoptions)
+    print([name for name in os.environ if name in ("PYTHONPATH", "PYTHONSAFEPATH")])
+"""
+"""As pip writes it, but for what it says at its end."""
 
 
 def test_an_experiment_is_found_from_any_folder_but_the_users_own_comes_first(
@@ -124,9 +142,9 @@ def test_every_file_that_is_no_code_is_packed() -> None:
     assert len(others) > 20 and {path for path in others if not any(map(path.match, patterns))} == set()
 
 
-def test_no_program_of_ours_is_imported_to_start_one() -> None:
-    """A console script imports this module alone: it takes milliseconds."""
-    tree = ast.parse((ROOT / "tgdpo_megatron" / "commands.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported <= sys.stdlib_module_names | {"__future__"}
+def test_nothing_but_the_standard_library_is_imported_before_a_program() -> None:
+    """A program that is refused, or only named wrongly, is so at once."""
+    look = "import sys; before = {*sys.modules}; import tgdpo_megatron.commands; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "tgdpo_megatron" in imported and imported <= sys.stdlib_module_names | {"tgdpo_megatron"}

@@ -184,6 +184,28 @@ def test_a_python_that_is_too_new_is_refused_unless_it_is_asked_for() -> None:
     )
 
 
+def test_a_refused_python_fails_the_import_and_not_the_process_that_goes_on_without() -> None:
+    """As in a notebook, which would lose all that it has computed."""
+    import_it = (
+        "import sys; sys.version_info = (3, 10, 4)\n"
+        "try:\n    import tgdpo_megatron.losses\n"
+        "except ImportError as error:\n    raise ValueError(f'goes on: {error}')"
+    )
+    code, said = start(code=import_it)
+    assert code == 1 and said.splitlines()[-1] == (
+        "ValueError: goes on: Python 3.10.4 is too old for this project; use Python 3.11, 3.12 or 3.13."
+    )
+
+
+@pytest.mark.parametrize("module", ["tgdpo_megatron", "tools.runs"])
+def test_a_program_on_a_refused_python_says_one_sentence(module: str) -> None:
+    run_it = f"import runpy, sys; sys.version_info = (3, 10, 4); runpy.run_module({module!r}, run_name='__main__')"
+    assert start(code=run_it) == (
+        2,
+        "error: Python 3.10.4 is too old for this project; use Python 3.11, 3.12 or 3.13.\n",
+    )
+
+
 def test_the_pythons_are_those_that_the_package_asks_for() -> None:
     asked = re.search(r'^requires-python = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     last = int(PYTHONS[-1].partition(".")[2])

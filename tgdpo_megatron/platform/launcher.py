@@ -20,6 +20,7 @@ from types import FrameType
 
 import psutil
 
+from tgdpo_megatron.commands import PYTHON
 from tgdpo_megatron.errors import (
     RANK_DIED,
     RANK_SILENT,
@@ -177,7 +178,7 @@ def _start(module: str, arguments: Sequence[str], environment: dict[str, str], f
     number = int(environment["RANK"])
     words = folder / f"rank-{number}"
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [*PYTHON, module, *arguments],
         env=environment
         | {LAUNCHED: str(words), PARENT: str(os.getpid()), STARTED: str(psutil.Process().create_time())},
         stdin=subprocess.DEVNULL,

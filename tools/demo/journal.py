@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tgdpo_megatron.commands import as_called
+from tgdpo_megatron.commands import PYTHON, as_called
 from tgdpo_megatron.errors import USER_ERROR, UserError
 
 SFT_LR = 4e-3
@@ -110,7 +110,7 @@ class Journal:
             # Progress bars are shown in a terminal only.
             errors = None if sys.stderr.isatty() else file
             code = subprocess.call(
-                [sys.executable, *command[1:]], stdout=file, stderr=errors, env={**os.environ, **environment}
+                [*PYTHON, *command[2:]], stdout=file, stderr=errors, env={**os.environ, **environment}
             )
         if code:
             print("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-40:]), file=sys.stderr)

@@ -274,6 +274,11 @@ ENTRIES = [
         "'tag:yaml.org,2002:python/object/apply:os.system').",
     ),
     BadInput(
+        "a word that is no program",
+        ("tgdpo_megatron", "train"),
+        "'train' is no program; name one of recipes.align, recipes.convert, *, tools.view.",
+    ),
+    BadInput(
         "a recipe that is not there",
         train("--recipe=dpo_tyni"),
         "--recipe dpo_tyni: no such recipe; did you mean 'dpo_tiny'?",
