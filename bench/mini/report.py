@@ -205,7 +205,7 @@ def _verdicts(summary: Numbers, claims: Sequence[Claim]) -> str:
                 f"{_signed(found['mean'], form)} {claim.unit}",
                 interval,
                 prompts,
-                f"{found['detectable']:{form[1:]}}" if claim.within is None else "–",
+                f"{found['detectable']:{form[1:]}}" if claim.within is None and found["low"] < found["high"] else "–",
                 f"**{words.get(found['verdict'], found['verdict'])}**",
             ]
         )

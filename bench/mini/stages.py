@@ -418,7 +418,7 @@ def token_rewards(world: World, plan: Plan, part: str) -> np.ndarray:
 
 
 def signed(data: PreparedPairs, rewards: np.ndarray) -> np.ndarray:
-    """r̂ with the sign that it has in TGDPO's weights: 1 + α r̂ for chosen tokens, 1 − α r̂ for rejected ones. fp32."""
+    """r̂ with the sign that it has in TGDPO's weights: 1 + α r̂ for chosen tokens, 1 − α r̂ for rejected ones. [tokens]"""
     return rewards * np.repeat(np.tile([1.0, -1.0], len(data)), np.diff(response_starts(data)))
 
 

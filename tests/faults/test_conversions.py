@@ -33,25 +33,26 @@ def models(hf_model: Path, checkpoint: Path) -> dict[str, Path]:
 class Conversion:
     """A conversion in small parts, as a program that runs."""
 
-    def __init__(self, module: str, *arguments: str | Path, limit: int | None = None) -> None:
+    def __init__(
+        self, module: str, *arguments: str | Path, stop_after: int | None = None, limit: int | None = None
+    ) -> None:
         self.mark, self.partial = uuid.uuid4().hex, Path(f"{arguments[1]}.partial")
         self.process = psutil.Popen(
             [sys.executable, "-m", "tests.support.small_parts", module, *map(str, arguments)],
             cwd=ROOT,
-            env=environment(self.mark, OMP_NUM_THREADS="1"),
+            env=environment(self.mark, OMP_NUM_THREADS="1", STOP_AFTER=str(stop_after or "")),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
         )
 
-    def wait_for_parts(self, number: int) -> None:
-        """Wait until some parts are finished, in the midst of the work."""
+    def wait_for_its_stop(self) -> None:
+        """Wait until it has stopped itself, in the midst of the work."""
         end = time.monotonic() + 60
-        while len(self.parts()) < number:
+        while self.process.status() != psutil.STATUS_STOPPED:
             assert self.process.poll() is None and time.monotonic() < end, self.said()
-            time.sleep(0.002)
-        assert self.process.poll() is None
+            time.sleep(0.02)
 
     def parts(self) -> list[Path]:
         return list((self.partial / ".conversion").glob("[0-9]*.json"))
@@ -66,11 +67,13 @@ class Conversion:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Conversion]]:
-    """A function that starts a conversion, which ends with the test."""
+    """A function that starts a conversion, which ends with the test. One that stops itself is returned stopped."""
     started: list[Conversion] = []
 
-    def begin(*arguments: str | Path, limit: int | None = None) -> Conversion:
-        started.append(Conversion(str(arguments[0]), *arguments[1:], limit=limit))
+    def begin(*arguments: str | Path, stop_after: int | None = None, limit: int | None = None) -> Conversion:
+        started.append(Conversion(str(arguments[0]), *arguments[1:], stop_after=stop_after, limit=limit))
+        if stop_after:
+            started[-1].wait_for_its_stop()
         return started[-1]
 
     yield begin
@@ -105,8 +108,7 @@ def test_a_killed_conversion_leaves_no_target_and_goes_on(
 ) -> None:
     """The processes that share the work end with the program, and the lock as well."""
     command = (module, models[module], tmp_path / "made", "--processes", str(processes))
-    first = start(*command)
-    first.wait_for_parts(3)
+    first = start(*command, stop_after=3)
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
     gone = time.monotonic() + 10
@@ -117,9 +119,9 @@ def test_a_killed_conversion_leaves_no_target_and_goes_on(
     assert not (tmp_path / "made.partial" / "config.json").exists()
     assert not (tmp_path / "made.partial" / "manifest.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in first.parts()}
-    again = start(*command)
-    again.wait_for_parts(len(finished) + 1)
+    again = start(*command, stop_after=len(finished) + 1)
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in again.parts()}.items(), "done twice"
+    again.process.resume()
     said = again.said()
     assert said.code == 0 and f"going on from {len(finished)} finished parts" in said.err, said.err
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
@@ -142,9 +144,7 @@ def test_a_killed_process_of_several_ends_the_conversion_in_a_sentence(
     models: dict[str, Path], whole: dict[str, object], start: Callable[..., Conversion], tmp_path: Path
 ) -> None:
     command = (TO_HF, models[TO_HF], tmp_path / "made", "--processes", "2")
-    first = start(*command)
-    first.wait_for_parts(1)
-    first.process.suspend()  # so that it hands out no more parts, and cannot be at its end yet
+    first = start(*command, stop_after=1)  # a program that has stopped hands out no more parts
     workers = [child for child in first.process.children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[0].kill()
@@ -158,13 +158,12 @@ def test_a_killed_process_of_several_ends_the_conversion_in_a_sentence(
 def test_two_conversions_to_one_folder_do_not_mix(
     models: dict[str, Path], whole: dict[str, object], start: Callable[..., Conversion], tmp_path: Path
 ) -> None:
-    first = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made")
-    first.wait_for_parts(1)
-    second = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made")
-    first.process.suspend()  # so that it does not end before the second asks
-    second.process.wait(60)
+    first = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made", stop_after=1)
+    assert_refused(
+        start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made").said(),
+        f"{tmp_path / 'made'}: another conversion to this folder is running",
+    )
     first.process.resume()
-    assert_refused(second.said(), f"{tmp_path / 'made'}: another conversion to this folder is running")
     assert first.said().code == 0
     assert result(tmp_path / "made") == whole[TO_MEGATRON]
 
@@ -172,9 +171,9 @@ def test_two_conversions_to_one_folder_do_not_mix(
 def test_work_of_another_dtype_is_thrown_away_with_a_sentence(
     models: dict[str, Path], start: Callable[..., Conversion], tmp_path: Path
 ) -> None:
-    first = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made", "--dtype", "bf16")
-    first.wait_for_parts(3)
+    first = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made", "--dtype", "bf16", stop_after=3)
     first.process.send_signal(signal.SIGINT)
+    first.process.resume()
     said = first.said()
     assert said.code == 130 and said.err == "error: interrupted.\n" and (tmp_path / "made.partial").is_dir(), said.err
     other = start(TO_MEGATRON, models[TO_MEGATRON], tmp_path / "made", "--dtype", "fp32").said()
