@@ -114,6 +114,8 @@ def test_the_versions_are_those_that_are_asked_for() -> None:
     pinned = running() | lock("requirements-dev.lock")
     for text in (text for extra in project().values() for text in extra):
         requirement = Requirement(text)
+        if OF_CUDA.match(requirement.name) and requirement.name not in pinned:
+            continue  # only some of the megatron-cores need it, which pyproject.toml has no way to say
         if requirement.marker is None or requirement.marker.evaluate():
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
 

@@ -372,6 +372,19 @@ def test_the_project_is_installed_from_a_copy_of_its_sources_beside_the_locks_to
     assert [name for name in copied if name.startswith(".venv") or name in (".git", "build")] == []
 
 
+def test_tests_that_passed_before_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "PLACE", tmp_path)
+    record_uv(tmp_path)
+    here = Environment("3.12", "0.18.2")
+    here.program.parent.mkdir(parents=True)
+    here.program.write_text("#!/bin/sh\necho '{\"at DP2\": 0.0}'\n")
+    here.program.chmod(0o755)
+    kept = [matrix.Result("3.12", "0.18.2", name, True, "", 1.0) for name in matrix.CHECKS if name != "continuing"]
+    found = list(run_matrix(tmp_path, here.name, kept))
+    assert [row.check for row in found] == ["environment", "writes checkpoints", "reads them", "continuing"]
+    assert all(row.passed for row in found)
+
+
 LINES = [{"iteration": step, "loss": 1.0 / step, "grad_norm": 2.0, "rewards/margins": 0.1} for step in (1, 2, 3, 4)]
 
 

@@ -38,11 +38,15 @@ class FailedError(Exception):
     """A check failed. The message says how."""
 
 
-def run_matrix(folder: Path, only: str = "") -> Iterator[Result]:
+def run_matrix(folder: Path, only: str = "", kept: Sequence[Result] = ()) -> Iterator[Result]:
     """Run every environment whose name contains `only`, and give each result as it comes.
 
     What takes long, the unit tests, comes last. Where an environment cannot be made, nothing else is run in it.
+
+    Args:
+        kept: Results of CHECKS that are not run again.
     """
+    done = {(result.python, result.megatron, result.check) for result in kept}
     chosen = [environment for environment in ENVIRONMENTS if only in environment.name]
     made, writers = [], []
     for environment in chosen:
@@ -55,7 +59,8 @@ def run_matrix(folder: Path, only: str = "") -> Iterator[Result]:
         yield _judged(environment, "reads them", lambda here: _read(here, folder, writers, len(chosen)))
     for name, check in CHECKS.items():
         for environment in made:
-            yield _judged(environment, name, check)
+            if (environment.python, environment.megatron, name) not in done:
+                yield _judged(environment, name, check)
 
 
 def as_shown(results: Sequence[Result]) -> list[Result]:
