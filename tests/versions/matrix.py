@@ -66,7 +66,13 @@ def run_matrix(folder: Path, only: str = "", kept: Sequence[Result] = ()) -> Ite
 def as_shown(results: Sequence[Result]) -> list[Result]:
     """Environments in their order, and in each the checks in theirs."""
     order = [environment.name for environment in ENVIRONMENTS]
-    return sorted(results, key=lambda result: order.index(Environment(result.python, result.megatron).name))
+    return sorted(
+        results,
+        key=lambda result: (
+            order.index(Environment(result.python, result.megatron).name),
+            NAMES.index(result.check),
+        ),
+    )
 
 
 def _judged(environment: Environment, name: str, check: Callable[[Environment], str]) -> Result:
