@@ -18,6 +18,7 @@ _NEVER_MATTERS = {
     "builtins.id",
     "pathlib.Path.glob",
     "pathlib.Path.rglob",
+    "pathlib.Path.walk",
 }
 _NEVER_MATTERS |= {"ctypes.cdata", "shutil.copyfile"}
 """Looking at attributes, at frames and into folders, how safetensors copies what it writes; and copying a

@@ -56,7 +56,7 @@ def read_pickle(content: bytes) -> Any:
     """
     try:
         return _Reader(content).read()
-    except (LookupError, struct.error) as error:  # beyond the end, of an empty stack, of an empty place of the memo
+    except LookupError as error:  # of an empty stack, of an empty place of the memo
         raise ValueError("the pickle is damaged") from error
 
 
@@ -69,10 +69,9 @@ class _Reader:
         self.memo: dict[int, Any] = {}
 
     def read(self) -> Any:
-        content, instructions = self.content, _INSTRUCTIONS
+        instructions = _INSTRUCTIONS
         for _ in range(MAX_INSTRUCTIONS):
-            code = content[self.place]
-            self.place += 1
+            (code,) = self.bytes(1)
             if code == _STOP:
                 return self.stack.pop()
             if code not in instructions:
@@ -84,8 +83,7 @@ class _Reader:
 
     def number(self, form: str) -> Any:
         """A number in struct's form, from the file."""
-        (found,) = struct.unpack_from(form, self.content, self.place)
-        self.place += struct.calcsize(form)
+        (found,) = struct.unpack(form, self.bytes(struct.calcsize(form)))
         return found
 
     def bytes(self, length: int) -> bytes:
@@ -95,7 +93,9 @@ class _Reader:
         return self.content[self.place - length : self.place]
 
     def line(self) -> str:
-        return self.bytes(self.content.index(b"\n", self.place) + 1 - self.place)[:-1].decode()
+        end = self.content.find(b"\n", self.place)
+        length = end - self.place if end >= 0 else len(self.content)
+        return self.bytes(length + 1)[:-1].decode()
 
     def since_mark(self) -> list[Any]:
         found, self.stack = self.stack, self.outer.pop()

@@ -127,13 +127,13 @@ ENTRIES = [
     BadInput(
         "an index of no bytes",
         export(),
-        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged).",
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle ends too early).",
         files={"megatron/weights/.metadata": b""},
     ),
     BadInput(
         "an index that was cut",
         export(),
-        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle is damaged).",
+        "megatron/weights/.metadata: the checkpoint's index is damaged (the pickle ends too early).",
         make=cut("megatron/weights/.metadata", 0.5),
     ),
     BadInput(
