@@ -76,7 +76,8 @@ def _batch(sequences: Sequence[Sequence[int]], config: Config) -> Batch:
         rows=np.arange(len(sequences), dtype=np.int64),
         summary=Summary(source="", pairs=len(sequences)),
     )
-    return make_batch(made, range(len(sequences)), sides=(CHOSEN,), align=config.token_multiple)
+    context = (parallel_state.get_context_parallel_rank(), config.parallel.context_parallel_size)
+    return make_batch(made, range(len(sequences)), sides=(CHOSEN,), align=config.token_multiple, context=context)
 
 
 def _next_tokens(chunks: Sequence[PreferenceGPT], batch: Batch, config: Config) -> list[int]:
@@ -91,7 +92,7 @@ def _next_tokens(chunks: Sequence[PreferenceGPT], batch: Batch, config: Config) 
     found = run_pipeline(
         chunks, forward_step, [batch] * copies, config, forward_only=True, collect_non_loss_data=True, alone=True
     )
-    tokens: Tensor = found[0] if found else torch.empty_like(batch.predictors)
+    tokens: Tensor = found[0].contiguous() if found else torch.empty_like(batch.pairs.pair)
     if stages > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(tokens, src=last, group=parallel_state.get_pipeline_model_parallel_group())

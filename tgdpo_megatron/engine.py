@@ -100,7 +100,7 @@ class Engine:
             return add_up(
                 sums,
                 names=names_for(self.config.loss),
-                counts_here=last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+                counts_here=last_stage and holds_no_copy(),
                 device=self.device,
                 votes=votes(),
             )
@@ -272,6 +272,12 @@ def run_pipeline(
         collect_non_loss_data=collect_non_loss_data,
     )
     return reported
+
+
+def holds_no_copy() -> bool:
+    """Whether this rank is the one that speaks for those that compute the same log-probs: the tensor- and
+    context-parallel ranks of a stage."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 
 @torch.no_grad()

@@ -39,7 +39,9 @@ class PreferenceLoss:
         sums = micro_batch_sums(
             loss, batch.pairs, policy.detach(), inputs, losses.detach(), margins.detach(), padding=batch.padding
         )
-        pairs = torch.full((), batch.pairs.num_pairs, dtype=torch.int, device=logps.device)
+        # Context-parallel ranks compute the same losses, and Megatron adds up the pairs of all ranks.
+        counted = batch.pairs.num_pairs if batch.counts_pairs else 0
+        pairs = torch.full((), counted, dtype=torch.int, device=logps.device)
         return losses.sum(), pairs, sums
 
     def of_each_pair(self, logps: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tgdpo_megatron import run_folder
 from tgdpo_megatron.checkpoint.located import certified, find_models, with_folders
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe
@@ -19,6 +21,7 @@ from tgdpo_megatron.data.order import mix_of
 from tgdpo_megatron.data.parts import prepare_parts
 from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared
 from tgdpo_megatron.data.read import source_files
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.data.token_scores import ScoresManifest, TokenScores
 from tgdpo_megatron.data.tokenizer import template_of, tokenizer_for
 from tgdpo_megatron.errors import UserError
@@ -301,14 +304,18 @@ def load_data(
 
 def _check_budget(config: Config, pairs: PreparedPairs, source: Path) -> None:
     """Refuse a train.micro_batch_tokens that some pair does not fit."""
-    budget = config.train.micro_batch_tokens
-    lengths = pairs.lengths(config.loss.method.sides)
+    budget, sides = config.train.micro_batch_tokens, config.loss.method.sides
+    lengths = pairs.lengths(sides)
+    if budget is None or int(lengths.max()) <= budget:
+        return
+    long = np.flatnonzero(lengths > budget)
+    lengths = tokens_read(pairs, long, sides, shared_prompts=config.train.shared_prompts)
     longest = int(lengths.max())
-    if budget is None or longest <= budget:
+    if longest <= budget:
         return
     enough = -(-longest // config.token_multiple) * config.token_multiple
     raise UserError(
-        f"{source}: the longest pair ({pairs.name(int(lengths.argmax()))}) has {longest} tokens and does not fit "
+        f"{source}: the longest pair ({pairs.name(int(long[lengths.argmax()]))}) has {longest} tokens and does not fit "
         f"train.micro_batch_tokens={budget}; raise it to {enough} or more, or lower data.max_length."
     )
 

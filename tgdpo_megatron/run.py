@@ -25,6 +25,7 @@ from tgdpo_megatron.data.tokenizer import hash_of, template_of
 from tgdpo_megatron.engine import Engine, build_engine
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.incidents import Incidents
+from tgdpo_megatron.model.build import settle_attention
 from tgdpo_megatron.pair_losses import PreferenceLoss, Start, start_of
 from tgdpo_megatron.planning.disk import check_disk
 from tgdpo_megatron.platform import life
@@ -54,6 +55,7 @@ class Part:
             ranks=parallel_state.get_data_parallel_world_size(),
             device=device,
             scores=self.scores,
+            context_rank=parallel_state.get_context_parallel_rank(),
         )
 
 
@@ -185,6 +187,9 @@ def _checked(config: Config, output: Path, ranks: Ranks, *, quiet: bool) -> _Inp
     with located.named_as_given(config, found):
         models = preflight.check_models(config)
         frozen = preflight.carried_checkpoints(config)
+    config, change = settle_attention(config, models.description)
+    if change and ranks.is_first:
+        print(f"warning: {change}.", flush=True)
     template = template_of(config.data.template)
     pairs, validation = preflight.load_data(config, models.description, ranks, output / "data", quiet=quiet)
     counts = [file.pairs for file in pairs.files]

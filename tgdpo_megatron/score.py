@@ -32,11 +32,11 @@ from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import tokenizer_for
-from tgdpo_megatron.engine import token_logps
+from tgdpo_megatron.engine import holds_no_copy, token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.losses.rewards import GIVEN_BY
-from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, transformer_config
+from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE, build_model, settle_attention, transformer_config
 from tgdpo_megatron.model.description import check_model_layout
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.platform import accelerators
@@ -122,6 +122,9 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         config, found = located.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
         with located.named_as_given(config, found):
             models = preflight.check_models(config)
+        config, change = settle_attention(config, models.description)
+        if change and ranks.is_first:
+            print(f"warning: {change}.", flush=True)
         checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(
             config, models.description, ranks, folder / "data", quiet=loudness == Loudness.QUIET
@@ -297,7 +300,7 @@ def _score(
         UserError: On every rank, if any log-prob is not finite, or a shard cannot be written.
     """
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
+    writes = writes and holds_no_copy()
     progress = tqdm(total=sequences, desc=words, unit="response", disable=not (shows and ranks.is_first and sequences))
     pending: deque[Future[str | None]] = deque()
     with ThreadPoolExecutor(max_workers=1) as writer, progress:
@@ -311,6 +314,7 @@ def _score(
                     rank=parallel_state.get_data_parallel_rank(),
                     ranks=data_parallel_size,
                     device=ranks.device,
+                    context_rank=parallel_state.get_context_parallel_rank(),
                 )
                 outputs = _log_probs(stacks, batches, config)
                 if writes:

@@ -163,12 +163,7 @@ def check_layout(config: Config, *, world_size: int) -> int:
         UserError: They do not fit; the sentence names the numbers.
     """
     parallel, train = config.parallel, config.train
-    tensor = parallel.tensor_model_parallel_size
-    if parallel.context_parallel_size > 1:
-        raise UserError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
-            "it would split a pair's sum over tokens before the loss; set it to 1."
-        )
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if parallel.sequence_parallel and tensor == 1:
         raise UserError(
             "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false."
@@ -181,7 +176,8 @@ def check_layout(config: Config, *, world_size: int) -> int:
         raise UserError(
             f"{world_size} process{' is' if world_size == 1 else 'es are'} no multiple of the "
             f"{parallel.model_parallel_size} that one copy of the model takes (parallel.tensor_model_parallel_size="
-            f"{tensor} × parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}); change "
+            f"{tensor} × parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
+            f"{f' × parallel.context_parallel_size={context}' if context > 1 else ''}); change "
             f"{_where_processes_come_from(config, world_size)} or these sizes."
         )
     if train.micro_batch_tokens is not None and train.micro_batch_tokens % config.token_multiple:
@@ -190,6 +186,8 @@ def check_layout(config: Config, *, world_size: int) -> int:
             causes.append(
                 f"parallel.tensor_model_parallel_size={tensor}, over which sequence_parallel splits the tokens"
             )
+        if context > 1:
+            causes.append(f"parallel.context_parallel_size={context}, whose ranks each hold a share of the tokens")
         raise UserError(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
             f"({' × '.join(causes)}); round it up to "

@@ -29,6 +29,9 @@ ATTENTION_SCORES = 1 << 24
 """Number of scores in one block of the attention that is computed here. In fp32 these take 64 MiB."""
 _LEAST_ROWS = 64
 
+MASKED_ROWS = 512
+"""Queries that attention takes at a time where it needs a mask, which has a number for each of them and each key."""
+
 
 def attention_rows(tokens: int, heads: int, window: int | None) -> int:
     """Queries in one block of that attention.

@@ -91,7 +91,7 @@ class ParallelConfig(_Group):
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline rank, for the interleaved schedule. Default: one chunk, without interleaving."""
     context_parallel_size: int = Field(1, ge=1)
-    """Ranks that share each sequence. Only 1 is supported."""
+    """Ranks that share each sequence, where sequences are too long for one. Each gathers the keys and values of all."""
     sequence_parallel: bool = False
     """Whether to also split norms and residuals over the tensor-parallel ranks, along the sequence."""
 
@@ -399,6 +399,9 @@ class TrainConfig(_Group):
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] | None = None
     """How FP8 numbers are scaled. `tensorwise`: by each tensor's own largest value. `delayed`: by the largest value of
     earlier micro-batches. `blockwise`: block by block, with fp8=e4m3. Default: tensorwise where fp8 is set."""
+    shared_prompts: bool = True
+    """Whether the prompt of a pair is computed once for both responses, in training and in scoring. A pair whose two
+    prompts differ keeps both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it in memory. `none`: nothing. `selective`: core attention.
     `full`: whole layers."""
@@ -502,6 +505,11 @@ class Config(_Group):
         return () if self.scores.cached else self.loss.carried
 
     @property
+    def needs_plan(self) -> bool:
+        """Whether some queries see keys that are not the rows of their own sequence (data/attention_plan.py)."""
+        return self.train.shared_prompts or self.parallel.context_parallel_size > 1
+
+    @property
     def fp8_multiple(self) -> int:
         """FP8 needs the tokens on a rank and the hidden channels to be multiples of this number. 1 without FP8."""
         if self.train.fp8 is None:
@@ -511,6 +519,7 @@ class Config(_Group):
 
     @property
     def token_multiple(self) -> int:
-        """Tokens of a micro-batch are padded to a multiple of this number, as sequence parallelism and FP8 need."""
+        """Tokens of a micro-batch are padded to a multiple of this number, as sequence and context parallelism and FP8
+        need."""
         ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
-        return ranks * self.fp8_multiple
+        return ranks * self.fp8_multiple * self.parallel.context_parallel_size

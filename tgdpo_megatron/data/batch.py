@@ -1,11 +1,19 @@
-"""The flat batch: sequences one after another, with explicit boundaries and labelled tokens.
+"""The flat batch: sequences one after another, with a plan of what attends to what, and labelled tokens.
 
-Legend: T tokens of a micro-batch (with alignment padding), R labelled response tokens, P pairs,
-n segments. A segment is one sequence. Attention never crosses the boundary of a segment, and positions restart in it.
+Both responses of a pair continue the same prompt. Where the prompt is shared, the batch holds it once: the prompt with
+the chosen response, then the rejected response, which sees the prompt and has the positions that follow it. The last
+token of the prompt then predicts the first token of both responses.
+
+Under context parallelism each rank holds some of the tokens, and the labels that these predict. Pairs and scores are
+those of the whole micro-batch on every rank.
+
+Legend: T tokens of a micro-batch (with padding), t tokens of this rank (all T without context parallelism), R labelled
+response tokens, r of them predicted on this rank, P pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,48 +23,47 @@ import torch
 from torch import Tensor
 
 from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.attention_plan import AttentionPlan, Segment, share_of
 from tgdpo_megatron.data.order import micro_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import shares_prompt, tokens_read
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
-
-PADDING_SEGMENT = 256
-"""Tokens of one segment of padding. The time of attention grows with the square of a segment's length."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data-parallel rank.
+    """One micro-batch of one data-parallel rank, or a context-parallel rank's share of it.
 
     Attributes:
-        tokens: Input ids. [T] int64.
-        positions: Position of each token in its segment. [T] int64.
-        segment_lengths: Lengths of the n segments, which sum to T. Kept on the host, so that attention need not wait.
-        cu_seqlens: Segment boundaries. [n+1] int32.
+        tokens: Input ids of this rank. [t] int64.
+        positions: Position of each token in its sequence. [t] int64.
+        plan: What each token attends to.
         predictors: Index of the token whose hidden state predicts each label. Labels are shifted here and nowhere else.
-            [R] int64.
-        labels: Ids of the predicted tokens. [R] int64.
-        pairs: Pair and side of each labelled token.
-        scores: Cached scores of the labelled tokens by name (see scores/store.py). Each [R] fp32.
+            Two labels may have the same predictor. [r] int64.
+        labels: Ids of the predicted tokens. [r] int64.
+        pairs: Pair and side of each of the R labelled tokens.
+        scores: Cached scores of the R labelled tokens by name (see scores/store.py). Each [R] fp32.
         samples: Index of each pair in the data set, in the order of the batch.
-        padding: Number of tokens at the end of the T tokens that only fill the batch.
+        padding: Number of the T tokens that only fill the batch.
+        context: Where the labels of all context-parallel ranks are; None without context parallelism.
     """
 
     tokens: Tensor
     positions: Tensor
-    segment_lengths: tuple[int, ...]
-    cu_seqlens: Tensor
+    plan: AttentionPlan
     predictors: Tensor
     labels: Tensor
     pairs: Pairs
     scores: dict[str, Tensor]
     samples: tuple[int, ...]
     padding: int = 0
+    context: ContextLabels | None = None
 
     @property
-    def longest_segment(self) -> int:
-        """Tokens of the longest segment."""
-        return max(self.segment_lengths)
+    def counts_pairs(self) -> bool:
+        """Whether this rank counts the pairs: one of the context-parallel ranks, which all compute the same losses."""
+        return self.context is None or self.context.rank == 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device. The host does not wait, because the copies start from pinned memory."""
@@ -67,9 +74,26 @@ class Batch:
             return value.pin_memory().to(device, non_blocking=True)
 
         moved: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.context is not None:
+            moved["context"] = replace(self.context, order=move(self.context.order))
         pairs = replace(self.pairs, pair=move(self.pairs.pair), side=move(self.pairs.side))
         scores = {name: move(value) for name, value in self.scores.items()}
-        return replace(self, **moved, pairs=pairs, scores=scores)
+        return replace(self, **moved, plan=self.plan.to(device), pairs=pairs, scores=scores)
+
+
+@dataclass(frozen=True)
+class ContextLabels:
+    """Where the R labelled tokens are among those of the context-parallel ranks.
+
+    Attributes:
+        rank: This rank.
+        most: Labels of the rank that has the most. The others' are padded to as many, so that they can be gathered.
+        order: Place of each label among the ranks' padded labels, rank after rank. [R] int64.
+    """
+
+    rank: int
+    most: int
+    order: Tensor
 
 
 def rank_batches(
@@ -82,8 +106,9 @@ def rank_batches(
     ranks: int,
     device: torch.device,
     scores: TokenScores | None = None,
+    context_rank: int = 0,
 ) -> list[Batch]:
-    """One data-parallel rank's micro-batches of some pairs. Every rank gets the same number of micro-batches.
+    """One rank's micro-batches of some pairs. Every data-parallel rank gets the same number of micro-batches.
 
     Args:
         picked: Indices of the pairs. [n] int64.
@@ -91,10 +116,11 @@ def rank_batches(
         rank: Index of this rank in the data-parallel group.
         ranks: Size of the data-parallel group.
         scores: Cached token scores to put into the batches.
+        context_rank: Index of this rank in the context-parallel group.
     """
     parallel, settings = config.parallel, config.train
     cut = micro_batches(
-        data.lengths(sides)[picked],
+        tokens_read(data, picked, sides, shared_prompts=settings.shared_prompts),
         settings,
         ranks=ranks,
         multiple_of=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
@@ -107,6 +133,8 @@ def rank_batches(
             scores=scores,
             align=config.token_multiple,
             size=settings.micro_batch_tokens if settings.fixed_micro_batches else None,
+            shared_prompts=settings.shared_prompts,
+            context=(context_rank, parallel.context_parallel_size),
         ).to(device)
         for places in cut[rank]
     ]
@@ -120,6 +148,8 @@ def make_batch(
     scores: TokenScores | None = None,
     align: int = 1,
     size: int | None = None,
+    shared_prompts: bool = False,
+    context: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Lay the sequences of some pairs one after another.
 
@@ -132,42 +162,77 @@ def make_batch(
         scores: Cached token scores of `data`, to put into the batch.
         align: T is padded to a multiple of this number. Padding forms segments of its own.
         size: The batch is padded to this T instead, and `align` is not read.
+        shared_prompts: Whether the second response of a pair is given no prompt of its own, and sees the first's.
+        context: This context-parallel rank, and their number, of which T is made a multiple.
 
     Raises:
         ValueError: The sequences are longer than `size`.
     """
-    tokens, lengths, predictors, labels, pair, side = [], [], [], [], [], []
+    tokens, positions, segments, predictors, labels, pair, side = [], [], [], [], [], [], []
     offset = 0
     for order, sample in enumerate(samples):
-        prompt = int(data.prompt_lengths[sample])
+        prompt, first = int(data.prompt_lengths[sample]), offset
+        shares = shared_prompts and len(sides) > 1 and shares_prompt(data, sample)
         for which in sides:
             sequence = data.sequence(sample, which)
             response = len(sequence) - prompt
-            tokens.append(sequence[:-1])
+            given = prompt if shares and offset > first else 0  # tokens that stand in the batch already
+            segments.append(Segment(offset, len(sequence) - 1 - given, first if given else 0, given))
+            tokens.append(sequence[given:-1])
+            positions.append(np.arange(given, len(sequence) - 1))
             labels.append(sequence[prompt:])
-            predictors.append(np.arange(offset + prompt - 1, offset + len(sequence) - 1))
+            ends = np.arange(offset + prompt - given - 1, offset + len(sequence) - given - 1)
+            if given:
+                ends[0] = first + prompt - 1
+            predictors.append(ends)
             pair.append(np.full(response, order))
             side.append(np.full(response, which))
-            lengths.append(len(sequence) - 1)
-            offset += len(sequence) - 1
-    end = size if size is not None else max(align, -(-offset // align) * align)  # never empty
+            offset += len(sequence) - 1 - given
+    rank, ranks = context
+    multiple = ranks * align // math.gcd(ranks, align)
+    end = size if size is not None else max(multiple, -(-offset // multiple) * multiple)  # never empty
     if end < offset:
         raise ValueError(f"{offset} tokens do not fit a batch of {end}")
-    tokens.append(np.zeros(end - offset, dtype=np.int32))
-    lengths += [min(PADDING_SEGMENT, end - place) for place in range(offset, end, PADDING_SEGMENT)]
+    share = share_of(segments, rows=end // ranks, rank=rank, ranks=ranks)
+    filling = [np.zeros(end // ranks - len(share.rows), dtype=np.int64)]
+    own, places, where = _labels_of_rank(share.places[_joined(predictors)], end // ranks, rank, ranks)
     return Batch(
-        tokens=_tensor(tokens),
-        positions=_tensor([np.arange(length) for length in lengths]),
-        segment_lengths=tuple(lengths),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        predictors=_tensor(predictors),
-        labels=_tensor(labels),
+        tokens=_tensor([_joined(tokens)[share.rows], *filling]),
+        positions=_tensor([_joined(positions)[share.rows], *(np.arange(n) for n in share.padding)]),
+        plan=share.plan,
+        predictors=_tensor([places]),
+        labels=_tensor([_joined(labels)[own]]),
         pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
         scores=scores.join(samples, sides) if scores is not None else {},
         samples=tuple(int(sample) for sample in samples),
         padding=end - offset,
+        context=where,
     )
 
 
+def _labels_of_rank(
+    places: np.ndarray, rows: int, rank: int, ranks: int
+) -> tuple[np.ndarray, np.ndarray, ContextLabels | None]:
+    """Which labels a context-parallel rank predicts, from which of its tokens, and where those of all ranks are.
+
+    Args:
+        places: Place of each label's predictor among the tokens of all ranks. [R] int64.
+        rows: Tokens of each rank.
+    """
+    if ranks == 1:
+        return np.arange(len(places)), places, None
+    holder, local = np.divmod(places, rows)
+    counts = np.bincount(holder, minlength=ranks)
+    most, order = max(1, int(counts.max())), np.empty(len(places), dtype=np.int64)
+    for one in range(ranks):
+        order[holder == one] = one * most + np.arange(counts[one])
+    own = np.flatnonzero(holder == rank)
+    return own, local[own], ContextLabels(rank, most, torch.from_numpy(order))
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
 def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64))
+    return torch.from_numpy(_joined(parts))

@@ -13,8 +13,10 @@ from torch.nn.functional import silu
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.constants import VOCAB_MULTIPLE
+from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
+from tgdpo_megatron.model.kernels import find_kernel
 from tgdpo_megatron.model.layers import block_spec, gelu_tanh, own_attention
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
 from tgdpo_megatron.platform.versions import SENDS_BEFORE_FREEING
@@ -68,6 +70,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -97,8 +100,50 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
     # Despite its name, this setting makes Megatron build the activation that the layer spec names, GatedUnit. It is set
     # here because Megatron's check of the setting knows the functions of Transformer Engine only.
     config.use_te_activation_func = not HAVE_TRANSFORMER_ENGINE
-    refuse_silent_traps(config, packed=not own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE))
+    config.kernel = None
+    if cuda and settings.needs_plan:
+        config.kernel, _ = find_kernel(
+            *_heads(description, settings), torch.device("cuda", torch.cuda.current_device())
+        )
+    refuse_silent_traps(config, packed=not _attends_by_plan(description, config))
     return config
+
+
+def _attends_by_plan(description: ModelDescription, config: TransformerConfig) -> bool:
+    """Whether attention is that of attention.py, and not Transformer Engine's as Megatron calls it."""
+    return config.kernel is not None or own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE)
+
+
+def _heads(description: ModelDescription, settings: Config) -> tuple[int, int, int]:
+    """Query heads and key-value heads of a rank, and the channels of a head."""
+    ranks = settings.parallel.tensor_model_parallel_size
+    groups = max(1, description.num_query_groups // ranks)
+    return description.num_attention_heads // ranks, groups, description.kv_channels
+
+
+def settle_attention(config: Config, description: ModelDescription) -> tuple[Config, str | None]:
+    """Share no prompts where no kernel can: Transformer Engine's layers need one for a plan.
+
+    Returns:
+        The settings, and a sentence where they were changed.
+
+    Raises:
+        UserError: Context parallelism, which needs such a kernel as well.
+    """
+    if not config.needs_plan or own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE):
+        return config, None
+    kernel, faults = find_kernel(*_heads(description, config), torch.device("cuda", torch.cuda.current_device()))
+    if kernel is not None:
+        return config, None
+    if (size := config.parallel.context_parallel_size) > 1:
+        raise UserError(
+            f"parallel.context_parallel_size={size} needs an attention kernel for fewer queries than keys, and none "
+            f"works here ({faults}); set it to 1."
+        )
+    train = config.train.model_copy(update={"shared_prompts": False})
+    return config.model_copy(update={"train": train}), (
+        f"each response has a prompt of its own, because no attention kernel can share prompts here ({faults})"
+    )
 
 
 def _architecture(description: ModelDescription) -> dict[str, Any]:
@@ -155,7 +200,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
     model.description = description
-    model.own_attention = own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE)
+    model.attends_by_plan = _attends_by_plan(description, config)
     model.rotary_of_windows = None
     if description.window_rotary_base is not None:
         model.rotary_of_windows = RotaryEmbedding(

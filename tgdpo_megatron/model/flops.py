@@ -1,8 +1,9 @@
 """How many floating-point operations some sequences need: counted from their lengths, not measured.
 
 Matrix products and attention, a multiply-add counting 2. Nothing that is computed twice to save memory is counted, and
-no padding. A token goes through every weight of the layers, and a labelled token through the output matrix as well.
-Causal attention takes two products over the tokens that a query sees: half of a sequence's square, less with a window.
+no padding, and no prompt twice that two responses share. A token goes through every weight of the layers, and a
+labelled token through the output matrix as well. Causal attention takes two products over the tokens that a query sees:
+half of a sequence's square, less with a window.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ TRAINING = 3
 """Operations of forward and backward to those of forward alone: backward takes a product for each factor of one."""
 
 
-def forward_operations(description: ModelDescription, lengths: np.ndarray, labels: int) -> int:
+def forward_operations(
+    description: ModelDescription, lengths: np.ndarray, labels: int, prefixes: np.ndarray | int = 0
+) -> int:
     """Operations of one forward pass of a model.
 
     Args:
-        lengths: Tokens of each sequence that the model reads. int64.
+        lengths: Tokens of each sequence that the model reads, without a shared prompt that it continues. int64.
         labels: Number of labelled tokens.
+        prefixes: Tokens of the shared prompt that each sequence continues. int64.
     """
     hidden = description.hidden_size
     layer = (
         2 * hidden * (description.query_channels + description.key_channels) + 3 * hidden * description.ffn_hidden_size
     )
     halves = sum(
-        _halves_seen(lengths, description.sliding_window if description.is_windowed(number) else None)
-        for number in range(description.num_layers)
+        _halves_seen(prefixes + lengths, window) - _halves_seen(prefixes + 0 * lengths, window)
+        for window in (
+            description.sliding_window if description.is_windowed(number) else None
+            for number in range(description.num_layers)
+        )
     )
     return (
         2 * description.num_layers * layer * int(lengths.sum())

@@ -1,7 +1,7 @@
 """Megatron's GPT over flat batches, with frozen models that run beside the policy in the same pipeline schedule.
 
-Legend: T tokens, H hidden size, k models (the policy first), R labelled tokens. Under sequence parallelism
-hidden states hold T / tensor-parallel size tokens.
+Legend: T tokens of a context-parallel rank, H hidden size, k models (the policy first), R labelled tokens of all
+context-parallel ranks. Under sequence parallelism hidden states hold T / tensor-parallel size tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from tgdpo_megatron.data.batch import Batch
-from tgdpo_megatron.model.attention import Segments
+from tgdpo_megatron.model.attention import PlanParams
+from tgdpo_megatron.model.context import labels_of_all_ranks
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.greedy import likeliest_tokens
 from tgdpo_megatron.model.head import labelled_logprobs
@@ -31,7 +32,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
     """
 
     description: ModelDescription  # set by build_model
-    own_attention: bool = True  # whether attention is that of attention.py; set by build_model
+    attends_by_plan: bool = True  # whether attention is that of attention.py; set by build_model
     rotary_of_windows: Any  # the RoPE of windowed layers, None where they share the others'; set by build_model
     frozen: tuple[PreferenceGPT, ...] = ()  # set by carry
     divergence: bool = False  # set by carry
@@ -70,7 +71,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             states += [model.decode(batch, self._received(place)) for place, model in enumerate(self.frozen, start=1)]
         if not self.post_process:
             return torch.cat(states, dim=1) if self.frozen else states[0]
-        return labelled_logprobs(
+        logps = labelled_logprobs(
             [(state, model.output_weight()) for state, model in zip(states, models, strict=True)],
             batch.predictors,
             batch.labels,
@@ -81,6 +82,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             divergence=self.divergence,
             frozen_time=self._frozen_time(),
         )
+        return labels_of_all_ranks(logps, batch.context, self.pg_collection.cp)
 
     @torch.no_grad()
     def next_tokens(self, batch: Batch) -> Tensor:
@@ -93,7 +95,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         states = self.decode(batch, self.received)
         if not self.post_process:
             return states
-        return likeliest_tokens(
+        tokens = likeliest_tokens(
             states,
             self.output_weight(),
             batch.predictors,
@@ -101,6 +103,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
         )
+        return labels_of_all_ranks(tokens[None], batch.context, self.pg_collection.cp)[0]
 
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
         """Run the layers of this chunk for this model alone. Returns hidden states [T, 1, H]."""
@@ -134,18 +137,20 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
 
     def _rotary_and_boundaries(self, batch: Batch) -> tuple[Tensor, PackedSeqParams]:
         # Megatron caches rotary tables by length. The length is rounded up so that few different tables are made.
-        length = -(-batch.longest_segment // 256) * 256
+        length = -(-batch.plan.most_keys // 256) * 256
         rotaries = filter(None, (self.rotary_pos_emb, self.rotary_of_windows))
-        tables = [rotary(length) for rotary in rotaries]  # each [length, 1, 1, channels]
-        if self.own_attention:
+        # Of a packed sequence Megatron gives the whole table, and otherwise a context-parallel rank's share of it.
+        tables = [rotary(length, packed_seq=True) for rotary in rotaries]  # each [length, 1, 1, channels]
+        plan = batch.plan
+        if self.attends_by_plan:
             tables = [table[batch.positions] for table in tables]
-            boundaries = Segments(batch.segment_lengths)
+            boundaries = PlanParams(plan)
         else:
             boundaries = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=batch.cu_seqlens,
-                cu_seqlens_kv=batch.cu_seqlens,
-                max_seqlen_q=batch.longest_segment,
-                max_seqlen_kv=batch.longest_segment,
+                cu_seqlens_q=plan.cu_seqlens_q,
+                cu_seqlens_kv=plan.cu_seqlens_kv,
+                max_seqlen_q=plan.most_queries,
+                max_seqlen_kv=plan.most_keys,
             )
         return tables[0] if len(tables) == 1 else torch.stack(tables), boundaries

@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from tgdpo_megatron.model.attention import SegmentAttention
+from tgdpo_megatron.model.attention import PlanAttention
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.model.kernels import Kernel
 from tgdpo_megatron.platform.versions import mlp_submodules
 
 
@@ -101,8 +102,12 @@ def with_post_norm(linear: type, norm: type) -> type:
     return LinearThenNorm
 
 
-def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> Any:
-    """Megatron's spec of one layer of a model."""
+def layer_spec(description: ModelDescription, *, transformer_engine: bool, kernel: type[Kernel] | None = None) -> Any:
+    """Megatron's spec of one layer of a model.
+
+    Args:
+        kernel: The kernel for attention by a plan, where there is one.
+    """
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=description.qk_layernorm)
     else:
@@ -114,8 +119,9 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> An
         if description.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
         mlp.activation_func = GatedUnit
-    if own_attention(description, transformer_engine=transformer_engine):
-        attention.core_attention = ModuleSpec(SegmentAttention, params={"softcap": description.attention_softcap})
+    if kernel is not None or own_attention(description, transformer_engine=transformer_engine):
+        options = {"softcap": description.attention_softcap, "kernel": kernel}
+        attention.core_attention = ModuleSpec(PlanAttention, params=options)
     if description.window_rotary_base is not None:
         layer.submodules.self_attention.module = TwoBaseAttention
     if description.post_norms:
@@ -125,9 +131,12 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool) -> An
 
 
 def own_attention(description: ModelDescription, *, transformer_engine: bool) -> bool:
-    """Whether attention is computed by attention.py: always on local layers; on Transformer Engine's with a soft-cap,
-    which its kernels for packed sequences do not have, and with windows, for which it depends on the GPU, the head size
-    and the packages that are installed whether there is a kernel."""
+    """Whether attention.py computes attention without a kernel, too.
+
+    It always does on local layers; on Transformer Engine's with a soft-cap, which its kernels for packed sequences do
+    not have, and with windows, for which it depends on the GPU, the head size and the packages that are installed
+    whether there is a kernel.
+    """
     particular = description.attention_softcap is not None or description.sliding_window is not None
     return particular or not transformer_engine
 
@@ -136,7 +145,7 @@ def block_spec(
     description: ModelDescription, config: Any, vp_stage: int | None, *, transformer_engine: bool
 ) -> TransformerBlockSubmodules:
     """Megatron's spec of the layers of one pipeline chunk, and of the norm after the last."""
-    layer = layer_spec(description, transformer_engine=transformer_engine)
+    layer = layer_spec(description, transformer_engine=transformer_engine, kernel=config.kernel)
     layers = get_num_layers_to_build(config, vp_stage)
     norm = _norm(description, transformer_engine=transformer_engine)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

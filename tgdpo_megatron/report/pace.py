@@ -8,6 +8,7 @@ import numpy as np
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import fed_tokens
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.flops import TRAINING, forward_operations
 from tgdpo_megatron.platform.clock import ACTIVITIES, OTHER, WAITING, Spent
@@ -29,8 +30,8 @@ class Pace:
     ) -> None:
         self._description, self._ranks = description, ranks
         self._frozen = len(config.live_models)
-        self._lengths = data.sequence_lengths(config.loss.method.sides)
-        self._prompts = data.prompt_lengths
+        self._data, self._sides = data, config.loss.method.sides
+        self._shares_prompts = config.train.shared_prompts
         self._peak = (
             peak_of(gpu, fp8=config.train.fp8 is not None) if gpu and config.train.precision == "bf16" else None
         )
@@ -43,9 +44,8 @@ class Pace:
             picked: Its pairs, over all ranks. [n] int64.
             seconds: Wall-clock time that it took.
         """
-        lengths = self._lengths[picked]
-        labels = int((lengths + 1 - self._prompts[picked, None]).sum())
-        rate = forward_operations(self._description, lengths, labels) / (seconds * self._ranks)
+        lengths, labels, prefixes = self._counts(picked)
+        rate = forward_operations(self._description, lengths, labels, prefixes) / (seconds * self._ranks)
         metrics = {
             "perf/seconds_per_step": seconds,
             "perf/tokens_per_second": float(lengths.sum()) / seconds,
@@ -56,6 +56,17 @@ class Pace:
         if self._peak is not None:
             metrics["perf/mfu"] = (TRAINING + self._frozen) * rate / self._peak
         return metrics
+
+    def _counts(self, picked: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        """Of some pairs the tokens that the model reads, the labels, and the shared prompts that are not read again.
+
+        Returns:
+            [n, sides], a number, and [n, sides].
+        """
+        lengths = self._data.sequence_lengths(self._sides)[picked]
+        labels = int((lengths + 1 - self._data.prompt_lengths[picked, None]).sum())
+        fed = fed_tokens(self._data, picked, self._sides, shared_prompts=self._shares_prompts)
+        return fed, labels, lengths - fed
 
     def since_last_line(self, spent: Spent | None) -> dict[str, float]:
         """How the time since the last call divides into activities.
