@@ -94,6 +94,7 @@ def compare(
             ranks=row.dp,
             device=device,
             scores=read,
+            context_rank=parallel_state.get_context_parallel_rank(),
         )
 
     def mean_loss(totals: dict[str, float]) -> float:

@@ -45,6 +45,7 @@ class Row:
     tp: int = 1
     pp: int = 1
     vp: int | None = None
+    cp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 2
@@ -56,6 +57,8 @@ class Row:
     fixed: bool = False
     """Micro-batches padded to the budget."""
     precision: Literal["bf16", "fp32"] = "fp32"
+    shared: bool = True
+    """Prompts computed once for both responses."""
     overlap: bool = False
     """Gradients reduced and weights gathered while computing."""
     in_tests: bool = False
@@ -71,7 +74,7 @@ class Row:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def models(self) -> str:
@@ -79,14 +82,15 @@ class Row:
         return f"{self.family}-{'tied' if self.tied else 'untied'}"
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        return self.tp, self.pp, self.vp or 0
+    def layout(self) -> tuple[int, int, int, int]:
+        return self.tp, self.pp, self.vp or 0, self.cp
 
     @property
     def name(self) -> str:
         sizes = [f"TP{self.tp}"] if self.tp > 1 else []
         sizes += [f"PP{self.pp}"] if self.pp > 1 else []
         sizes += [f"VP{self.vp}"] if self.vp else []
+        sizes += [f"CP{self.cp}"] if self.cp > 1 else []
         sizes += [f"DP{self.dp}"] if self.dp > 1 else []
         extras = {
             "sequence parallel": self.sequence_parallel,
@@ -94,6 +98,7 @@ class Row:
             "distributed optimizer": self.distributed_optimizer,
             "overlap": self.overlap,
             "tied": self.tied,
+            "prompts apart": not self.shared,
             self.precision: self.precision != "fp32",
         }
         words = ["×".join(sizes) or "TP1", *(word for word, on in extras.items() if on)]
@@ -112,6 +117,7 @@ class Row:
                 tensor_model_parallel_size=self.tp,
                 pipeline_model_parallel_size=self.pp,
                 virtual_pipeline_model_parallel_size=self.vp,
+                context_parallel_size=self.cp,
                 sequence_parallel=self.sequence_parallel,
             ),
             loss=loss,
@@ -131,6 +137,7 @@ class Row:
                 micro_batch_size=self.micro_batch_size,
                 micro_batch_tokens=self.tokens,
                 fixed_micro_batches=self.fixed,
+                shared_prompts=self.shared,
                 recompute=self.recompute,
                 train_iters=STEPS,
             ),
@@ -181,18 +188,42 @@ LAYOUTS = [
     Row(tp=2, pp=2, vp=2, sequence_parallel=True, tokens=80),
     Row(pp=2, dp=2, tokens=80, fixed=True, recompute="full", in_tests=True),
     Row(tp=2, dp=2, sequence_parallel=True, tokens=80, tied=True),
+    # Prompts of their own, where those of the rows above are shared.
+    Row(shared=False),
+    Row(tp=2, pp=2, sequence_parallel=True, shared=False, in_tests=True),
+    Row(pp=2, vp=2, tokens=80, fixed=True, shared=False),
+    # Each sequence is cut into 2 · CP chunks, some of a token or none.
+    Row(cp=2, in_tests=True),
+    Row(cp=2, shared=False, in_tests=True),
+    Row(cp=2, recompute="selective", tokens=80, in_tests=True),
+    Row(cp=2, recompute="full", tied=True),
+    *(
+        Row(cp=2, shared=shared, in_tests=shared, **layout)
+        for layout in (
+            {"tp": 2, "sequence_parallel": True},
+            {"tp": 2},
+            {"pp": 2, "tokens": 80, "fixed": True},
+            {"pp": 2, "vp": 2},
+            {"dp": 2, "distributed_optimizer": True, "overlap": True},
+        )
+        for shared in (True, False)
+    ),
+    Row(cp=4, in_tests=True),
+    Row(cp=4, shared=False, micro_batch_size=1),
 ]
 
 LAYOUTS_OF_EVERY_METHOD = [
     Row(tp=2, pp=2, sequence_parallel=True, in_tests=True),
     Row(dp=2),
     Row(pp=2, tokens=64),  # seven micro-batches, then six, of one pair and of two
+    Row(cp=2),
 ]
 LAYOUTS_OF_EVERY_FAMILY = [
     Row(),
     Row(tp=2, pp=2, sequence_parallel=True, in_tests=True),
     Row(tp=2, tied=True),
     Row(pp=2, tokens=80, tied=True),
+    Row(cp=2),
 ]
 ROWS = [
     *LAYOUTS,

@@ -16,6 +16,7 @@ def changed_layers(ranks: Ranks, *, folder: str) -> dict[str, Any]:
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config, ParallelConfig
+    from tgdpo_megatron.data.attention_plan import AttentionPlan
     from tgdpo_megatron.data.batch import Batch
     from tgdpo_megatron.losses import Pairs
     from tgdpo_megatron.model.build import build_model, transformer_config
@@ -29,8 +30,7 @@ def changed_layers(ranks: Ranks, *, folder: str) -> dict[str, Any]:
     batch = Batch(
         tokens=tokens,
         positions=tokens,
-        segment_lengths=(16,),
-        cu_seqlens=torch.tensor([0, 16], dtype=torch.int32),
+        plan=AttentionPlan.plain([16]),
         predictors=tokens,
         labels=tokens,
         pairs=Pairs(torch.zeros_like(tokens), torch.zeros_like(tokens), num_pairs=1),

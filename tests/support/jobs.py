@@ -101,6 +101,7 @@ def distribution(
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
     from tgdpo_megatron.config import Config
+    from tgdpo_megatron.data.attention_plan import AttentionPlan
     from tgdpo_megatron.data.batch import Batch
     from tgdpo_megatron.engine import token_logps
     from tgdpo_megatron.losses import Pairs
@@ -117,8 +118,7 @@ def distribution(
     batch = Batch(
         tokens=torch.tensor(ids),
         positions=torch.arange(len(ids)),
-        segment_lengths=(len(ids),),
-        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        plan=AttentionPlan.plain([len(ids)]),
         predictors=predictors,
         labels=torch.arange(vocab).repeat(len(ids)),
         pairs=Pairs(torch.zeros_like(predictors), torch.zeros_like(predictors), num_pairs=1),

@@ -133,16 +133,16 @@ def part_b(golden: Any, prepared_by_hand: Any) -> Any:
     batch = make_batch(prepared_by_hand(part_b_sequences(golden)), [0, 1])
 
     def logps(logits: Tensor, *, row_shift: int = 0) -> Tensor:
-        segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
+        segments = zip((0, 2, 1, 3), batch.plan.query_lengths, strict=True)
         flat = torch.cat([logits[row, : length + 1] for row, length in segments])
-        start = torch.arange(4).repeat_interleave(torch.tensor(batch.segment_lengths))  # one extra row a segment
+        start = torch.arange(4).repeat_interleave(torch.tensor(batch.plan.query_lengths))  # one extra row a segment
         rows = batch.predictors + start[batch.predictors] + row_shift
         return flat.log_softmax(-1)[rows].gather(1, batch.labels[:, None]).squeeze(1)
 
     def divergence(policy: Tensor, reference: Tensor) -> Tensor:
         """KL(reference ‖ policy) of whole rows of logits, at the place of each label."""
         rows = (reference.softmax(-1) * (reference.log_softmax(-1) - policy.log_softmax(-1))).sum(-1)
-        segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
+        segments = zip((0, 2, 1, 3), batch.plan.query_lengths, strict=True)
         return torch.cat([rows[row, :length] for row, length in segments])[batch.predictors]
 
     return logps, batch.pairs, divergence
@@ -284,7 +284,7 @@ def test_padding_of_the_vocabulary_does_not_count(golden: Any, part_b: Any, prep
 
     def through_head(model: str) -> Tensor:
         logits = part_b_logits(golden, model).float()
-        segments = zip((0, 2, 1, 3), batch.segment_lengths, strict=True)
+        segments = zip((0, 2, 1, 3), batch.plan.query_lengths, strict=True)
         hidden = torch.cat([logits[row, :length] for row, length in segments])[batch.predictors]
         policy, *_ = LabelledLogProbs.apply(hidden, weight, [], batch.labels, shard, None, True)
         assert isinstance(policy, Tensor)
