@@ -97,6 +97,7 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
 ) -> None:
     from tgdpo_megatron.data.order import global_batch
     from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.data.shared_prompts import tokens_read
 
     if "wider" in os.environ["PYTEST_CURRENT_TEST"]:
         pytest.skip("a guidance model of another width cannot run beside the policy")
@@ -124,7 +125,8 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
     for step, line in enumerate(filled):
         picked = global_batch(step, num_pairs=len(data), global_batch_size=4, seed=42, shuffle=True)
         filling = line["num_padding_tokens"]
-        assert filling > 0 and (filling + data.lengths((0, 1))[picked].sum()) % FILLED["micro_batch_tokens"] == 0
+        real = tokens_read(data, picked, (0, 1), shared_prompts=True).sum()
+        assert filling > 0 and (filling + real) % FILLED["micro_batch_tokens"] == 0
     assert all(line["num_padding_tokens"] == 0 for line in live)
 
 

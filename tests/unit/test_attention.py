@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tgdpo_megatron.config import constants
-from tgdpo_megatron.model.attention import BlockedAttention, _strips
+from tgdpo_megatron.model.attention import BlockedAttention
 
 TOKENS, GROUPS, PER_GROUP, CHANNELS = 23, 2, 3, 8
 SCALE = 0.3
