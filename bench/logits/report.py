@@ -10,7 +10,7 @@ from bench.rows import Row
 BEGIN, END = "<!-- written by python -m bench.logits: begin -->", "<!-- written by python -m bench.logits: end -->"
 QUANTITIES = {
     "logp": "log-prob of a token, nats",
-    "log_ratio": "r̂ of a token over β_r: log-ratio of guidance and reference, nats",
+    "log_ratio": "r̂ / β_r of a token: log-ratio of guidance and reference, nats",
     "weight": "TGDPO's weight of a token",
     "margin": "reward margin of a pair",
 }
@@ -43,7 +43,19 @@ def rows(summary: Numbers) -> list[Row]:
 
 def markdown(summary: Numbers) -> str:
     """What the logits are, and the noise of everything that is made of them."""
-    return f"{_sizes(summary)}\n\n{_noise(summary)}\n\n{_head(summary)}"
+    return "\n\n".join(make(summary) for make in (_headline, _sizes, _noise, _head, _claims))
+
+
+def _headline(summary: Numbers) -> str:
+    def shares(kind: str) -> str:
+        found = [100 * _noise_share(of, kind, "log_ratio") for of in summary["vocabularies"].values()]
+        return " and ".join(f"{share:.2g}" for share in found)
+
+    sizes = " and ".join(f"{int(vocabulary):,}" for vocabulary in summary["vocabularies"])
+    return (
+        f"**Rounding the logits puts noise of {shares('rounded')} % of its spread into r̂, and leaving them unrounded "
+        f"{shares('unrounded')} %**, with vocabularies of {sizes} tokens."
+    )
 
 
 def _sizes(summary: Numbers) -> str:
@@ -54,25 +66,34 @@ def _sizes(summary: Numbers) -> str:
             f"{of['logits']['largest']:.1f}",
             f"{100 * of['logits']['above_16']:.0f} %",
             f"{of['logits']['logp']:.2f}",
+            f"{of['spread']['log_ratio']:.2f}",
         ]
         for vocabulary, of in summary["vocabularies"].items()
     ]
-    columns = ("vocabulary", "all logits", "largest of a position", "label's above 16", "label's log-prob, mean")
-    return _table(columns, lines)
+    columns = ("all logits", "largest of a position", "label's is 16 or more", "label's log-prob", "spread of r̂ / β_r")
+    return _table(("vocabulary", *columns), lines)
 
 
 def _noise(summary: Numbers) -> str:
     lines = [
-        [f"{QUANTITIES[name]}, {int(vocabulary):,}", *(_share(of, kind, name) for kind in ("rounded", "unrounded"))]
+        [
+            QUANTITIES[name],
+            f"{int(vocabulary):,}",
+            *(
+                f"{of['errors'][kind][name]['std']:.2g} ({100 * _noise_share(of, kind, name):.2g} %)"
+                for kind in ("rounded", "unrounded")
+            ),
+        ]
         for name in QUANTITIES
         for vocabulary, of in summary["vocabularies"].items()
     ]
-    return _table(("noise against fp32, standard deviation", "logits rounded to bf16", "logits unrounded"), lines)
+    columns = ("standard deviation of the noise (and its share of the spread)", "vocabulary", "rounded", "unrounded")
+    return _table(columns, lines)
 
 
-def _share(of: Numbers, kind: str, name: str) -> str:
-    noise = of["errors"][kind][name]["std"]
-    return f"{noise:.2g} ({100 * noise / of['spread'][name]:.2g} % of its spread)"
+def _noise_share(of: Numbers, kind: str, name: str) -> float:
+    share: float = of["errors"][kind][name]["std"] / of["spread"][name]
+    return share
 
 
 def _head(summary: Numbers) -> str:
@@ -80,8 +101,13 @@ def _head(summary: Numbers) -> str:
         [f"{int(vocabulary):,}", *(f"{of['head'][kind]['max']:.1e}" for kind in ("rounded", "unrounded"))]
         for vocabulary, of in summary["vocabularies"].items()
     ]
-    columns = ("largest error of a log-prob against float64 from the same states, nats", "rounded", "unrounded")
+    columns = ("largest error of a log-prob, nats, against float64 from the same states", "rounded", "unrounded")
     return _table(columns, lines)
+
+
+def _claims(summary: Numbers) -> str:
+    lines = [[row.name, f"{row.measured:.2g}", f"≤ {row.target:.2g}"] for row in rows(summary)]
+    return _table(("what must hold", "measured", "target"), lines)
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
