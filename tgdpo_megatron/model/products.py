@@ -1,8 +1,8 @@
 """Matrix products whose fp32 sums are kept.
 
 A GPU's tensor cores add the products of 16-bit numbers up in fp32, and torch then rounds each sum to 16 bits. bf16 has
-8 significant bits: a logit between 16 and 32 is rounded to a multiple of 1/8. torch from 2.8 on gives the sums
-themselves for CUDA, at no other cost than the larger result. On a CPU it does not, and sums are rounded there.
+8 significant bits: a logit between 16 and 32 is rounded to a multiple of 1/8. For CUDA torch can give the sums
+themselves, from 2.8 on. On a CPU it cannot, and sums are rounded there.
 """
 
 from __future__ import annotations
