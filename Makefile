@@ -21,7 +21,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 # `docs` is a folder, too.
-.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 real bridge-check gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
+.PHONY: docs setup runtime demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 logits real bridge-check gpu gpu-env gpu-bench gpu-tests gpu-fp8 gpu-wheels clean
 
 setup: $(STAMP)  ## what everything below needs; TORCH=cpu never takes a CUDA build
 
@@ -44,7 +44,7 @@ endef
 torch = $(if $(TORCH),$(INSTALL) uv && $(RUN) -m uv pip install --quiet --no-deps --torch-backend $(TORCH) --python $(RUN) $$(grep ^torch= requirements.lock))
 
 # Where this machine has GPUs, these still run on the CPU: they start more ranks than it may have.
-demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 real bridge-check: export CUDA_VISIBLE_DEVICES :=
+demo test proofs slurm check parity roundtrip versions faults bench credit mini fp8 logits real bridge-check: export CUDA_VISIBLE_DEVICES :=
 
 # Which Python and megatron-core a target runs on: the environment may be of an earlier day.
 which = @echo "$(VENV): $$($(RUN) --version), megatron-core \
@@ -99,6 +99,9 @@ mini: $(STAMP)  ## the paper in miniature: pairs sampled and scored, DPO, SimPO 
 
 fp8: $(STAMP)  ## what FP8 does to log-probs, token weights and training, emulated on the CPU; docs/fp8.md's tables
 	OMP_NUM_THREADS=1 $(RUN) -m bench.fp8 $(if $(FAST),--fast,--json results/fp8.json --picture docs/images/fp8.svg --page docs/fp8.md)
+
+logits: $(STAMP)  ## what rounding logits does to log-probs and token weights, emulated on the CPU; docs/measurements.md's table
+	OMP_NUM_THREADS=1 $(RUN) -m bench.logits $(if $(FAST),--fast,--json results/logits.json --page docs/measurements.md)
 
 real: $(STAMP)  ## the main job on a file of real pairs: make real PAIRS=pairs.json
 	$(RUN) -m tools.real_run $(PAIRS) --output runs/real

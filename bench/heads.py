@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from tgdpo_megatron.model import products
 
 TOKENS, HIDDEN, VOCABULARY, LABELLED = 2048, 512, 32000, 0.69
 CPU = torch.device("cpu")
@@ -61,6 +65,19 @@ def ours(problem: Problem) -> Tensor:
     )[0]
     (logps * problem.upstream).sum().backward()
     return logps.detach()
+
+
+def rounded(problem: Problem) -> Tensor:
+    """Ours where each sum of a product is rounded to bf16, as it is where torch gives no more."""
+    with rounded_sums():
+        return ours(problem)
+
+
+@contextmanager
+def rounded_sums() -> Iterator[None]:
+    """Within, the head rounds the sums of its products on every device."""
+    with patch.object(products, "keeps_sums", return_value=False):
+        yield
 
 
 def megatrons(problem: Problem) -> Tensor:

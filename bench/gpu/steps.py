@@ -1,5 +1,6 @@
 """Whole optimizer steps of our engine on a GPU: share of the card's peak, cached against live scores, scoring against
-training. With Transformer Engine's layers and optimizer where it is installed, else with local layers and torch's.
+training; what the fp32 sums of the head's products cost in a step. With Transformer Engine's layers and optimizer where
+it is installed, else with local layers and torch's.
 
     python -m bench.gpu.steps
 
@@ -28,6 +29,7 @@ from bench.gpu.model import (
     tokens_of,
 )
 from bench.gpu.rate import PEAK, matrix_rate
+from bench.heads import rounded_sums
 from bench.process import one_rank
 from bench.rows import Row, paired
 
@@ -58,11 +60,14 @@ def _steps() -> Iterator[Row]:
         limit="0",
         note=f"loss {losses[0]:.4f}, policy ≠ reference",
     )
-    seconds: dict[str, list[float]] = {"cached": [], "live": [], "score": []}
+    seconds: dict[str, list[float]] = {"cached": [], "live": [], "score": [], "rounded": []}
     for number, pairs in enumerate(steps):
         for live in (False, True) if number % 2 else (True, False):  # neither is always the first
             ours.ride(live)
             seconds["live" if live else "cached"].append(device.timed(ours.step, pairs)[0])
+        ours.ride(False)
+        with rounded_sums():
+            seconds["rounded"].append(device.timed(ours.step, pairs)[0])
         seconds["score"].append(device.timed(ours.score, ours.frozen_model("reference"), pairs)[0])
     counted = steps[1:]  # the first warms up
     seconds = {name: values[1:] for name, values in seconds.items()}
@@ -90,6 +95,13 @@ def _steps() -> Iterator[Row]:
         target=0.63,
         limit="6 / 10 of the products",
         note="the making of the cache not counted",
+    )
+    yield paired(
+        f"step, cached, fp32 sums of the head's products / 16-bit logits, {LAYERS}",
+        seconds["cached"],
+        seconds["rounded"],
+        target=1.03,
+        limit=f"the head's own ratio for its share of a step; {model.num_layers} layers instead of 32 make it larger",
     )
     yield paired(
         f"scoring one frozen model / training, tokens per second, {LAYERS}",

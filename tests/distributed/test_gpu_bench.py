@@ -28,7 +28,17 @@ def test_the_whole_gpu_benchmark_runs_in_rehearsal_and_asks_nothing(tmp_path: Pa
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["verdict"] for row in rows} == {"–"}, "broken or skipped rows, or targets"
     assert all(row["note"].startswith("rehearsal") for row in rows)
-    for words in ("matrix product", "head, rate", "MFU", "HuggingFace live", "FP8 blockwise", "memory", "idle share"):
+    for words in (
+        "matrix product",
+        "head, rate",
+        "head, time, fp32 sums",
+        "step, cached, fp32 sums",
+        "MFU",
+        "HuggingFace live",
+        "FP8 blockwise",
+        "memory",
+        "idle share",
+    ):
         assert any(words in row["name"] for row in rows), words
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tgdpo_megatron.platform.processes import Ranks
 
@@ -14,10 +15,13 @@ PRETENCE: Any = None
 """Set before the ranks are joined, in the block at the end."""
 
 
-def run(ranks: Ranks, *, jobs: list[dict[str, Any]], scoring: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def run(
+    ranks: Ranks, *, jobs: list[dict[str, Any]], scoring: list[dict[str, Any]], keeps_sums: bool = True
+) -> list[dict[str, Any]]:
     """Score, then train. Returns the last metrics of each training job, and what this rank waited for in it."""
     from tests.support.jobs import score_all, train_all
 
+    PRETENCE.keeps_sums = keeps_sums
     score_all(ranks, recipe="dpo_tiny", jobs=scoring)
     found = []
     for job in jobs:
@@ -25,6 +29,72 @@ def run(ranks: Ranks, *, jobs: list[dict[str, Any]], scoring: list[dict[str, Any
         ((*_, last),) = train_all(ranks, recipe="dpo_tiny", jobs=[job])
         found.append({"metrics": last, "waits": list(PRETENCE.waits)})
     return found
+
+
+def heads(ranks: Ranks, *, cases: list[dict[str, Any]], keeps_sums: bool) -> list[dict[str, float]]:
+    """The largest errors of the distributed head, as tests/support/head.py finds them."""
+    from tests.support.head import compare
+
+    PRETENCE.keeps_sums = keeps_sums
+    return compare(ranks, cases=cases)
+
+
+def products(ranks: Ranks, *, keeps_sums: bool) -> dict[str, Any]:
+    """Of matrix products of both dtypes: the result's dtype, the largest error against float64 relative to the largest
+    number, and that of a product added to a matrix in fp32. And how many products were made, those that ask included.
+    """
+    from tgdpo_megatron.model.products import add_product, product
+
+    PRETENCE.keeps_sums = keeps_sums
+    found: dict[str, Any] = {}
+    with _Products() as made:
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(0)
+            left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((40, 300), (300, 50)))
+            exact = left.double() @ right.double()
+            left, right = left.to(ranks.device), right.to(ranks.device)
+            once = product(left, right)
+            total = torch.ones(40, 50, device=ranks.device)
+            add_product(total, left, right)
+            found[str(dtype)] = {
+                "dtype": str(once.dtype),
+                "error": float((once.cpu().double() - exact).abs().max() / exact.abs().max()),
+                "added": float((total.cpu().double() - exact - 1).abs().max() / exact.abs().max()),
+            }
+    return found | {"products": made.number}
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products of 16-bit matrices."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.dtype) and args[0].dtype == torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+def head_bytes(ranks: Ranks, *, keeps_sums: bool, labelled: int, hidden: int, vocabulary: int) -> list[int]:
+    """The most bytes that are alive in the head's forward and in its backward, in bf16, without inputs and gradient of
+    the weight; one tile."""
+    from tests.support.memory import LiveBytes
+    from tgdpo_megatron.model.head import LabelledLogProbs
+    from tgdpo_megatron.model.vocabulary import VocabShard
+
+    PRETENCE.keeps_sums = keeps_sums
+    with LiveBytes() as tracker:
+        states = torch.randn(labelled, hidden, device=ranks.device).bfloat16().requires_grad_()
+        weight: Any = torch.randn(vocabulary, hidden, device=ranks.device).bfloat16().requires_grad_()
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
+        labels = torch.zeros(labelled, dtype=torch.int64, device=ranks.device)
+        given, result = tracker.live, []
+
+        def forward() -> None:
+            shard = VocabShard(0, vocabulary)
+            result.append(LabelledLogProbs.apply(states, weight, [], labels, shard, None, True)[0])
+
+        most = [tracker.peak_of(forward), tracker.peak_of(lambda: result[0].sum().backward())]
+    return [peak - given for peak in most]
 
 
 def attention_kernels(ranks: Ranks) -> dict[str, bool]:

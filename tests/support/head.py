@@ -94,8 +94,10 @@ def _compare(
     exact_total.backward()
     hidden_grad, weight_grad = exact_hidden[0].grad, exact_weights[0].grad
     assert hidden_grad is not None and weight_grad is not None
+    rounded = [torch.log_softmax(every.to(kind).double(), dim=-1).gather(1, labels[:, None])[:, 0] for every in logits]
     errors = {
         "logps": _error(logps, exact),
+        "with rounded logits": _error(torch.stack(rounded), exact[:models]),
         "hidden gradient": _error(local_hidden[0].grad, hidden_grad[share] if sequence_parallel else hidden_grad),
         "weight gradient": _error(found_weight_grad, weight_grad[mine]),
         "frozen gradients": float(any(x.grad is not None for x in local_hidden[1:] + local_weights[1:])),

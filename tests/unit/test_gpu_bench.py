@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench.gpu.profile import ON_DEVICE, idle_share, waits_of
+from bench.heads import rounded_sums
+from tgdpo_megatron.model import products
+
+ASKED = products.keeps_sums
 
 
 def kernel(start: float, end: float) -> dict[str, object]:
@@ -27,3 +32,9 @@ def test_waits_are_synchronising_calls_and_copies_to_the_host() -> None:
         {"cat": "kernel", "name": "Synchronize"},
     ]
     assert waits_of(events) == {"host waits": 1, "copies to the host": 1}
+
+
+def test_rounding_for_comparison_lasts_as_long_as_its_block() -> None:
+    with rounded_sums():
+        assert not products.keeps_sums(torch.bfloat16)
+    assert products.keeps_sums is ASKED

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -69,6 +69,31 @@ def test_torchs_adam_on_a_gpu_takes_four_bytes_a_parameter_of_its_share_for_a_mo
     config = settings(*PLAIN, "train.global_batch_size=8")
     parts = plan(config, LLAMA_8B, world_size=world_size, device="cuda").phase("optimizer step").parts
     assert parts["working memory"] / 1e9 == pytest.approx(gigabytes, rel=1e-3)
+
+
+@pytest.mark.parametrize(("device", "bytes_of_a_logit"), [("cuda", 4), ("cpu", 6)])
+def test_a_logit_takes_four_bytes_on_a_gpu_which_keeps_its_sum_and_two_more_on_a_cpu(
+    device: Literal["cpu", "cuda"], bytes_of_a_logit: int
+) -> None:
+    """While a bf16 model scores 100 labelled tokens; both vocabularies are one tile."""
+
+    def working(vocabulary: int) -> int:
+        model = replace(LLAMA_8B, vocab_size=vocabulary, ffn_hidden_size=128)
+        found = plan(settings(*PLAIN), model, world_size=8, program="score", device=device, tokens=200, labelled=100)
+        return found.phase("scoring").parts["working memory"]
+
+    assert working(40_000) - working(30_000) == bytes_of_a_logit * 100 * 10_000
+
+
+def test_a_product_takes_four_bytes_before_a_gpu_adds_it_to_the_gradient_of_the_output_matrix() -> None:
+    """With few labels, that product is backward's most: 4 H bytes a column, and 2 for the probability of each label."""
+
+    def working(vocabulary: int) -> int:
+        model = replace(LLAMA_8B, vocab_size=vocabulary, ffn_hidden_size=128)
+        found = plan(settings(*PLAIN), model, world_size=8, device="cuda", tokens=200, labelled=100)
+        return found.phase("forward and backward").parts["working memory"]
+
+    assert working(128_000) - working(64_000) == (4 * LLAMA_8B.hidden_size + 2 * 100) * 64_000
 
 
 def test_fp8_layers_hold_two_bytes_per_weight_of_their_products_more() -> None:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product, cap_slope, capped
+from tgdpo_megatron.model.products import add_product
+from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, cap_slope, wide_logits
 
 
 class Divergence(torch.autograd.Function):
@@ -43,8 +44,8 @@ class Divergence(torch.autograd.Function):
         of_policy, of_reference = log_normalisers
         difference = torch.zeros_like(of_policy)
         for tile in shard.tiles(len(hidden), hidden.device):
-            logits = capped(torch.mm(hidden, weight[tile].t()).float(), softcap)
-            reference_logits = capped(torch.mm(reference[0], reference[1][tile].t()).float(), softcap)
+            logits = wide_logits(hidden, weight[tile], softcap)
+            reference_logits = wide_logits(reference[0], reference[1][tile], softcap)
             apart = logits.neg_().add_(reference_logits)
             difference += reference_logits.sub_(of_reference[:, None]).exp_().mul_(apart).sum(dim=1)
             del logits, reference_logits, apart  # before the next tiles are made
@@ -61,8 +62,8 @@ class Divergence(torch.autograd.Function):
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         sink = WeightGradient(weight)
         for tile in ctx.shard.tiles(len(hidden), hidden.device):
-            logits = capped(torch.mm(hidden, weight[tile].t()).float(), ctx.softcap)
-            reference_logits = capped(torch.mm(reference_hidden, reference_weight[tile].t()).float(), ctx.softcap)
+            logits = wide_logits(hidden, weight[tile], ctx.softcap)
+            reference_logits = wide_logits(reference_hidden, reference_weight[tile], ctx.softcap)
             slope = cap_slope(logits, ctx.softcap)
             grad_logits = logits.sub_(of_policy[:, None]).exp_()
             grad_logits -= reference_logits.sub_(of_reference[:, None]).exp_()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tgdpo_megatron.model.head import labelled_states
+from tgdpo_megatron.model.products import product
 from tgdpo_megatron.model.vocabulary import VocabShard
 
 
@@ -30,7 +31,7 @@ def likeliest_tokens(
     shard = VocabShard.of(weight, vocab_size, group)
     rows = labelled_states(states, predictors, sequence_parallel, group)
     if shard.columns:
-        largest, column = (rows @ weight[: shard.columns].t()).float().max(dim=1)
+        largest, column = product(rows, weight[: shard.columns].t()).float().max(dim=1)
     else:  # this rank holds padding only
         largest = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
         column = predictors.new_zeros(len(rows))

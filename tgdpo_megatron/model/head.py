@@ -14,8 +14,13 @@ With g the gradient of each log-prob, p the probabilities and q = p − onehot(l
 Where the model caps its logits, z = cap · tanh(raw / cap), q is multiplied by 1 − (z / cap)² as well, and backward
 always computes the logits again.
 
-g multiplies rows of H numbers instead of rows of V numbers, which is less work. On a GPU, subtracting an fp32 number
-turns 16-bit logits into fp32, so that no separate fp32 copy of the logits is made.
+g multiplies rows of H numbers instead of rows of V numbers, which is less work.
+
+Precision, where hidden states and weights have 16 bits: on a GPU the logits are the fp32 sums of their products, not
+rounded (products.py says why that matters), and everything that follows is fp32, up to the log-probs. On a CPU each
+logit is rounded to 16 bits once, because its matrix products give no more. Backward rounds q and g · hidden to 16 bits,
+for they are multiplied again; gradients are added up over the tiles in fp32, on a GPU from products that are not
+rounded either.
 
 Columns that only pad the vocabulary are never computed. The result is the same as with a logit of −inf.
 
@@ -37,7 +42,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from tgdpo_megatron.model.divergence import Divergence
-from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, add_product, cap_slope, capped
+from tgdpo_megatron.model.products import add_product, product
+from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, cap_slope, wide_logits
 
 
 def labelled_logprobs(
@@ -129,16 +135,18 @@ class LabelledLogProbs(torch.autograd.Function):
         shard.all_reduce(sums, dist.ReduceOp.SUM)
         log_normaliser = maximum + sums[0].log()
         logps = sums[1] - log_normaliser
-        ctx.save_for_backward(hidden, weight, labels, logps[0], log_normaliser[0], exponentials, largest[0])
+        ctx.save_for_backward(hidden, weight, labels, logps[0], log_normaliser[0], largest[0])
         ctx.shard, ctx.softcap = shard, softcap
+        ctx.exponentials = exponentials  # not saved as the others are, so that backward can free it on the way
         constants = logps[1:]
         ctx.mark_non_differentiable(constants, log_normaliser)
         return logps[0].clone(), constants, log_normaliser
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, logps, log_normaliser, exponentials, largest = ctx.saved_tensors
+        hidden, weight, labels, logps, log_normaliser, largest = ctx.saved_tensors
         shard: VocabShard = ctx.shard
+        exponentials, ctx.exponentials = ctx.exponentials, None
         descent = -grad[:, None]
         scaled = (descent * hidden).to(hidden.dtype)
         # q of the label is p − 1. It is computed from the log-prob, because a p near 1 can round to 1 in 16 bits, and
@@ -155,6 +163,7 @@ class LabelledLogProbs(torch.autograd.Function):
                 del logits
             else:
                 wide = exponentials.mul_(torch.exp(largest - log_normaliser)[:, None])
+                del exponentials  # of the only tile
             probabilities = wide.to(hidden.dtype)
             del wide
             inside, column = shard.owned(labels, tile)
@@ -169,11 +178,14 @@ class LabelledLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    """Logits of a tile. [R, H] and [tile, H] -> [R, tile]. In fp32 on a CPU, where mixing dtypes is slow, and with a
-    cap, which 16 bits are too coarse for."""
-    logits = torch.mm(hidden, weight.t())
-    narrow = logits.device.type != "cpu" and softcap is None
-    return logits if narrow else capped(logits.float(), softcap)
+    """Logits of a tile, in fp32. [R, H] and [tile, H] -> [R, tile].
+
+    In 16 bits only on a GPU whose torch gives no more, without a cap: 16 bits are too coarse for one, and mixing dtypes
+    is slow on a CPU.
+    """
+    if hidden.is_cuda and softcap is None:
+        return product(hidden, weight.t())
+    return wide_logits(hidden, weight, softcap)
 
 
 def _below(logits: Tensor, level: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, TILE_ELEMENTS
+from tgdpo_megatron.model.products import add_product, product
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class VocabShard:
         return inside, column.where(inside, 0)
 
 
+def wide_logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    """Logits of a tile in fp32, capped where there is a cap. [R, H] and [tile, H] -> [R, tile]."""
+    return capped(product(hidden, weight.t()).float(), cap)
+
+
 def capped(logits: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(logits / cap), written into `logits`; `logits` as they are without a cap."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
@@ -61,14 +67,6 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
 def cap_slope(logits: Tensor, cap: float | None) -> Tensor | None:
     """The derivative of capped logits by the logits before the cap: 1 − (capped / cap)². None without a cap."""
     return None if cap is None else (logits / cap).square_().neg_().add_(1)
-
-
-def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target += left @ right. The product is rounded to the dtype of `left`; the sum has the dtype of `target`."""
-    if left.dtype == target.dtype:
-        target.addmm_(left, right)
-    else:
-        target.add_(torch.mm(left, right))
 
 
 class WeightGradient:

@@ -317,9 +317,9 @@ class Sizes:
 
     @property
     def scan(self) -> int:
-        """Bytes per logit while the head's forward works on a tile: the logits, and the exponentials in fp32 where the
-        logits have 16 bits."""
-        return 4 if self.width == 4 else 6
+        """Bytes per logit while the head's forward works on a tile: the logits in fp32, and on a CPU what is rounded to
+        16 bits before."""
+        return 6 if self.width == 2 and self.device == "cpu" else 4
 
     def in_flight(self, stage: int) -> float:
         """Largest number of micro-batches that wait for backward at once, each counted over all layers of the rank."""
@@ -484,7 +484,9 @@ def _head(rank: Sizes) -> list[float]:
     divergence = "divergence" in rank.config.loss.method.reads
     forward = norms + rank.models * states + tile * rank.scan
     gradient = rank.labelled * rank.hidden * 4
-    product = max(states, tile / rank.labelled * rank.hidden * rank.width) if narrow else 0
+    # A product before it is added to a gradient: in fp32 on a GPU, which keeps the sums; fp32 ones are added in place.
+    wide = 4 if rank.device == "cuda" else rank.width
+    product = max(rank.labelled, tile / rank.labelled) * rank.hidden * wide if narrow else 0
     backward = norms + 2 * states + gradient + slope + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
     if not divergence:
         return [forward, backward]
@@ -492,7 +494,7 @@ def _head(rank: Sizes) -> list[float]:
     both = norms + 2 * states + kept
     return [
         forward,
-        both + tile * (10 if narrow else 8),
+        both + tile * (4 + rank.scan),
         both + gradient + slope + tile * (10 if narrow else 8) + product,
     ]
 

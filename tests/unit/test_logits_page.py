@@ -1,0 +1,90 @@
+"""docs/measurements.md says of unrounded logits what results/logits.json says, and the emulation does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.logits.measure import CANDIDATES, MEAN, SPREAD, Effort, _hidden_states, _output_matrix, exact_logps, measure
+from bench.logits.report import BEGIN, END, put_into_page, rows
+from bench.process import one_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    return json.loads((ROOT / "results/logits.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Any]:
+    with one_rank():
+        found = measure(Effort(pairs=2, response=16, width=128, vocabularies=(4000,)))
+    return found["vocabularies"]["4000"]
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(summary: dict[str, Any]) -> None:
+    emptied = PAGE[: PAGE.index(BEGIN) + len(BEGIN)] + PAGE[PAGE.index(END) :]
+    assert put_into_page(emptied, summary) == PAGE
+
+
+def test_the_results_are_of_a_whole_run_of_a_commit(summary: dict[str, Any]) -> None:
+    assert "dirty" not in summary["machine"]["commit"]
+    assert [int(vocabulary) for vocabulary in summary["vocabularies"]] == list(Effort().vocabularies)
+    assert summary["effort"]["pairs"] == Effort().pairs
+
+
+def test_the_verdicts_in_the_results_are_those_of_their_numbers(summary: dict[str, Any]) -> None:
+    assert [row.as_dict() for row in rows(summary)] == summary["rows"]
+    assert {row["verdict"] for row in summary["rows"]} == {"pass"}
+
+
+def test_the_page_says_what_the_logits_follow_from(summary: dict[str, Any]) -> None:
+    """The log-sum-exp of that many normal logits."""
+    for vocabulary in summary["vocabularies"]:
+        assert f"{MEAN + math.log(int(vocabulary)) + SPREAD**2 / 2:.1f} for" in PAGE
+
+
+def test_made_up_logits_have_the_sizes_they_shall_have() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = _output_matrix(8000, 512, generator)
+    logits = _hidden_states(64, weight, generator) @ weight.float().t()
+    assert float(logits.mean()) == pytest.approx(MEAN, abs=0.05)
+    crowd = logits.sort(dim=1).values[:, :-CANDIDATES]
+    assert float(crowd.std()) == pytest.approx(SPREAD, rel=0.2)  # candidates add a little to the states' length
+    assert float(logits.amax(dim=1).mean() - crowd.logsumexp(dim=1).mean()) > 3
+
+
+def test_rounded_logits_lose_what_bf16_steps_say_and_unrounded_ones_a_thousand_times_less(
+    small: dict[str, Any],
+) -> None:
+    """The label's logit is off by at most half a step; so is each of those that the log-sum-exp is made of."""
+    largest = 2 * 2**-9 * 2 ** math.ceil(math.log2(small["logits"]["largest"] + 8))
+    assert 1e-3 < small["head"]["rounded"]["max"] < largest
+    assert small["head"]["unrounded"]["max"] < 1e-3 * small["head"]["rounded"]["max"]
+
+
+def test_what_is_left_is_the_rounding_of_the_hidden_states(small: dict[str, Any]) -> None:
+    errors = small["errors"]
+    for name in ("logp", "log_ratio", "weight"):
+        assert 0 < errors["unrounded"][name]["std"] < errors["rounded"][name]["std"], name
+
+
+def test_the_weights_noise_is_that_of_the_log_ratio_times_alpha_and_beta(small: dict[str, Any]) -> None:
+    """f(r̂) = 1 ± α β_r (log-ratio), with TGDPO's α = 0.5 and β_r = 0.1."""
+    for kind in small["errors"].values():
+        assert kind["weight"]["size"] == pytest.approx(0.5 * 0.1 * kind["log_ratio"]["size"], rel=1e-6)
+
+
+def test_exact_log_probs_are_those_of_torchs_dense_log_softmax() -> None:
+    states, weight = torch.randn(4, 8).bfloat16(), torch.randn(20_000, 8).bfloat16()
+    labels = torch.tensor([0, 5, 16_384, 19_999])
+    whole = torch.nn.functional.cross_entropy(states.double() @ weight.double().t(), labels, reduction="none")
+    torch.testing.assert_close(exact_logps(states, weight, labels), -whole, rtol=1e-12, atol=1e-12)
