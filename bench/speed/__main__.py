@@ -2,8 +2,8 @@
 
     python -m bench.speed [--only FILE] [--json results/bench.json] [--picture docs/images/bench.svg]
 
-Ratios of numbers measured on this machine in this run, and one time that is bounded in seconds. Each file of rows runs as a process of its own, one
-after the other, at one thread. Exits with 1 if a row fails.
+Ratios of numbers measured on this machine in this run, and one time that is bounded in seconds. Each file of rows runs
+as a process of its own, one after the other, at one thread. Exits with 1 if a row fails.
 """
 
 from __future__ import annotations
