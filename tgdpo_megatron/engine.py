@@ -226,13 +226,32 @@ def build_engine(
     for model in policy:
         model.broadcast_params()
     optimizer = get_megatron_optimizer(_optimizer_config(config), policy)
-    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.finalize_model_grads_func = _finalize
     megatron.grad_scale_func = optimizer.scale_loss
     if config.optimizer.overlap_grad_reduce:
         waits = [model.no_sync for model in policy]
         megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
     megatron.timers = Clock(next(chunks[0].parameters()).device)
     return Engine(config, chunks, policy, optimizer, _scheduler(config, optimizer), loss, megatron.timers)
+
+
+def _finalize(chunks: Sequence[Any], pairs: Tensor | None, **options: Any) -> None:
+    """Let Megatron reduce the gradients, and divide them by the number of pairs of all ranks. Collective.
+
+    Megatron would divide, too, but before 0.18 it asks the device whether the number is 0, and the host waits.
+
+    Args:
+        pairs: Number of pairs of this rank's micro-batches, known on the last stage. Scalar int; overwritten.
+        options: For Megatron.
+    """
+    finalize_model_grads(chunks, None, **options)
+    if pairs is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(pairs, parallel_state.get_pipeline_model_parallel_last_rank(), pipeline)
+    dist.all_reduce(pairs, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / pairs.clamp(min=1))  # without any pair the gradients are 0
 
 
 def run_pipeline(

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.checkpoint.manifest import HF
 from tgdpo_megatron.commands import as_called
 from tgdpo_megatron.config import Config
+from tgdpo_megatron.data.ahead import Ahead
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.tokenizer import tokenizer_for
 from tgdpo_megatron.engine import Engine
@@ -79,7 +81,8 @@ def train(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         _begin(run, ranks, logger)
         started = time.monotonic()
         with interrupts.noticed() as asked:  # until all is written: a signal that comes then has come too late
-            done = _do_steps(run, ranks, loudness, logger, asked)
+            with Ahead(partial(_lay_out, run)) as ahead:
+                done = _do_steps(run, ranks, loudness, logger, asked, ahead)
             life.at("ending the run")
             seconds, went = time.monotonic() - started, where_time_went(run.engine.time_spent())
             _check_written(run, ranks, logger)
@@ -115,8 +118,27 @@ def _begin(run: Run, ranks: Ranks, logger: Logger) -> None:
     run.engine.clock.restart()
 
 
-def _do_steps(run: Run, ranks: Ranks, loudness: Loudness, logger: Logger, asked: interrupts.Interrupts) -> int:
+LaidOut = tuple[np.ndarray, list[Batch]]
+"""The pairs of a step, and this rank's micro-batches of them."""
+
+
+def _lay_out(run: Run, iteration: int) -> LaidOut:
+    """What a step needs, counted from 0, on the host.
+
+    The copies to the device are left to the thread that works with it, so that a step that is laid out ahead takes
+    none of its memory.
+    """
+    picked = run.pairs_of(iteration)
+    return picked, run.training.micro_batches(picked, run.config, torch.device("cpu"))
+
+
+def _do_steps(
+    run: Run, ranks: Ranks, loudness: Loudness, logger: Logger, asked: interrupts.Interrupts, ahead: Ahead[LaidOut]
+) -> int:
     """Do the steps that are left, or as many until a rank wants to stop. Collective.
+
+    Args:
+        ahead: Lays out the steps.
 
     Returns:
         The number of steps that are done, with those before this process.
@@ -129,11 +151,11 @@ def _do_steps(run: Run, ranks: Ranks, loudness: Loudness, logger: Logger, asked:
     for iteration in account.bar:
         began, done = time.monotonic(), iteration + 1
         life.at(f"step {done}, reading its pairs", watched=done > run.first + 1)
-        picked = run.pairs_of(iteration)
         with engine.clock.during(READING):
-            batches = run.training.micro_batches(picked, config, ranks.device)
+            picked, laid_out = ahead.get(iteration)
+            batches = [batch.to(ranks.device) for batch in laid_out]
         wishes = partial(_wishes, run, ranks, logger, asked, ranks.is_first and deadline.is_near(run.saves.longest))
-        metrics, wanted = _step(run, picked, batches, done, wishes)
+        metrics, wanted = _step(run, picked, batches, done, partial(_meanwhile, ahead, done, last, wishes))
         learned = picked if "loss" in metrics else learned
         if wanted["refused"]:
             _check_written(run, ranks, logger)
@@ -200,6 +222,16 @@ class _Account:
             self.bar.set_postfix_str(progress_words(metrics), refresh=False)
         if self.logger.active and self.loudness == Loudness.VERBOSE:
             self.bar.write(json.dumps({"iteration": done, **metrics}))
+
+
+def _meanwhile(ahead: Ahead[LaidOut], done: int, last: int, wishes: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What the host does when the device has all the work of a pass: begin with the next step, and make its wishes.
+
+    Sooner, the thread would take turns with the one that gives the device its work, and hold it up.
+    """
+    if done < last:
+        ahead.begin(done)
+    return wishes()
 
 
 def _wishes(run: Run, ranks: Ranks, logger: Logger, asked: interrupts.Interrupts, near: bool) -> dict[str, float]:

@@ -407,7 +407,7 @@ def token_rewards(world: World, plan: Plan, part: str) -> np.ndarray:
     assert plan.guidance is not None
     data = world.data(part)
     scores = load_scores(_part_of(plan.guidance, part), data, ("reference", "guidance")).values
-    rewards = scores["guidance"] - scores["reference"]
+    rewards = np.asarray(scores["guidance"]) - np.asarray(scores["reference"])
     if plan.rewards == "guidance":
         return rewards
     chance, starts = np.random.default_rng(world.seed), response_starts(data)
@@ -450,7 +450,7 @@ def tokens_moved(world: World, name: str) -> dict[str, float]:
     found = load_scores(scores / ROLES[0], data, ("reference", "guidance")).values
     lengths = np.diff(response_starts(data))
     side = np.repeat(np.tile([CHOSEN, REJECTED], len(data)), lengths)
-    return moved(found["reference"], found["guidance"], world.true_rewards("held_out"), side)
+    return moved(np.asarray(found["reference"]), np.asarray(found["guidance"]), world.true_rewards("held_out"), side)
 
 
 def _after_an_epoch(world: World, name: str) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
     python -m bench.speed [--only FILE] [--json results/bench.json] [--picture docs/images/bench.svg]
 
-Ratios only, of numbers measured on this machine in this run. Each file of rows runs as a process of its own, one
-after the other, at one thread. Exits with 1 if a row fails.
+Ratios of numbers measured on this machine in this run, and one time that is bounded in seconds. Each file of rows runs
+as a process of its own, one after the other, at one thread. Exits with 1 if a row fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.rows import Row, table
 from bench.speed.picture import draw
 from tgdpo_megatron.quiet import quiet
 
-FILES = ("counts", "head", "steps", "saves", "trace", "trl", "convert", "sampling", "annotation")
+FILES = ("counts", "head", "packing", "steps", "saves", "trace", "trl", "convert", "sampling", "annotation")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.support.program import run_ranks
-from tgdpo_megatron.platform.versions import COUNTS_PAIRS_ON_DEVICE
 
 pytestmark = pytest.mark.long
 
@@ -141,11 +140,10 @@ def test_a_micro_batch_never_waits_for_the_device(one_rank: Jobs) -> None:
     assert waits(one_rank["more micro-batches"]) == waits(one_rank["plain"])
 
 
-def test_a_step_waits_for_the_device_two_or_three_times(one_rank: Jobs) -> None:
-    """For the gradient's norm, for the metrics, and where Megatron asks whether the number of pairs is 0."""
+def test_a_step_waits_for_the_device_twice(one_rank: Jobs) -> None:
+    """For the gradient's norm, and for the sums that the ranks report."""
     more = waits(one_rank["more steps"]) - waits(one_rank["plain"])
-    asked = [] if COUNTS_PAIRS_ON_DEVICE.holds else ["finalize_model_grads.py"]
-    assert sorted(line.partition(":")[0] for line in more.elements()) == ["clip_grads.py", *asked, "metrics.py"]
+    assert sorted(line.partition(":")[0] for line in more.elements()) == ["clip_grads.py", "metrics.py"]
 
 
 def test_saving_takes_no_optimizer_state_back_to_the_device(one_rank: Jobs) -> None:

@@ -1,4 +1,4 @@
-"""Within a micro-batch, forward and backward, the host never waits for the GPU."""
+"""Within a micro-batch, forward and backward, the host never waits for the GPU; in a whole step it does twice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def test_no_micro_batch_of_any_method_waits(arithmetic: tuple[str, str], checkpo
         precision=precision,
     )
     assert found == {name: [] for name in LOSSES}
+
+
+MOST_WAITS = 2
+"""Of the host in a step without pipeline: for the sums that the ranks report, and for the gradient's norm."""
+
+
+def test_a_whole_step_waits_twice_at_most(arithmetic: tuple[str, str], checkpoint: Path) -> None:
+    layers, precision = arithmetic
+    found = on_gpu(
+        "whole_step", layers=layers, module="tests.support.syncs", folder=str(checkpoint), precision=precision
+    )
+    assert len(found) <= MOST_WAITS, found
+    assert REHEARSAL or len(found) >= 1, "the sums are read, so an empty list would mean that nothing was watched"
 
 
 def test_a_wait_would_be_recorded() -> None:

@@ -103,6 +103,44 @@ def record(
     return found
 
 
+def whole_step(ranks: Ranks, *, folder: str, precision: str = "fp32") -> list[str]:
+    """What waits in a whole TGDPO step of two micro-batches with two live models: from their copies to the update.
+
+    On a GPU by torch's own sync debug mode, the libraries' calls included; elsewhere the list is empty.
+    """
+    from bench.pairs import ultrafeedback_like
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.engine import build_engine
+    from tgdpo_megatron.pair_losses import PreferenceLoss
+
+    checkpoint = Path(folder)
+    description = describe(checkpoint)
+    config = Config(
+        loss=LossConfig(type="tgdpo"),
+        train=TrainConfig(precision=precision, train_iters=8),  # type: ignore[arg-type]
+    )
+    initialize_model_parallel(config.parallel, seed=1)
+    frozen = [checkpoint, checkpoint]
+    engine = build_engine(config, description, loss=PreferenceLoss(config), start=checkpoint, frozen=frozen)
+    data = ultrafeedback_like(4, longest=64, vocabulary=description.vocab_size)
+    laid_out = [make_batch(data, [0, 1]), make_batch(data, [2, 3])]
+
+    def step() -> None:
+        batches = [batch.to(ranks.device) for batch in laid_out]
+        engine.zero_grad()
+        totals = engine.forward_backward(batches, lambda: {"stop": 0.0})
+        assert totals["pairs"] == 4
+        engine.update()
+
+    found: list[str] = []
+    for _ in range(2):  # kernels are loaded by the first
+        step()
+    with _device_waits(ranks.device, found):
+        step()
+    return found
+
+
 def planted(ranks: Ranks) -> list[str]:
     """What the recorder says of lines that do wait."""
     values = torch.ones(3, device=ranks.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -142,13 +143,15 @@ def _of_tokens(lengths: np.ndarray, budget: int, ranks: int, multiple_of: int) -
 def _spread(lengths: np.ndarray, bins: int, *, max_pairs: int | None = None) -> list[np.ndarray]:
     """Put each pair, longest first, into the bin with the fewest tokens that holds fewer than `max_pairs` pairs."""
     content: list[list[int]] = [[] for _ in range(bins)]
-    tokens = np.zeros(bins)
-    for place in _longest_first(lengths):
-        target = int(np.argmin(tokens))
-        content[target].append(int(place))
-        tokens[target] += lengths[place]
-        if max_pairs is not None and len(content[target]) == max_pairs:
-            tokens[target] = np.inf
+    open_bins = [(0, number) for number in range(bins)]  # a heap: fewest tokens first, then the first bin
+    order = _longest_first(lengths)
+    for place, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        tokens, target = open_bins[0]
+        content[target].append(place)
+        if len(content[target]) == max_pairs:
+            heapq.heappop(open_bins)
+        else:
+            heapq.heapreplace(open_bins, (tokens + length, target))
     return [np.array(places, dtype=np.int64) for places in content]
 
 
@@ -165,15 +168,51 @@ def _first_fit(lengths: np.ndarray, share: np.ndarray, budget: int) -> list[np.n
     A pair that is longer than the budget gets a pack of its own. Training refuses such a pair before it begins.
     """
     content: list[list[int]] = []
-    room: list[int] = []
-    for place in share[_longest_first(lengths[share])]:
-        target = next((pack for pack, left in enumerate(room) if left >= lengths[place]), len(room))
-        if target == len(room):
+    room = _Room(len(share), budget)
+    order = share[_longest_first(lengths[share])]
+    for place, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        target = room.first(length) if length <= budget else len(content)
+        if target == len(content):
             content.append([])
-            room.append(budget)
-        content[target].append(int(place))
-        room[target] -= int(lengths[place])
+        content[target].append(place)
+        room.take(target, length)
     return [np.array(places, dtype=np.int64) for places in content]
+
+
+class _Room:
+    """The free room of packs, all empty at first, as a tree whose nodes know the most room below them.
+
+    The first pack with enough room is found in as many looks as the tree has levels. Packs that are still empty have
+    all the room, and come last.
+
+    Args:
+        packs: Number of packs, at least as many as are ever needed.
+        budget: Room of an empty pack.
+    """
+
+    def __init__(self, packs: int, budget: int) -> None:
+        self.leaves = 1 << max(packs - 1, 0).bit_length()
+        self.most = [budget] * (2 * self.leaves)  # below node i lie nodes 2i and 2i + 1; the last half are the packs
+
+    def first(self, length: int) -> int:
+        """The first pack with room for `length` tokens, which must be at most the budget."""
+        most, node = self.most, 1
+        while node < self.leaves:
+            node *= 2
+            node += most[node] < length
+        return node - self.leaves
+
+    def take(self, pack: int, length: int) -> None:
+        """Use `length` tokens of a pack's room."""
+        most, node = self.most, pack + self.leaves
+        most[node] -= length
+        while node > 1:
+            left, right = most[node & ~1], most[node | 1]
+            node //= 2
+            larger = left if left > right else right
+            if most[node] == larger:
+                break
+            most[node] = larger
 
 
 def _with_empty(packs: Sequence[np.ndarray], count: int) -> list[np.ndarray]:

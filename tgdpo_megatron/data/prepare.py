@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from tgdpo_megatron.bounded import read_json
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
+from tgdpo_megatron.data.mapped import map_arrays
 from tgdpo_megatron.data.read import commit_of, place, source_files
 from tgdpo_megatron.data.rendering import TemplateRefusal
 from tgdpo_megatron.data.tokenizer import (
@@ -99,7 +100,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """Tokenised pairs.
+    """Tokenised pairs, in memory or mapped from a file, which cannot be written to.
 
     Attributes:
         tokens: All sequences, one after another. int32.
@@ -224,7 +225,7 @@ def few(rows: list[int], most: int = 5) -> str:
 
 
 def load_prepared(folder: Path) -> PreparedPairs:
-    """Load a folder written by prepare_pairs.
+    """Open a folder written by prepare_pairs. Its arrays stay on disk, see data/mapped.py.
 
     Raises:
         UserError: It is not such a folder, or cannot be read.
@@ -236,7 +237,7 @@ def load_prepared(folder: Path) -> PreparedPairs:
                 f"{folder}: the pairs were prepared by another version of this program; prepare them again."
             )
         content["parts"] = [Summary(**part) for part in content["parts"]]
-        prepared = PreparedPairs(summary=Summary(**content), **load_file(folder / "pairs.safetensors"))
+        prepared = PreparedPairs(summary=Summary(**content), **map_arrays(folder / "pairs.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a folder of prepared pairs ({in_short(error)}).") from error
     _check_shapes(prepared, folder)

@@ -1,4 +1,4 @@
-"""Token scores in memory: one number for every response token of a data set, by the name of the score."""
+"""Token scores of a data set: one number for every response token, by the name of the score."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tgdpo_megatron.data.mapped import Scattered
 from tgdpo_megatron.data.prepare import PreparedPairs
 
 if TYPE_CHECKING:
@@ -38,21 +39,22 @@ class ScoresManifest:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of all pairs of a data set, in memory.
+    """Scores of all pairs of a data set.
 
     Attributes:
-        values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32.
+        values: Name -> scores of all responses, in the order of the data, chosen before rejected. fp32. They are in
+            memory, or in files of which a batch reads the scores of its own pairs.
         starts: Response 2 · pair + side has values[starts[r]:starts[r + 1]]. [2N+1] int64.
         manifest: How the scores were made; None for scores that were not read from a folder of scores.
     """
 
-    values: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray | Scattered]
     starts: np.ndarray
     manifest: ScoresManifest | None = None
 
     @classmethod
     def of(
-        cls, data: PreparedPairs, values: Mapping[str, np.ndarray], manifest: ScoresManifest | None = None
+        cls, data: PreparedPairs, values: Mapping[str, np.ndarray | Scattered], manifest: ScoresManifest | None = None
     ) -> TokenScores:
         """Scores in the order of `data`."""
         return cls(values, response_starts(data), manifest)

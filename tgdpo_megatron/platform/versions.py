@@ -80,11 +80,6 @@ MARKS_EVERY_WEIGHT = Difference(
     "the mark the gradient norm takes their parts for copies",
     "weights are always initialised; with earlier versions, the setting that leaves this out is refused",
 )
-COUNTS_PAIRS_ON_DEVICE = Difference(
-    "0.18",
-    "the gradient is divided by the number of pairs without asking the device whether the number is 0",
-    "nothing; a step waits for the device once less",
-)
 REDUCES_ANY_TENSOR = Difference(
     "0.19",
     "an all-reduce over tensor-parallel ranks returns the sum also of a tensor that is not contiguous in memory; "
@@ -111,7 +106,11 @@ DIFFERENCES = (
     SPEC_OF_MLP_IS_PARTIAL,
     SENDS_BEFORE_FREEING,
     MARKS_EVERY_WEIGHT,
-    COUNTS_PAIRS_ON_DEVICE,
+    Difference(
+        "0.18",
+        "the gradient is divided by the number of pairs without asking the device whether the number is 0",
+        "this project divides it, always without asking",
+    ),
     Difference(
         "0.19",
         "data parallelism asks for CUDA's current stream on a CPU, too",

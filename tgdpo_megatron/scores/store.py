@@ -12,18 +12,23 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from tgdpo_megatron.bounded import read_json
+from tgdpo_megatron.data.mapped import Scattered
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.token_scores import FORMAT, ScoresManifest, TokenScores, response_starts
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses.rewards import SCORE_NAMES
+
+_DIGITS = 32
+"""Digits of a shard's checksum in its name."""
 
 
 class Key(NamedTuple):
@@ -56,7 +61,51 @@ def write_shard(folder: Path, scores: Mapping[Key, np.ndarray]) -> None:
             "values": np.concatenate([scores[key] for key in keys]).astype(np.float32),
         }
     )
-    _write_whole(folder / f"scores-{_checksum(content)}.safetensors", content)
+    _write_whole(folder / f"scores-{hashlib.sha256(content).hexdigest()[:_DIGITS]}.safetensors", content)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What a shard says of its n responses.
+
+    Attributes:
+        pairs: Hash of the pair of each, as text of fixed width, which can be sorted. [n] S32.
+        sides: CHOSEN or REJECTED. [n] uint8.
+        names: Place in SCORE_NAMES. [n] uint8.
+        starts: The scores of response i are values[starts[i]:starts[i + 1]]. [n + 1] int64.
+        values: All scores, of which a slice can be read from the file. fp32.
+    """
+
+    pairs: np.ndarray
+    sides: np.ndarray
+    names: np.ndarray
+    starts: np.ndarray
+    values: Any
+
+
+def _open_shards(folder: Path) -> Iterator[_Shard]:
+    """Check and open the shards of a folder, one after another.
+
+    Raises:
+        UserError: A shard that was altered or damaged.
+    """
+    for path in sorted(folder.glob("scores-*.safetensors")):
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        if path.stem != f"scores-{checksum[:_DIGITS]}":
+            raise UserError(
+                f"{path}: was altered or damaged since it was written (its checksum differs); delete the file and run "
+                "python -m recipes.score again, which computes only the scores that it held."
+            )
+        shard = safe_open(path, framework="numpy")  # maps the file, and keeps it mapped as long as a slice lives
+        pairs, sides, names, lengths = map(shard.get_tensor, ("pairs", "sides", "names", "lengths"))
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        yield _Shard(_sortable(pairs), sides, names, starts, shard.get_slice("values"))
+
+
+def _sortable(hashes: np.ndarray) -> np.ndarray:
+    """Hashes, [n, 32] uint8, as text that NumPy can sort and search. [n] S32."""
+    return np.ascontiguousarray(hashes).view("S32").reshape(-1)
 
 
 def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
@@ -65,24 +114,14 @@ def read_shards(folder: Path) -> Iterator[tuple[Key, np.ndarray]]:
     Raises:
         UserError: A shard that was altered or damaged.
     """
-    for path in sorted(folder.glob("scores-*.safetensors")):
-        content = path.read_bytes()
-        if path.stem != f"scores-{_checksum(content)}":
-            raise UserError(
-                f"{path}: was altered or damaged since it was written (its checksum differs); delete the file and run "
-                "python -m recipes.score again, which computes only the scores that it held."
-            )
-        shard = load(content)
-        ends = np.cumsum(shard["lengths"])
-        starts = ends - shard["lengths"]
-        for pair, side, name, start, end in zip(
-            shard["pairs"], shard["sides"].tolist(), shard["names"].tolist(), starts, ends, strict=True
-        ):
-            yield Key(pair.tobytes(), side, SCORE_NAMES[name]), shard["values"][start:end]
+    for shard in _open_shards(folder):
+        for place, (side, name) in enumerate(zip(shard.sides.tolist(), shard.names.tolist(), strict=True)):
+            key = Key(shard.pairs[place : place + 1].tobytes(), side, SCORE_NAMES[name])
+            yield key, shard.values[shard.starts[place] : shard.starts[place + 1]]
 
 
 def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> TokenScores:
-    """Read a folder of scores, and check that every pair of `data` has all its scores.
+    """Open a folder of scores, and check that every pair of `data` has all its scores. They stay on disk.
 
     Args:
         names: Which scores to read.
@@ -91,21 +130,20 @@ def load_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> Toke
         UserError: No scores in the folder, a damaged shard, a pair without scores, or a score that is not finite.
     """
     manifest = read_scores_manifest(folder)
-    starts = response_starts(data)
-    values, missing = _collect(folder, data, names)
+    found = _find(folder, data, names)
     for name in names:
-        if missing[name].any():
-            pair = int(missing[name].argmax()) // 2
+        if found.missing[name].any():
+            pair = int(found.missing[name].argmax()) // 2
             raise UserError(
                 f"{folder}: no {name} scores for {data.name(pair)}; run python -m recipes.score again, which adds "
                 "what is missing."
             )
-        if not (finite := np.isfinite(values[name])).all():
-            pair = (int(np.searchsorted(starts, finite.argmin(), side="right")) - 1) // 2
+        if not found.finite[name].all():
+            pair = int(found.finite[name].argmin()) // 2
             raise UserError(
                 f"{folder}: the {name} scores of {data.name(pair)} are not finite; score into another folder."
             )
-    return TokenScores(values, starts, manifest)
+    return TokenScores.of(data, found.values, manifest)
 
 
 def missing_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -114,31 +152,64 @@ def missing_scores(folder: Path, data: PreparedPairs, names: Sequence[str]) -> d
     Raises:
         UserError: A shard that was altered or damaged.
     """
-    return _collect(folder, data, names)[1]
+    return _find(folder, data, names).missing
 
 
-def _collect(
-    folder: Path, data: PreparedPairs, names: Sequence[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Scores of all responses in the order of `data`, and which responses have none. Reads one shard at a time."""
+@dataclass(frozen=True)
+class _Found:
+    """The scores of all responses of a data set: for each name where they lie, and what is wrong with them.
+
+    Attributes:
+        values: The scores of responses that are not missing, in the order of the data.
+        missing: Whether a response has no scores. [2N] bool.
+        finite: Whether all its scores are finite. [2N] bool.
+    """
+
+    values: dict[str, np.ndarray | Scattered]
+    missing: dict[str, np.ndarray]
+    finite: dict[str, np.ndarray]
+
+
+def _find(folder: Path, data: PreparedPairs, names: Sequence[str]) -> _Found:
+    """Find the scores of all responses of `data`. One shard is in memory at a time.
+
+    Raises:
+        UserError: A shard that was altered or damaged, or another number of scores than a response has tokens.
+    """
     starts = response_starts(data)
-    values = {name: np.full(starts[-1], np.nan, np.float32) for name in names}
-    missing = {name: np.ones(2 * len(data), bool) for name in names}
-    places: dict[bytes, list[int]] = {}
-    for pair in range(len(data)):
-        places.setdefault(data.hashes[pair].tobytes(), []).append(pair)
-    for key, scores in read_shards(folder):
-        for pair in places.get(key.pair, []) if key.name in names else []:
-            response = 2 * pair + key.side
-            begin, end = starts[response], starts[response + 1]
-            if len(scores) != end - begin:
+    lengths = np.diff(starts).reshape(-1, 2)
+    pairs, first, which = np.unique(_sortable(data.hashes), return_index=True, return_inverse=True)
+    places = {name: np.full((len(pairs), 2), -1) for name in names}  # of different pairs, in all shards' values
+    finite = {name: np.ones((len(pairs), 2), bool) for name in names}
+    parts: list[Any] = []
+    sizes: list[int] = []
+    filled = 0
+    for shard in _open_shards(folder):
+        nearest = np.searchsorted(pairs, shard.pairs).clip(max=len(pairs) - 1)
+        known = pairs[nearest] == shard.pairs
+        bad_before = np.concatenate([[0], np.cumsum(~np.isfinite(shard.values[:]))])
+        is_finite = np.diff(bad_before[shard.starts]) == 0
+        for name in names:
+            rows = np.flatnonzero(known & (shard.names == SCORE_NAMES.index(name)))
+            response = nearest[rows], shard.sides[rows]
+            there, expected = np.diff(shard.starts)[rows], lengths[first[response[0]], response[1]]
+            if (there != expected).any():
+                row = int((there != expected).argmax())
                 raise UserError(
-                    f"{folder}: {len(scores)} {key.name} scores for the {end - begin} tokens of a response of "
-                    f"{data.name(pair)}; score into another folder."
+                    f"{folder}: {there[row]} {name} scores for the {expected[row]} tokens of a response of "
+                    f"{data.name(int(first[response[0][row]]))}; score into another folder."
                 )
-            values[key.name][begin:end] = scores
-            missing[key.name][response] = False
-    return values, missing
+            places[name][response] = filled + shard.starts[rows]
+            finite[name][response] = is_finite[rows]
+        parts.append(shard.values)
+        sizes.append(int(shard.starts[-1]))
+        filled += sizes[-1]
+    of_responses = {name: place[which].reshape(-1) for name, place in places.items()}
+    return _Found(
+        values={name: Scattered(parts, sizes, starts, place) for name, place in of_responses.items()},
+        missing={name: place < 0 for name, place in of_responses.items()},
+        finite={name: good[which].reshape(-1) for name, good in finite.items()},
+    )
 
 
 def write_scores_manifest(folder: Path, manifest: ScoresManifest) -> None:
@@ -216,10 +287,6 @@ def _write_whole(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _short(value: object) -> str:
