@@ -126,7 +126,7 @@ def _lay_out(run: Run, iteration: int) -> LaidOut:
     """What a step needs, counted from 0, on the host.
 
     The copies to the device are left to the thread that works with it, so that a step that is laid out ahead takes
-    none of its memory.
+    none of the device's memory.
     """
     picked = run.pairs_of(iteration)
     return picked, run.training.micro_batches(picked, run.config, torch.device("cpu"))
