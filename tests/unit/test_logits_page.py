@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.logits.measure import CANDIDATES, MEAN, SPREAD, Effort, _hidden_states, _output_matrix, exact_logps, measure
+from bench.logits.measure import CANDIDATES, MEAN, SPREAD, Effort, _hidden_states, _output_matrix, exact_logps
 from bench.logits.report import BEGIN, END, put_into_page, rows
-from bench.process import one_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
@@ -24,10 +25,26 @@ def summary() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def small() -> dict[str, Any]:
-    with one_rank():
-        found = measure(Effort(pairs=2, response=16, width=128, vocabularies=(4000,)))
-    return found["vocabularies"]["4000"]
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the program's fast variant wrote to: a process of its own, which is a job of one rank."""
+    folder = tmp_path_factory.mktemp("logits")
+    (folder / "page.md").write_text(f"before\n\n{BEGIN}\n{END}\n\nafter\n")
+    command = [sys.executable, "-W", "ignore", "-m", "bench.logits", "--fast"]
+    command += ["--json", str(folder / "logits.json"), "--page", str(folder / "page.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(program: Path) -> dict[str, Any]:
+    found = json.loads((program / "logits.json").read_text())
+    return found["vocabularies"]["32000"]
+
+
+def test_the_program_fills_its_page(program: Path) -> None:
+    filled = (program / "page.md").read_text()
+    assert filled.startswith("before") and filled.endswith("after\n") and "TGDPO's weight of a token" in filled
 
 
 def test_the_tables_of_the_page_are_those_of_the_results(summary: dict[str, Any]) -> None:
