@@ -1,8 +1,10 @@
-"""The flat batch: labels shifted once, positions restarted, segments apart."""
+"""The flat batch: labels shifted once, positions restarted, segments apart; shared prompts, and shares of
+context-parallel ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from tgdpo_megatron.config import Config, ParallelConfig, TrainConfig
-from tgdpo_megatron.data.batch import make_batch, rank_batches
+from tgdpo_megatron.data.batch import Batch, make_batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
 
@@ -131,3 +134,108 @@ def test_sft_sees_chosen_responses_alone(data: PreparedPairs) -> None:
 def test_a_response_may_be_predicted_from_a_prompt_of_one_token(data: PreparedPairs) -> None:
     batch = make_batch(data, [2])
     assert batch.predictors.tolist() == [0, 1, 2, 3] and batch.labels.tolist() == [22, 23, 24, 25]
+
+
+# ---------------------------------------------------------------- shared prompts
+
+
+def test_a_shared_prompt_by_hand(data: PreparedPairs) -> None:
+    """Tokens 11 and 12 stand once. Row 1 (token 12) predicts 13 and 16, the first token of either response."""
+    batch = make_batch(data, [1], shared_prompts=True)
+    assert batch.tokens.tolist() == [11, 12, 13, 14, 16]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2], "the rejected response continues the prompt"
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 4] and batch.labels.tolist() == [13, 14, 15, 16, 17]
+    assert batch.plan.query_lengths == (4, 1) and batch.plan.key_lengths == (4, 3)
+    assert batch.plan.key_rows is not None and batch.plan.key_rows.tolist() == [0, 1, 2, 3, 0, 1, 4]
+
+
+def test_a_rejected_response_of_one_token_adds_a_label_and_no_token(data: PreparedPairs) -> None:
+    batch = make_batch(data, [0], shared_prompts=True)
+    assert batch.tokens.tolist() == [1, 2, 3, 4] and batch.plan.query_lengths == (4,)
+    assert batch.predictors.tolist() == [2, 3, 2] and batch.labels.tolist() == [4, 5, 6]
+
+
+def test_sharing_changes_no_label_and_no_pair(data: PreparedPairs) -> None:
+    apart, shared = (make_batch(data, [2, 0, 1], shared_prompts=on) for on in (False, True))
+    assert shared.labels.tolist() == apart.labels.tolist() and shared.samples == apart.samples
+    assert shared.pairs.pair.tolist() == apart.pairs.pair.tolist()
+    assert shared.pairs.side.tolist() == apart.pairs.side.tolist()
+    assert len(apart.tokens) - len(shared.tokens) == sum(data.prompt_lengths)
+
+
+def test_a_label_is_predicted_from_the_same_token_at_the_same_position_with_and_without_sharing(
+    data: PreparedPairs,
+) -> None:
+    apart, shared = (make_batch(data, [2, 0, 1], shared_prompts=on) for on in (False, True))
+    for rows in ("tokens", "positions"):
+        of_apart, of_shared = (getattr(batch, rows)[batch.predictors].tolist() for batch in (apart, shared))
+        assert of_apart == of_shared
+
+
+def test_a_pair_whose_prompts_differ_is_laid_apart(data: PreparedPairs) -> None:
+    """As in a folder of pairs that another program prepared: pair 1's rejected response has prompt 11, 99."""
+    tokens = data.tokens.copy()
+    tokens[data.starts[3] + 1] = 99
+    other = replace(data, tokens=tokens)
+    batch = make_batch(other, [0, 1, 2], shared_prompts=True)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 11, 12, 13, 14, 11, 99, 16, 21, 23, 24]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
+    assert tokens_read(other, np.arange(3), (CHOSEN, REJECTED), shared_prompts=True).tolist() == [4, 7, 3]
+
+
+def test_tokens_are_counted_as_batches_hold_them(data: PreparedPairs) -> None:
+    for shared in (False, True):
+        counted = tokens_read(data, np.arange(3), (CHOSEN, REJECTED), shared_prompts=shared)
+        held = [len(make_batch(data, [pair], shared_prompts=shared).tokens) for pair in range(3)]
+        assert counted.tolist() == held == ([4, 5, 3] if shared else [7, 7, 4])
+
+
+def test_one_response_alone_shares_nothing(data: PreparedPairs) -> None:
+    one = make_batch(data, [0, 1], sides=(REJECTED,), shared_prompts=True)
+    assert one.tokens.tolist() == make_batch(data, [0, 1], sides=(REJECTED,)).tokens.tolist()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("samples", [[], [2], [0, 1, 2]], ids=["no pair", "one pair", "three pairs"])
+@pytest.mark.parametrize(("size", "align"), [(None, 1), (None, 4), (36, 1)])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_shares_of_context_parallel_ranks_are_the_whole_batch(
+    ranks: int, size: int | None, align: int, samples: list[int], shared: bool, data: PreparedPairs
+) -> None:
+    """Together they hold its tokens and positions and predict its labels, and `order` brings the labels back."""
+    whole = make_batch(data, samples, size=size, align=align, shared_prompts=shared)
+    options: dict[str, Any] = {"size": size, "align": align, "shared_prompts": shared}
+    parts = [make_batch(data, samples, context=(rank, ranks), **options) for rank in range(ranks)]
+
+    def real(batches: list[Batch]) -> list[tuple[int, int]]:
+        rows = [row for batch in batches for row in zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True)]
+        return sorted(row for row in rows if row[0])  # padding is token 0
+
+    assert real(parts) == real([whole])
+    held = [len(part.tokens) for part in parts]
+    assert len(set(held)) == 1 and sum(held) % align == 0 and sum(held) == (size or sum(held))
+    assert {part.padding for part in parts} == {sum(held) - (len(whole.tokens) - whole.padding)}
+    most = parts[0].context.most if parts[0].context else 0
+    assert most >= 1, "a collective of nothing is not sent"
+    places = [(part.tokens[part.predictors], part.positions[part.predictors], part.labels) for part in parts]
+    for of_ranks, of_whole in zip(
+        zip(*places, strict=True),
+        (whole.tokens[whole.predictors], whole.positions[whole.predictors], whole.labels),
+        strict=True,
+    ):
+        padded = torch.cat([torch.nn.functional.pad(one, (0, most - len(one)), value=-1) for one in of_ranks])
+        for part in parts:
+            assert part.context is not None and part.context.most == most
+            assert padded[part.context.order].tolist() == of_whole.tolist()
+    for rank, part in enumerate(parts):
+        assert part.counts_pairs == (rank == 0)
+        assert part.pairs.pair.tolist() == whole.pairs.pair.tolist() and part.samples == whole.samples
+
+
+def test_a_run_gives_every_context_parallel_rank_its_share_of_the_same_pairs(data: PreparedPairs) -> None:
+    config = Config(parallel=ParallelConfig(context_parallel_size=2), train=TrainConfig(micro_batch_size=1))
+    cut = partial(rank_batches, data, np.arange(3), config, sides=(CHOSEN, REJECTED), rank=0, ranks=1)
+    shares = [cut(device=torch.device("cpu"), context_rank=rank) for rank in (0, 1)]
+    assert [batch.samples for batch in shares[0]] == [batch.samples for batch in shares[1]]
+    rows = {batch.samples[0]: len(batch.tokens) for share in shares for batch in share}
+    assert rows == {0: 2, 1: 3, 2: 2}, "halves of 4, 5 and 3 tokens"

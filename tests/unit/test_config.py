@@ -295,12 +295,36 @@ def test_options_that_need_another_are_refused() -> None:
 def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
     config = settings("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
     assert check_batch_layout(config, world_size=8) == 2
+    with_context = settings("parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2")
+    assert check_batch_layout(with_context, world_size=8) == 2
+
+
+def test_tokens_divide_by_every_size_that_splits_them() -> None:
+    config = settings(
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "parallel.context_parallel_size=3"
+    )
+    assert config.token_multiple == 6
+
+
+def test_a_plan_is_needed_where_prompts_or_ranks_share_sequences() -> None:
+    assert settings().needs_plan, "prompts are shared by default"
+    assert not settings("train.shared_prompts=false").needs_plan
+    assert settings("train.shared_prompts=false", "parallel.context_parallel_size=2").needs_plan
 
 
 @pytest.mark.parametrize(
     ("changes", "processes", "words"),
     [
-        (["parallel.context_parallel_size=2"], 2, ["context_parallel_size=2 is not supported", "set it to 1"]),
+        (
+            ["parallel.context_parallel_size=2", "parallel.tensor_model_parallel_size=2"],
+            6,
+            ["6 processes are no multiple of the 4 ", "parallel.context_parallel_size=2", "--nproc-per-node"],
+        ),
+        (
+            ["parallel.context_parallel_size=2", "train.micro_batch_tokens=65"],
+            2,
+            ["65 is not a multiple of 2", "context_parallel_size=2, whose ranks each hold a share", "up to 66"],
+        ),
         (["parallel.sequence_parallel=true"], 1, ["sequence_parallel=true needs", "tensor_model_parallel_size > 1"]),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
@@ -330,7 +354,19 @@ def test_the_data_parallel_size_is_what_the_layout_leaves() -> None:
         ),
         (["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"], 1, ["optimizer.min_lr", "optimizer.lr"]),
     ],
-    ids=["context", "sequence", "virtual", "world", "cluster", "batch", "ranks", "warm-up", "interleaved", "min_lr"],
+    ids=[
+        "context",
+        "context tokens",
+        "sequence",
+        "virtual",
+        "world",
+        "cluster",
+        "batch",
+        "ranks",
+        "warm-up",
+        "interleaved",
+        "min_lr",
+    ],
 )
 def test_what_does_not_fit_is_refused_with_its_numbers(changes: list[str], processes: int, words: list[str]) -> None:
     with pytest.raises(UserError) as refused:

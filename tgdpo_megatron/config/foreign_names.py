@@ -289,14 +289,14 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str | None, str], ...] = (
         "parallel.virtual_pipeline_model_parallel_size",
         "the number of chunks on a rank, not of layers in a chunk",
     ),
-    ("context_parallel_size", MCORE, "parallel.context_parallel_size", "only 1 is supported"),
+    ("context_parallel_size", MCORE, "parallel.context_parallel_size", ""),
     (
         "policy.megatron_cfg.context_parallel_size policy.dtensor_cfg.context_parallel_size",
         (NEMO,),
         "parallel.context_parallel_size",
-        "only 1 is supported",
+        "",
     ),
-    ("sequence_parallel_size", (SWIFT,), "parallel.context_parallel_size", "only 1 is supported"),
+    ("sequence_parallel_size", (SWIFT,), "parallel.context_parallel_size", ""),
     ("sequence_parallel", MCORE, "parallel.sequence_parallel", ""),
     (
         "policy.megatron_cfg.sequence_parallel policy.dtensor_cfg.sequence_parallel",

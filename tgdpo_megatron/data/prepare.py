@@ -25,6 +25,7 @@ from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
 from tgdpo_megatron.data.mapped import map_arrays
 from tgdpo_megatron.data.read import commit_of, place, source_files
 from tgdpo_megatron.data.rendering import TemplateRefusal
+from tgdpo_megatron.data.shared_prompts import shares_prompt
 from tgdpo_megatron.data.tokenizer import (
     AS_THEY_ARE,
     check_template,
@@ -66,6 +67,8 @@ class Summary:
     prompts_cut: int = 0
     responses_cut: int = 0
     """Responses that lost their end, and with it the token that closes their turn."""
+    prompts_apart: int = 0
+    """Pairs whose two prompts differ as tokens. They share no prompt, see data/shared_prompts.py."""
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest_sequence: int = 0
@@ -95,6 +98,7 @@ class Summary:
         side = "right" if self.truncation == "proportional" else "left"
         text += f", {self.prompts_cut} prompts cut from the {side}" if self.prompts_cut else ""
         text += f", {self.responses_cut} responses cut, without end of turn" if self.responses_cut else ""
+        text += f", {self.prompts_apart} pairs with two different prompts" if self.prompts_apart else ""
         return f"{text}; {dropped or 'none dropped'}."
 
 
@@ -355,6 +359,7 @@ def measured(prepared: PreparedPairs) -> PreparedPairs:
     summary.prompt_tokens = 2 * int(prompts.sum())
     summary.response_tokens = int(lengths.sum()) - summary.prompt_tokens
     summary.lengths = {name: _histogram(tokens) for name, tokens in parts.items()}
+    summary.prompts_apart = sum(not shares_prompt(prepared, pair) for pair in range(len(prepared)))
     summary.pairs_hash = hashlib.sha256(prepared.hashes.tobytes()).hexdigest()
     return prepared
 

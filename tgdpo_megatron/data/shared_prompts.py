@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from tgdpo_megatron.data.prepare import PreparedPairs
+if TYPE_CHECKING:
+    from tgdpo_megatron.data.prepare import PreparedPairs
 
 
 def shares_prompt(data: PreparedPairs, pair: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults.inputs.entry import BadInput, score, train
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+CP = "parallel.context_parallel_size"
 
 ENTRIES = [
     BadInput(
@@ -35,10 +36,53 @@ ENTRIES = [
         "× 1000000 = 2000000; change one of them.",
     ),
     BadInput(
-        "context parallelism",
-        train("--nproc-per-node=2", "parallel.context_parallel_size=2"),
-        "parallel.context_parallel_size=2 is not supported: it would split a pair's sum over tokens "
-        "before the loss; set it to 1.",
+        "a context-parallel size that does not divide the processes",
+        train("--nproc-per-node=3", f"{CP}=2"),
+        "3 processes are no multiple of the 2 that one copy of the model takes "
+        "(parallel.tensor_model_parallel_size=1 × parallel.pipeline_model_parallel_size=1 × "
+        "parallel.context_parallel_size=2); change --nproc-per-node or these sizes.",
+    ),
+    BadInput(
+        "one process for two context-parallel ranks, in scoring",
+        score(f"{CP}=2"),
+        "1 process is no multiple of the 2 that one copy of the model takes "
+        "(parallel.tensor_model_parallel_size=1 × parallel.pipeline_model_parallel_size=1 × "
+        "parallel.context_parallel_size=2); change --nproc-per-node or these sizes.",
+    ),
+    BadInput(
+        "no context-parallel rank",
+        train(f"{CP}=0"),
+        "command line: 'parallel.context_parallel_size' is refused: input should be greater than or equal to 1.",
+    ),
+    BadInput(
+        "a token budget that context parallelism does not split",
+        train("--nproc-per-node=2", f"{CP}=2", "train.micro_batch_tokens=65"),
+        "train.micro_batch_tokens=65 is not a multiple of 2 (parallel.context_parallel_size=2, whose ranks each hold "
+        "a share of the tokens); round it up to 66.",
+    ),
+    BadInput(
+        "a token budget that sequence and context parallelism do not split",
+        train(
+            "--nproc-per-node=4", f"{CP}=2", f"{TP}=2", "parallel.sequence_parallel=true", "train.micro_batch_tokens=66"
+        ),
+        "train.micro_batch_tokens=66 is not a multiple of 4 (parallel.tensor_model_parallel_size=2, over which "
+        "sequence_parallel splits the tokens × parallel.context_parallel_size=2, whose ranks each hold a share of the "
+        "tokens); round it up to 68.",
+    ),
+    BadInput(
+        "context parallelism by Megatron-LM's name",
+        train("--context-parallel-size", "2"),
+        "",
+    ),
+    BadInput(
+        "context parallelism by NeMo-RL's name",
+        train("policy.megatron_cfg.context_parallel_size=2"),
+        "",
+    ),
+    BadInput(
+        "a word for shared prompts",
+        train("train.shared_prompts=sometimes"),
+        "",
     ),
     BadInput(
         "sequence parallelism without tensor parallelism",

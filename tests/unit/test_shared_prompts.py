@@ -1,0 +1,53 @@
+"""Pairs whose two prompts differ share none, and are counted where pairs are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tgdpo_megatron.config import DataConfig
+from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, measured, prepare_pairs, save_prepared
+from tgdpo_megatron.data.shared_prompts import shares_prompt
+
+
+@pytest.fixture
+def data(prepared_by_hand: Callable[..., Any]) -> PreparedPairs:
+    """Three pairs; the second's rejected response has 99 as the last token of its prompt."""
+    same: PreparedPairs = prepared_by_hand([([1, 2], [4, 5], [6]), ([1, 2], [3], [7, 8]), ([9], [4], [5])])
+    tokens = same.tokens.copy()
+    tokens[same.starts[3] + 1] = 99
+    return replace(same, tokens=tokens)
+
+
+def test_a_pair_shares_its_prompt_if_both_prompts_are_the_same_tokens(data: PreparedPairs) -> None:
+    assert [shares_prompt(data, pair) for pair in range(3)] == [True, False, True]
+
+
+def test_pairs_whose_prompts_differ_are_counted_and_told(data: PreparedPairs, tmp_path: Path) -> None:
+    prepared = measured(data)
+    assert prepared.summary.prompts_apart == 1
+    assert ", 1 pairs with two different prompts;" in prepared.summary.sentences()
+    save_prepared(replace(prepared, prompts=np.zeros((3, 8), dtype=np.uint8)), tmp_path)
+    assert load_prepared(tmp_path).summary.prompts_apart == 1
+
+
+@pytest.mark.parametrize("truncation", ["prompt_left", "response_right", "proportional"])
+def test_both_prompts_of_a_pair_are_cut_alike(
+    truncation: str, write_pairs: Callable[..., Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    """However much longer one of its responses is."""
+    long, short = "Hello there! " * 12, "No."
+    rows = [
+        {"instruction": "Say hello. " * words, "chosen": one, "rejected": other}
+        for words in (1, 9)
+        for one, other in ((long, short), (short, long))
+    ]
+    config = DataConfig(max_length=90, truncation=truncation)
+    prepared = prepare_pairs(config, write_pairs(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "prepared")
+    assert prepared.summary.prompts_apart == 0 and "different prompts" not in prepared.summary.sentences()
+    assert prepared.summary.prompts_cut + prepared.summary.responses_cut > 0
