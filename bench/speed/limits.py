@@ -60,7 +60,7 @@ def within_limit(
         reached * allowed,
         target=allowed / share if at_most else allowed * share,
         at_most=at_most,
-        limit=f"{allowed:.3f}, {limit}; the target is the limit {'/' if at_most else '×'} {share:.2f}",
+        limit=f"{allowed:.3f}, {limit}; the target is the limit {'/' if at_most else '×'} {share:.3g}",
         note=f"{note}; {spread}" if note else spread,
         details={"limit": allowed, "shares": shares, "over": vars(over), "under": vars(under)},
     )
