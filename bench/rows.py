@@ -19,6 +19,7 @@ class Row:
         limit: What theory allows, or how the target follows, in words.
         note: Spread, absolute numbers, or why the row was skipped.
         broke: The measuring failed: a failed row.
+        file: Of rows, which measured this one.
         details: Everything behind the number.
     """
 
@@ -29,6 +30,7 @@ class Row:
     limit: str = ""
     note: str = ""
     broke: bool = False
+    file: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
