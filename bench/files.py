@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench.machine import machine
@@ -19,11 +19,14 @@ from tgdpo_megatron.quiet import quiet
 def run_file(name: str, *, seconds: float | None = None, **environment: str) -> list[Row]:
     """The rows of one file; a file that breaks is a failed row after those it had, and the others still run.
 
+    Every row carries the last part of the name of its file.
+
     Args:
         name: Of its module.
         seconds: A file that takes longer is stopped, and counts as broken.
         environment: Variables to set for it.
     """
+    file = name.rpartition(".")[2]
     with tempfile.TemporaryDirectory() as folder:
         output, log = Path(folder) / "rows.json", Path(folder) / "stderr"
         command = [sys.executable, "-m", name, "--rows", str(output)]
@@ -43,10 +46,10 @@ def run_file(name: str, *, seconds: float | None = None, **environment: str) -> 
             except subprocess.CalledProcessError:
                 reason = "broke: " + (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
             else:
-                return read_rows(output)
+                return [replace(row, file=file) for row in read_rows(output)]
         print(log.read_text(encoding="utf-8")[-4000:], file=sys.stderr)
         kept = read_rows(output) if output.is_file() else []
-        return [*kept, Row(name, None, broke=True, note=reason)]
+        return [replace(row, file=file) for row in (*kept, Row(name, None, broke=True, note=reason))]
 
 
 def write_results(rows: list[Row], path: Path) -> None:

@@ -64,11 +64,19 @@ def make_checkpoints(folder: Path) -> Checkpoints:
 
 
 class Ours:
-    """The engine, training with cached or live scores."""
+    """The engine, training with cached or live scores, and with prompts that are shared or not."""
 
     device = torch.device("cpu")
 
-    def __init__(self, data: PreparedPairs, checkpoints: Checkpoints, *, cached: bool, loss: LossConfig = LOSS) -> None:
+    def __init__(
+        self,
+        data: PreparedPairs,
+        checkpoints: Checkpoints,
+        *,
+        cached: bool,
+        loss: LossConfig = LOSS,
+        shared_prompts: bool = True,
+    ) -> None:
         from tgdpo_megatron.engine import build_engine
 
         self.data, self.places = data, checkpoints.megatron
@@ -77,7 +85,11 @@ class Ours:
             scores=ScoresConfig(source="cached" if cached else "live"),
             optimizer=OptimizerConfig(lr=LEARNING_RATE, min_lr=LEARNING_RATE),
             train=TrainConfig(
-                precision="fp32", train_iters=100, global_batch_size=PAIRS_PER_STEP, micro_batch_tokens=BUDGET
+                precision="fp32",
+                train_iters=100,
+                global_batch_size=PAIRS_PER_STEP,
+                micro_batch_tokens=BUDGET,
+                shared_prompts=shared_prompts,
             ),
         )
         riders = [self.places[role] for role in loss.carried]

@@ -19,6 +19,7 @@ class Row:
         limit: What theory allows, or how the target follows, in words.
         note: Spread, absolute numbers, or why the row was skipped.
         broke: The measuring failed: a failed row.
+        file: Of rows, which measured this one.
         details: Everything behind the number.
     """
 
@@ -29,6 +30,7 @@ class Row:
     limit: str = ""
     note: str = ""
     broke: bool = False
+    file: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,8 +46,9 @@ class Row:
         return "pass" if reached else "FAIL"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types, the verdict included."""
-        return {**asdict(self), "verdict": self.verdict}
+        """JSON types, the verdict included. Rows of a benchmark with one file of rows name none."""
+        found = {**asdict(self), "verdict": self.verdict}
+        return found if self.file else {name: value for name, value in found.items() if name != "file"}
 
 
 def skipped(name: str, reason: str) -> Row:

@@ -1,6 +1,6 @@
 """Write the tables of docs/ that are derived from the code: losses, token rewards, metrics of single losses, and the
-names of other programs' settings, differences between versions of megatron-core. And those of the faults and of the
-versions that were tried, which are derived from their results.
+names of other programs' settings, differences between versions of megatron-core. And those of the faults, of the
+versions that were tried and of the speed benchmark, which are derived from their results.
 
 A table stands between two lines of its page, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.speed.__main__ import FILES
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.foreign_names import LLAMA_FACTORY, MEGATRON, NEMO, SWIFT, TRL, of_tool
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
@@ -34,6 +35,7 @@ def tables() -> dict[str, dict[str, str]]:
             "written by make versions": versions(ROOT / "results" / "versions.json"),
             "differences": _differences(),
         },
+        "measurements.md": speed(ROOT / "results" / "bench.json"),
         "coming-from.md": {tool: _foreign(tool) for tool in (TRL, LLAMA_FACTORY, SWIFT, NEMO, MEGATRON)},
     }
 
@@ -95,6 +97,33 @@ def versions(results: Path) -> str:
     table = _table(("", *(f"{megatron}, Python {python}" for megatron, python in environments)), rows)
     machine = found["machine"]
     return f"{table}\n\nCommit {machine['commit']}, {machine['date']}; {machine['cores']} cores."
+
+
+def speed(results: Path) -> dict[str, str]:
+    """Name of each file of the speed benchmark's rows -> those that were measured, with target and limit."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
+    return {f"make bench, {file}": _measured([row for row in rows if row["file"] == file]) for file in FILES}
+
+
+def _measured(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        (row["name"], f"{row['measured']:.3g}", _target(row), _limit(row))
+        for row in rows
+        if row["measured"] is not None
+    ]
+    if not cells:
+        return "There are no results of this version yet."
+    return _table(("", "measured", "target", "limit"), cells)
+
+
+def _target(row: dict[str, Any]) -> str:
+    return f"{'≤' if row['at_most'] else '≥'} {row['target']:.3g}" if row["target"] is not None else "–"
+
+
+def _limit(row: dict[str, Any]) -> str:
+    """In words, with the number they begin with as short as the other numbers of the row."""
+    number, words = row["details"].get("limit"), row["limit"] or "–"
+    return words if number is None else f"{number:.3g}{words[words.index(',') :]}"
 
 
 def _differences() -> str:

@@ -20,7 +20,10 @@ from bench.rows import Row, table
 from bench.speed.picture import draw
 from tgdpo_megatron.quiet import quiet
 
-FILES = ("counts", "head", "packing", "steps", "saves", "trace", "trl", "convert", "sampling", "annotation")
+FILES = (
+    *("counts", "head", "packing", "steps", "shared", "saves", "context", "trace", "trl", "convert", "sampling"),
+    "annotation",
+)
 
 
 def main() -> None:

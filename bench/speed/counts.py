@@ -2,9 +2,10 @@
 
     python -m bench.speed.counts
 
-Counted from the batches that the product's own data code makes for each optimizer step. *Executed* tokens are
-those of all micro-batches of all ranks, padding included; *real* ones those of the sequences alone. A rank's load
-is its executed tokens of a step. Deterministic: the same on every machine.
+Counted from the batches that the product's own data code makes for each optimizer step. *Executed* tokens are those of
+all micro-batches of all ranks, padding included. *Real* ones are those of the sequences alone, where a prompt that both
+responses of a pair share counts once. A rank's load is its executed tokens of a step. Deterministic: the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tgdpo_megatron.config import Config, TrainConfig
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.order import global_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 
 PAIRS_PER_STEP, STEPS, BUDGET, LONGEST = 128, 16, 4096, 2048
@@ -48,7 +50,8 @@ def _padding(data: PreparedPairs, words: str) -> list[Row]:
             False,
             1,
             1.02,
-            f"1; each pair padded to its longer response {padded[1]:.2f}, four to the longest {padded[4]:.2f}",
+            f"1; prompts computed twice and each pair padded to its longer response {padded[1]:.2f}, four to the "
+            f"longest {padded[4]:.2f}",
         ),
         (
             f"packs of exactly {BUDGET} tokens on 2 data-parallel ranks",
@@ -61,7 +64,7 @@ def _padding(data: PreparedPairs, words: str) -> list[Row]:
         executed = real = 0
         for picked, batches in _steps(data, _config(fixed=fixed), ranks):
             executed += sum(_tokens(share) for share in batches)
-            real += int(data.lengths(SIDES)[picked].sum())
+            real += int(_real_tokens(data, picked).sum())
         rows.append(
             Row(
                 f"tokens computed for each real token: {name}, {words}",
@@ -75,15 +78,18 @@ def _padding(data: PreparedPairs, words: str) -> list[Row]:
 
 
 def _padded(data: PreparedPairs, picked: np.ndarray, size: int) -> float:
-    """Executed / real tokens if so many pairs at a time were padded to their longest sequence, in order."""
+    """Executed / real tokens if so many pairs at a time were padded to their longest sequence, in order.
+
+    Each response has a prompt of its own there.
+    """
     lengths = (np.diff(data.starts).reshape(-1, 2) - 1)[picked]
     parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
-    return float(sum(part.max() * part.size for part in parts) / lengths.sum())
+    return float(sum(part.max() * part.size for part in parts) / _real_tokens(data, picked).sum())
 
 
 def _whole_packs(data: PreparedPairs, ranks: int) -> float:
     """Executed / real tokens if pairs could be cut anywhere: each rank's tokens in whole packs."""
-    tokens = [int(data.lengths(SIDES)[picked].sum()) for picked in _picks(data)]
+    tokens = [int(_real_tokens(data, picked).sum()) for picked in _picks(data)]
     return float(sum(-(-each // (ranks * BUDGET)) * ranks * BUDGET for each in tokens) / sum(tokens))
 
 
@@ -93,7 +99,7 @@ def _balance(data: PreparedPairs, ranks: int, target: float) -> Row:
     for _, batches in _steps(data, _config(fixed=False), ranks):
         loads = [_tokens(share) for share in batches]
         ratios.append(max(loads) / np.mean(loads))
-    unbalanced = np.mean([_equal_counts(data.lengths(SIDES)[picked], ranks) for picked in _picks(data)])
+    unbalanced = np.mean([_equal_counts(_real_tokens(data, picked), ranks) for picked in _picks(data)])
     return Row(
         f"tokens of the busiest of {ranks} data-parallel ranks against the mean, lengths like UltraFeedback's",
         float(np.mean(ratios)),
@@ -107,6 +113,11 @@ def _balance(data: PreparedPairs, ranks: int, target: float) -> Row:
 def _equal_counts(lengths: np.ndarray, ranks: int) -> float:
     loads = lengths.reshape(ranks, -1).sum(axis=1)
     return float(loads.max() / loads.mean())
+
+
+def _real_tokens(data: PreparedPairs, picked: np.ndarray) -> np.ndarray:
+    """Tokens of each pair that must be computed. [n] int64."""
+    return tokens_read(data, picked, SIDES, shared_prompts=True)
 
 
 def _config(*, fixed: bool) -> Config:

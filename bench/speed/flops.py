@@ -2,7 +2,7 @@
 
 Matrix products and attention alone, a multiply-add counting 2: norms, exponentials and the optimizer's element by
 element work are not counted. Causal attention counts what torch's kernel for CPUs computes, which is more than the half
-that is needed.
+that is needed. With a mask it computes all that it is given, and our attention gives it the keys that some queries see.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from tgdpo_megatron.config.constants import MASKED_ROWS
 
 aten: Any = torch.ops.aten
 Shape = tuple[int, ...]
@@ -32,6 +34,14 @@ def causal_scores(length: int) -> int:
     """How many query-key products torch's causal attention for CPUs computes, of the `length`² of a full square."""
     blocks = range(0, length, KEY_BLOCK)
     return sum((min(first + KEY_BLOCK, length) - first) * min(first + KEY_BLOCK, length) for first in blocks)
+
+
+def masked_scores(queries: int, keys: int) -> int:
+    """The same for a block with more keys than queries: each strip of queries up to the last key that it sees."""
+    strips = range(0, queries, MASKED_ROWS)
+    return sum(
+        (last - first) * (keys - queries + last) for first in strips for last in [min(first + MASKED_ROWS, queries)]
+    )
 
 
 # What torch does not count by itself: adding a product in place, and its attention for CPUs.

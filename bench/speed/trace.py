@@ -12,14 +12,17 @@ micro-batches, v chunks to a stage.
 *Bytes.* Every call of a torch.distributed collective during one step is counted, with the bytes a ring sends per
 rank: 2 (g − 1)/g of an all-reduced tensor over g ranks, (g − 1)/g of a gathered, scattered or broadcast one, all of
 one sent to a neighbour. Compared, summed over ranks, with what the layout must send in fp32 for T tokens, R of them
-labelled, n weights, hidden size H, L layers:
+labelled, n weights, hidden size H, L layers, keys of K channels together:
 
 - tensor parallel with sequence parallelism, each of t ranks: 4 T H (t − 1)/t · (10 L + 4) — per layer four
   gathers or scatters forward, four backward, two gathers of inputs again for weight gradients; two each for the
   embedding and the head — and all-reduces of three numbers per label and of the (2 L + 1) H norm gradients;
 - pipeline, together: 2 · 4 T H (p − 1), hidden states forward and their gradients back;
 - data parallel with the distributed optimizer, each of d ranks: (4 + 4) n (d − 1)/d, gradients scattered and
-  weights gathered.
+  weights gathered;
+- context parallel, each of c ranks: 4 T · 4 K L (c − 1)/c — keys and values of each layer gathered forward, their
+  gradients scattered backward — and 4 R (c − 1)/c for the log-probs that are gathered for the loss; its ranks also
+  share gradients and weights as data-parallel ones do, (4 + 4) n (c − 1)/c.
 """
 
 from __future__ import annotations
@@ -70,16 +73,22 @@ MODEL = ModelDescription(
 )
 STAGES, CHUNKS, MICRO_BATCHES = (2, 4), (None, 2), (4, 8, 16)
 TENSOR, PIPELINE, DATA = "tensor parallel with sequence parallelism", "pipeline parallel", "data parallel"
+CONTEXT = "context parallel"
 LAYOUTS = {
-    TENSOR: ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    PIPELINE: ParallelConfig(pipeline_model_parallel_size=2),
-    DATA: ParallelConfig(),
+    2: {
+        TENSOR: ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        PIPELINE: ParallelConfig(pipeline_model_parallel_size=2),
+        DATA: ParallelConfig(),
+        CONTEXT: ParallelConfig(context_parallel_size=2),
+    },
+    4: {CONTEXT: ParallelConfig(context_parallel_size=4)},
 }
-"""On two ranks."""
+"""Number of ranks -> layouts whose bytes are counted."""
 LIMITS = {
     TENSOR: "4 T H (t − 1)/t · (10 L + 4) per rank, and the head's and norms' all-reduces",
     PIPELINE: "2 · 4 T H (p − 1)",
     DATA: "(4 + 4) n (d − 1)/d per rank",
+    CONTEXT: "(4 T · 4 K L + 4 R + (4 + 4) n) (c − 1)/c per rank",
 }
 
 Event = tuple[str, int, int]
@@ -91,7 +100,7 @@ def measure() -> list[Row]:
     found = {ranks: _run(ranks) for ranks in STAGES}
     return [
         *(_idle_row(stages, chunks, found[stages]["orders"]) for stages in STAGES for chunks in CHUNKS),
-        *(_bytes_row(name, **counted) for name, counted in found[2]["bytes"].items()),
+        *(_bytes_row(ranks, name, **counted) for ranks in STAGES for name, counted in found[ranks]["bytes"].items()),
     ]
 
 
@@ -153,9 +162,9 @@ def idle_share(orders: list[list[Event]]) -> float:
     return 1 - busy / (stages * max(free))
 
 
-def _bytes_row(name: str, sent: float, expected: float, calls: dict[str, int]) -> Row:
+def _bytes_row(ranks: int, name: str, sent: float, expected: float, calls: dict[str, int]) -> Row:
     return Row(
-        f"bytes sent in a step, difference from the formula: two ranks, {name}",
+        f"bytes sent in a step, difference from the formula: {ranks} ranks, {name}",
         abs(sent / expected - 1),
         target=0.05,
         limit=f"0; the formula is {LIMITS[name]}",
@@ -203,7 +212,7 @@ class Counted:
 
 
 def _record(world_size: int, output: Path) -> None:
-    """Record all schedules that take so many pipeline ranks and, with two, the bytes of all layouts."""
+    """Record all schedules that take so many pipeline ranks, and the bytes of all layouts of as many ranks."""
     from tgdpo_megatron.platform.processes import job
 
     counted = Counted()
@@ -212,8 +221,7 @@ def _record(world_size: int, output: Path) -> None:
         orders = {
             f"{chunks} {number}": _order(world_size, chunks, number) for chunks in CHUNKS for number in MICRO_BATCHES
         }
-        layouts = LAYOUTS if world_size == 2 else {}
-        sent = {name: _sent(parallel, counted, world_size) for name, parallel in layouts.items()}
+        sent = {name: _sent(parallel, counted, world_size) for name, parallel in LAYOUTS[world_size].items()}
         if ranks.is_first:
             output.write_text(json.dumps({"orders": orders, "bytes": sent}), encoding="utf-8")
 
@@ -259,21 +267,24 @@ def _sent(parallel: ParallelConfig, counted: Counted, world_size: int) -> dict[s
             engine.update()
             counted.on = False
     everywhere: list[Any] = [None] * world_size
-    tokens, labels = sum(len(batch.tokens) for batch in batches), sum(len(batch.predictors) for batch in batches)
+    tokens = parallel.context_parallel_size * sum(len(batch.tokens) for batch in batches)
+    labels = sum(len(batch.pairs.pair) for batch in batches)
     dist.all_gather_object(everywhere, counted.bytes)
     expected = _expected(parallel, data_parallel_size, tokens, labels, weights)
     return {"sent": sum(everywhere), "expected": expected, "calls": dict(counted.calls)}
 
 
 def _expected(parallel: ParallelConfig, data_parallel_size: int, tokens: int, labels: int, weights: int) -> float:
-    """The formula of the module's first lines, over all ranks. Only one of the three sizes is more than 1."""
+    """The formula of the module's first lines, over all ranks. Only one of the four sizes is more than 1."""
     hidden, layers = MODEL.hidden_size, MODEL.num_layers
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context, channels = parallel.context_parallel_size, MODEL.num_query_groups * MODEL.kv_channels
     sequence = 4 * tokens * hidden * (tensor - 1) / tensor * (10 * layers + 4)
     reduced = 4 * (3 * labels + (2 * layers + 1) * hidden) * 2 * (tensor - 1) / tensor
     pipeline = 2 * 4 * tokens * hidden * (stages - 1)
     data = 8 * weights * (data_parallel_size - 1) / data_parallel_size
-    return tensor * (sequence + reduced) + pipeline + data_parallel_size * data
+    shared = (4 * tokens * 4 * channels * layers + 4 * labels + 8 * weights) * (context - 1) / context
+    return tensor * (sequence + reduced) + pipeline + data_parallel_size * data + context * shared
 
 
 @contextlib.contextmanager
@@ -286,7 +297,7 @@ def _engine(
     from tgdpo_megatron.engine import build_engine
     from tgdpo_megatron.platform.processes import initialize_model_parallel
 
-    data = ultrafeedback_like(pairs, longest=64)
+    data = ultrafeedback_like(pairs, longest=256)
     config = Config(
         parallel=parallel,
         loss=LossConfig(type="tgdpo"),
@@ -304,6 +315,7 @@ def _engine(
         ranks=data_parallel_size,
         device=torch.device("cpu"),
         scores=_no_scores(data),
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
     weights = sum(weight.numel() for chunk in engine.chunks for weight in chunk.parameters())
     try:

@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 
 from bench.lengths import count_tokens
-from bench.pairs import read_lengths, with_real_lengths
+from bench.pairs import read_lengths, ultrafeedback_like, with_real_lengths
 from bench.rows import Row, paired, table
-from bench.speed.flops import causal_scores, counted_flops
+from bench.speed import context, counts, trace
+from bench.speed.flops import causal_scores, counted_flops, masked_scores
 from bench.speed.limits import Timed, within_limit
 from bench.speed.picture import draw
+from bench.speed.shared import PROMPT, RESPONSE, long_prompts
 from bench.speed.trace import idle_share
+from tgdpo_megatron.config import ParallelConfig
+from tgdpo_megatron.config.constants import MASKED_ROWS
+from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.model.attention import masked_attention
 
 
 def forward_then_backward(micro_batches: int) -> list[tuple[str, int, int]]:
@@ -62,6 +69,67 @@ def test_operations_of_attention_are_counted(causal: bool) -> None:
 @pytest.mark.parametrize(("length", "scores"), [(1, 1), (512, 512**2), (513, 512**2 + 513), (1024, 512**2 * 3)])
 def test_causal_attention_skips_whole_blocks_of_512_keys_alone(length: int, scores: int) -> None:
     assert causal_scores(length) == scores
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 2), (300, 900), (512, 600), (700, 1500), (1024, 1025)])
+def test_masked_attention_computes_what_is_counted_for_it(queries: int, keys: int) -> None:
+    """Every query computes the keys up to the last one that its strip of queries sees, counted here one by one."""
+    heads, channels = 2, 8
+    before = keys - queries
+    scores = sum(before + min((query // MASKED_ROWS + 1) * MASKED_ROWS, queries) for query in range(queries))
+    assert masked_scores(queries, keys) == scores
+    q, k, v = (torch.ones(1, heads, length, channels) for length in (queries, keys, keys))
+    assert counted_flops(lambda: masked_attention(q, k, v, 1.0, keys)) == 2 * 2 * heads * channels * scores
+
+
+def rows_that_must_be_computed(data: PreparedPairs, pair: int) -> list[tuple[int, bool]]:
+    """For each row of a pair with a shared prompt, how many tokens it sees, and whether it is of the prompt.
+
+    A row is the text up to a token, and the same text is one row, whichever response it is read for.
+    """
+    prompt, texts = int(data.prompt_lengths[pair]), set()
+    for side in (0, 1):
+        sequence = data.sequence(pair, side).tolist()
+        texts |= {(tuple(sequence[:seen]), side if seen > prompt else None) for seen in range(1, len(sequence))}
+    return [(len(text), side is None) for text, side in texts]
+
+
+def test_tokens_with_shared_prompts_are_as_many_as_there_are_different_texts_that_end_in_a_token() -> None:
+    data = ultrafeedback_like(6, longest=200)
+    found = counts._real_tokens(data, torch.arange(6).numpy())
+    assert found.tolist() == [len(rows_that_must_be_computed(data, pair)) for pair in range(6)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_operations_of_context_parallel_ranks_are_together_those_of_every_row_key_and_label(ranks: int) -> None:
+    data = ultrafeedback_like(5, longest=150)
+    parts = [make_batch(data, range(5), shared_prompts=True, context=(rank, ranks)) for rank in range(ranks)]
+    seen = [keys for pair in range(5) for keys, _ in rows_that_must_be_computed(data, pair)]
+    labels = sum(data.response_length(pair, side) for pair in range(5) for side in (0, 1))
+    padding = parts[0].padding
+    # Padding of a rank is a segment of its own, less than one row for each rank.
+    assert padding < ranks and sum(len(part.tokens) for part in parts) == len(seen) + padding
+    assert sum(context.keys_seen(part.plan) for part in parts) == sum(seen) + padding
+    weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # of a layer of Llama-3-8B, without its norms
+    body = 32 * ((len(seen) + padding) * weights + 2 * 4096 * (sum(seen) + padding))
+    assert sum(map(context.operations, parts)) == 2 * (body + 4096 * 128256 * labels)
+
+
+def test_bytes_of_context_parallel_ranks_are_what_rings_send_tensor_by_tensor() -> None:
+    """Each rank of a ring sends its part of a gathered tensor, or what others are owed of a scattered one."""
+    ranks, tokens, labels, weights = 4, 1000, 60, 500_000
+    sent = 0.0
+    for _ in range(ranks):
+        others = ranks - 1
+        for _ in range(trace.MODEL.num_layers):
+            channels = trace.MODEL.num_query_groups * trace.MODEL.kv_channels
+            both = 2 * channels * tokens // ranks  # keys and values of its own tokens
+            sent += 4 * both * others  # forward, to gather them
+            sent += 4 * both * others  # backward, to give the others their gradients
+        sent += 4 * labels / ranks * others
+        sent += 2 * 4 * weights / ranks * others  # gradients scattered, weights gathered
+    found = trace._expected(ParallelConfig(context_parallel_size=ranks), 1, tokens, labels, weights)
+    assert found == pytest.approx(sent)
 
 
 @pytest.mark.parametrize("at_most", [False, True])
@@ -113,6 +181,12 @@ def test_the_real_lengths_are_there_and_both_responses_follow_one_prompt() -> No
     for pair, prompt in enumerate(data.prompt_lengths):
         chosen, rejected = (data.sequence(pair, side) for side in (0, 1))
         assert (chosen[:prompt] == rejected[:prompt]).all() and max(len(chosen), len(rejected)) <= 512
+
+
+def test_long_prompts_are_as_long_as_is_said_and_nothing_is_cut() -> None:
+    data = long_prompts()
+    assert set(data.prompt_lengths.tolist()) == {PROMPT}
+    assert {data.response_length(pair, side) for pair in range(len(data)) for side in (0, 1)} == {RESPONSE}
 
 
 def test_a_row_is_the_median_of_paired_ratios() -> None:

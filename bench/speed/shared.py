@@ -1,0 +1,99 @@
+"""What it saves to compute the prompt of a pair once: whole steps and scoring, with shared prompts against without.
+
+    python -m bench.speed.shared
+
+Process CPU seconds at one thread. Both variants are the same program, with `train.shared_prompts` on and off, and run
+in turn on the same pairs with the same weights: one, the other, the other again and the first again. Their losses and
+token scores are asserted equal. fp32, cached scores, a body-heavy model (bench.ours.BODY). The pairs are as long as
+real ones, or have prompts of 1,500 tokens and responses of 300.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.files import program
+from bench.ours import Checkpoints, Ours, make_checkpoints
+from bench.pairs import with_real_lengths
+from bench.process import cpu_seconds, one_rank
+from bench.rows import Row
+from bench.speed.flops import counted_flops
+from bench.speed.limits import COUNTED, Timed, within_limit
+from tgdpo_megatron.data.prepare import PreparedPairs
+
+LONGEST, LOSS_LIMIT, SCORE_LIMIT = 2048, 2e-5, 2e-5
+REAL_PAIRS, REAL_BATCHES = 4, 6
+LONG_PAIRS, LONG_BATCHES, PROMPT, RESPONSE = 2, 3, 1500, 300
+SHARE = 0.971
+"""Share of the counted ratio that is the target with real lengths: 1 / 1.03."""
+LONG_TARGET = 0.65
+"""With long prompts, where the counted ratio is about 0.6. The rest is for what is not counted."""
+STEP, SCORING = "our TGDPO step, CPU time", "scoring with one frozen model, CPU time"
+
+
+def measure() -> Iterator[Row]:
+    """Two rows for each kind of lengths."""
+    with tempfile.TemporaryDirectory() as name, one_rank():
+        checkpoints = make_checkpoints(Path(name))
+        real = with_real_lengths(LONGEST)
+        yield from _rows(real, checkpoints, REAL_PAIRS, REAL_BATCHES, "lengths of 75 real pairs")
+        words = f"prompts of {PROMPT:,} tokens, responses of {RESPONSE}"
+        for row in _rows(long_prompts(), checkpoints, LONG_PAIRS, LONG_BATCHES, words):
+            yield replace(row, target=LONG_TARGET, limit=f"{row.details['limit']:.3f}, {COUNTED}")
+
+
+def long_prompts() -> PreparedPairs:
+    """Pairs whose prompts are much longer than their responses."""
+    lengths = np.tile([PROMPT, RESPONSE, RESPONSE], (LONG_PAIRS * LONG_BATCHES, 1))
+    return with_real_lengths(PROMPT + RESPONSE, lengths=lengths)
+
+
+def _rows(data: PreparedPairs, checkpoints: Checkpoints, size: int, number: int, words: str) -> Iterator[Row]:
+    """The step and scoring, over batches of `size` pairs."""
+    batches = [list(range(first, first + size)) for first in range(0, size * number, size)]
+    shared, apart = (Ours(data, checkpoints, cached=True, shared_prompts=shared) for shared in (True, False))
+    scores = []
+    for one in (shared, apart):
+        one.cache_scores([pair for batch in batches for pair in batch])
+        assert one.scores
+        scores.append(one.scores.values)
+    error = max(float(np.abs(values - scores[1][role]).max()) for role, values in scores[0].items())
+    assert error <= SCORE_LIMIT, f"token scores differ by {error:.1e}"
+    frozen = shared.frozen_model("reference")
+    programs: dict[str, tuple[Callable[[list[int]], Any], Callable[[list[int]], Any]]] = {
+        STEP: (shared.step, apart.step),
+        SCORING: (partial(shared.score, frozen), partial(apart.score, frozen)),
+    }
+    for name, both in programs.items():
+        timed = Timed(), Timed()
+        difference = 0.0
+        for batch in batches:
+            cost = [counted_flops(run, batch) for run in both]  # warms up
+            found = [0.0, 0.0]
+            for which in (0, 1, 1, 0):
+                spent, result = cpu_seconds(both[which], batch)
+                timed[which].seconds.append(spent)
+                timed[which].cost.append(cost[which])
+                if name == STEP:
+                    found[which] = result
+            difference = max(difference, abs(found[0] - found[1]))
+        assert difference <= LOSS_LIMIT, f"losses differ by {difference:.1e}"
+        yield within_limit(
+            f"{name}: prompts shared against computed twice, {words}",
+            *(one.mean_of_two() for one in timed),
+            at_most=True,
+            share=SHARE,
+            limit=COUNTED,
+            note=f"losses equal to {difference:.0e}" if name == STEP else f"token scores equal to {error:.0e}",
+        )
+
+
+if __name__ == "__main__":
+    program(__doc__, measure)
