@@ -1,0 +1,147 @@
+"""What a rank holds beside its weights: for backward, between steps, and for a moment at the worst moments."""
+
+from __future__ import annotations
+
+from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, TILE_ELEMENTS
+from tgdpo_megatron.planning.sizes import Sizes
+
+
+def _receiving_chunks(rank: Sizes, stage: int) -> int:
+    """Number of chunks of the model on this stage that receive hidden states from another stage."""
+    return rank.virtual - (1 if stage == 0 else 0) if rank.pipeline > 1 else 0
+
+
+def left_over(rank: Sizes, stage: int) -> float:
+    """Bytes that Megatron keeps between steps: the hidden states that the last micro-batch received, their gradient,
+    and the buffer in which sequence parallelism gathers."""
+    received = _receiving_chunks(rank, stage) * rank.models * rank.layer_input
+    return rank.tokens * (2 * received + rank.gathered * rank.width)
+
+
+def batches(rank: Sizes) -> float:
+    """Bytes of tokens, positions, predictors, labels, pairs and sides of all micro-batches, and of cached scores."""
+    names = rank.config.loss.scores
+    scores = len(names) if rank.config.scores.cached else names.count("reward")
+    # 8 bytes for each number but the scores.
+    return rank.micro_batches * (16 * rank.tokens + (32 + 4 * scores) * rank.labelled)
+
+
+def kept_per_token(rank: Sizes, stage: int) -> float:
+    """Bytes per token that a stage keeps for backward, for all micro-batches in flight."""
+    recompute = rank.config.train.recompute
+    kept = rank.layers * rank.layer(recompute)
+    if recompute == "full":
+        kept += 4 * rank.channels  # the rotary table, which all layers share
+    # Hidden states of frozen models that came from another stage. The policy's are counted as its first layer's input.
+    kept += _receiving_chunks(rank, stage) * (rank.models - 1) * rank.layer_input
+    # Hidden states that were sent. Megatron frees them on a GPU, but for those of interleaved chunks before 0.18. These
+    # are counted for every version: a plan is often made on another machine than the one that trains.
+    if rank.pipeline > 1 and (rank.device == "cpu" or rank.virtual > 1):
+        sending = rank.virtual - (1 if stage == rank.pipeline - 1 else 0)
+        kept += sending * rank.models * rank.layer_input
+    return kept * rank.in_flight(stage)
+
+
+def training_peak(rank: Sizes, stage: int) -> float:
+    """Temporary bytes at the worst moment of a training pass, beside what is kept for backward."""
+    tokens, width, hidden = rank.tokens, rank.width, rank.hidden
+    recompute = rank.config.train.recompute
+    # Backward computes again what one layer would have kept, and its output.
+    again = rank.layer("none") if recompute == "full" else 0.0
+    if recompute == "selective":
+        again = rank.layer("none") - rank.layer("selective")
+    gradient = tokens * rank.layer_input
+    gather = tokens * rank.gathered * width
+    last = stage == rank.pipeline - 1
+    # Backward of a feed-forward block: of its output matrix, of its activation, and of its input matrix. Each holds the
+    # gradients of what the block keeps, and of weights before they are added to Megatron's gradients. What the block
+    # keeps is freed on the way.
+    wide = tokens * rank.feed_forward * width
+    kept_products = rank.products
+    matrix = hidden * rank.feed_forward * width
+    backward = max(
+        gradient + gather + wide + matrix,
+        gradient + 2 * wide,
+        gradient + gather + tokens * hidden * width + (2 - kept_products) * wide + 2 * matrix,
+    )
+    moments = [tokens * again + backward + gather]
+    if rank.scores:  # backward of attention, when what the feed-forward block kept is free again
+        freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
+        heads = tokens * (rank.queries * width + 8 * rank.keys)  # gradients of queries, keys and values
+        # Probabilities, their gradient, which is in 16 bits first in bf16, and with a soft-cap its tanh.
+        bytes_each = (8 if width == 4 else 10) + (4 if rank.description.attention_softcap is not None else 0)
+        moments.append(tokens * again + gradient + heads + bytes_each * rank.scores - freed)
+    kept = tokens * kept_per_token(rank, stage)
+    if stage == 0:  # the embedding's gradient, at the end of a micro-batch's backward
+        moments.append(rank.padded_vocabulary * hidden * width + gradient - kept / rank.in_flight(stage))
+    if rank.device == "cpu" and rank.config.optimizer.use_distributed_optimizer:
+        moments.append(4 * rank.parameters(stage) - kept)  # gloo reduces a copy of the gradients after backward
+    if rank.models > 1:
+        policys = tokens * rank.norm * rank.streams if last else gradient
+        others = (rank.models - 2) * gradient
+        # What the previous pass received is still held while the last model runs.
+        if rank.models > 2 and _receiving_chunks(rank, stage):
+            others += 2 * rank.models * gradient
+        moments.append(policys + _layers_forward(rank) + others)
+    if last:
+        moments += [gather + moment for moment in _head(rank)]
+    # Interleaved chunks receive ahead in both directions, and what another chunk received in the previous pass is
+    # still held.
+    ahead = 4 * rank.models * gradient if rank.virtual > 1 else 0
+    return max(moments) + ahead + gather  # Megatron keeps the buffer in which it gathers
+
+
+def forward_peak(rank: Sizes, stage: int, models: int) -> float:
+    """Temporary bytes at the worst moment of a pass without backward."""
+    outputs = (models - 1 + (models if rank.pipeline > 1 else 0)) * rank.tokens * rank.layer_input
+    moments = [outputs + _layers_forward(rank)]
+    if stage == rank.pipeline - 1:
+        states = models * (rank.tokens * rank.layer_input + rank.labelled * rank.hidden * rank.width)
+        moments.append(states + rank.tokens * rank.gathered * rank.width + _tile(rank) * rank.scan)
+    return max(moments)
+
+
+def _layers_forward(rank: Sizes) -> float:
+    """Bytes of one layer's forward without a graph, in its feed-forward block, together with the hidden states."""
+    feed_forward = rank.tokens * (rank.products * rank.feed_forward * rank.width + 5 * rank.layer_input)
+    return max(feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input)
+
+
+def _tile(rank: Sizes) -> float:
+    """Number of logits that the head holds at once."""
+    return min(rank.labelled * rank.vocabulary, max(MIN_TILE_COLUMNS * rank.labelled, TILE_ELEMENTS[rank.device]))
+
+
+def _head(rank: Sizes) -> list[float]:
+    """Bytes of the final norm and the head at each of their worst moments, in forward and in backward."""
+    states = rank.labelled * rank.hidden * rank.width  # hidden states of labelled tokens
+    tile = _tile(rank)
+    whole = tile == rank.labelled * rank.vocabulary  # then forward keeps the tile for backward
+    narrow = rank.width == 2
+    norms = rank.models * rank.tokens * rank.layer_input + rank.tokens * (rank.norm - rank.width) * rank.streams
+    # With a soft-cap, backward also holds the cap's slope, and forward keeps nothing.
+    slope = 4 * tile if rank.description.logit_softcap is not None else 0
+    whole = whole and not slope
+    divergence = "divergence" in rank.config.loss.method.reads
+    forward = norms + rank.models * states + tile * rank.scan
+    gradient = rank.labelled * rank.hidden * 4
+    product = max(states, tile / rank.labelled * rank.hidden * rank.width) if narrow else 0
+    backward = norms + 2 * states + gradient + slope + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
+    if not divergence:
+        return [forward, backward]
+    kept = 4 * tile if whole else 0
+    both = norms + 2 * states + kept
+    return [
+        forward,
+        both + tile * (10 if narrow else 8),
+        both + gradient + slope + tile * (10 if narrow else 8) + product,
+    ]
+
+
+def update(rank: Sizes, stage: int, shards: int) -> float:
+    """Temporary bytes of Adam's update."""
+    if rank.transformer_engine:
+        return 0.0
+    if rank.device == "cuda":  # torch's AdamW takes the root of all second moments at once
+        return 4 * rank.parameters(stage) / shards
+    return 2 * 4 * min(rank.largest_matrix, rank.parameters(stage) / shards)
