@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.model.description import ModelDescription
-from tgdpo_megatron.planning.load import Program
+from tgdpo_megatron.planning.load import Load, Program, largest_loads
 from tgdpo_megatron.planning.peaks import batches, forward_peak, kept_per_token, left_over, training_peak, update
 from tgdpo_megatron.planning.sizes import Device, Sizes
 
 GIB = 1 << 30
 ROOM = 0.88
 """Share of a GPU's memory that a plan may take, by estimate. CUDA, libraries and allocator gaps take the rest."""
+
+
+MASK = "mask of attention"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Plan:
 
     Attributes:
         stage: Index of the rank's pipeline stage.
-        tokens: T, the tokens of a micro-batch.
+        tokens: The tokens of a micro-batch, of all context-parallel ranks together.
         phases: The memory at rest, and at the peak of each later phase.
     """
 
@@ -92,8 +95,7 @@ def plan(
     program: Program = "train",
     device: Device = "cuda",
     transformer_engine: bool = False,
-    tokens: int | None = None,
-    labelled: int | None = None,
+    load: Load | None = None,
     micro_batches: int | None = None,
     stage: int | None = None,
 ) -> Plan:
@@ -104,8 +106,7 @@ def plan(
     Args:
         world_size: Number of ranks.
         transformer_engine: Whether the layers are Transformer Engine's, and the optimizer is its own or apex's.
-        tokens: T. Default: the largest number that the configuration allows.
-        labelled: R. Default: all of T.
+        load: What a micro-batch holds. Default: the largest that the configuration allows.
         micro_batches: Micro-batches of a data-parallel rank per step. Default: as many as needed if all pairs have the
             greatest length.
         stage: Index of a pipeline stage. Default: the fullest stage.
@@ -118,19 +119,20 @@ def plan(
     Raises:
         UserError: The layout does not fit the number of ranks, as in check_layout.
     """
-    rank = Sizes(
-        config,
-        description,
-        program,
-        world_size,
-        device=device,
-        transformer_engine=transformer_engine,
-        tokens=tokens,
-        labelled=labelled,
-        micro_batches=micro_batches,
-    )
     stages = range(config.parallel.pipeline_model_parallel_size) if stage is None else [stage]
-    plans = [Plan(place, rank.tokens, tuple(_phases(rank, place, program))) for place in stages]
+    plans = []
+    for micro_batch in [load] if load is not None else largest_loads(config, description, program):
+        rank = Sizes(
+            config,
+            description,
+            program,
+            world_size,
+            device=device,
+            transformer_engine=transformer_engine,
+            load=micro_batch,
+            micro_batches=micro_batches,
+        )
+        plans += [Plan(place, micro_batch.tokens, tuple(_phases(rank, place, program))) for place in stages]
     return max(plans, key=lambda found: found.bytes)
 
 
@@ -139,11 +141,11 @@ def _phases(rank: Sizes, stage: int, program: Program) -> Iterable[Phase]:
     parameters = rank.parameters(stage)
     if program == "score":
         weights = {"frozen weights": rank.models * parameters * rank.width}
-        scoring = {"batches": batches(rank), "working memory": forward_peak(rank, stage, rank.models)}
+        scoring = {"batches": batches(rank), MASK: rank.mask, "working memory": forward_peak(rank, stage, rank.models)}
         yield _phase("weights", weights)
         yield _phase("scoring", weights | scoring)
         return
-    shards = rank.data_parallel if rank.config.optimizer.use_distributed_optimizer else 1
+    shards = rank.data_parallel * rank.context if rank.config.optimizer.use_distributed_optimizer else 1
     resting = {
         "policy weights": parameters * rank.width,
         "gradients": parameters * 4,
@@ -153,6 +155,7 @@ def _phases(rank: Sizes, stage: int, program: Program) -> Iterable[Phase]:
         # FP8 copies of the linear layers' weights: one as they are and one transposed.
         "FP8 weights": 2 * rank.layers * rank.layer_matrices if rank.fp8 else 0,
     }
+    resting[MASK] = rank.mask
     between = {"kept from the last pass": left_over(rank, stage)}
     yield _phase("weights and optimizer", resting | between)
     moving = {

@@ -19,11 +19,15 @@ def left_over(rank: Sizes, stage: int) -> float:
 
 
 def batches(rank: Sizes) -> float:
-    """Bytes of tokens, positions, predictors, labels, pairs and sides of all micro-batches, and of cached scores."""
+    """Bytes of tokens, positions, rows of keys, predictors, labels, pairs and sides of all micro-batches, and of
+    cached scores."""
     names = rank.config.loss.scores
     scores = len(names) if rank.config.scores.cached else names.count("reward")
-    # 8 bytes for each number but the scores.
-    return rank.micro_batches * (16 * rank.tokens + (32 + 4 * scores) * rank.labelled)
+    load = rank.load
+    each = 8 * (2 * rank.tokens + load.keys + 2 * load.predicted + 2 * load.labelled) + 4 * scores * load.labelled
+    if rank.context > 1:
+        each += 8 * load.labelled  # where the labels of all context-parallel ranks are
+    return rank.micro_batches * each
 
 
 def kept_per_token(rank: Sizes, stage: int) -> float:
@@ -49,7 +53,7 @@ def training_peak(rank: Sizes, stage: int) -> float:
     # Backward computes again what one layer would have kept, and its output.
     again = rank.layer("none") if recompute == "full" else 0.0
     if recompute == "selective":
-        again = rank.layer("none") - rank.layer("selective")
+        again = rank.core_attention
     gradient = tokens * rank.layer_input
     gather = tokens * rank.gathered * width
     last = stage == rank.pipeline - 1
@@ -65,12 +69,15 @@ def training_peak(rank: Sizes, stage: int) -> float:
         gradient + gather + tokens * hidden * width + (2 - kept_products) * wide + 2 * matrix,
     )
     moments = [tokens * again + backward + gather]
-    if rank.scores:  # backward of attention, when what the feed-forward block kept is free again
-        freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
+    # What the feed-forward block kept is free again in backward of attention.
+    freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
+    if rank.scores:
         heads = tokens * (rank.queries * width + 8 * rank.keys)  # gradients of queries, keys and values
         # Probabilities, their gradient, which is in 16 bits first in bf16, and with a soft-cap its tanh.
         bytes_each = (8 if width == 4 else 10) + (4 if rank.description.attention_softcap is not None else 0)
         moments.append(tokens * again + gradient + heads + bytes_each * rank.scores - freed)
+    if rank.copies:
+        moments += [tokens * again + moment - freed for moment in _backward_of_copies(rank)]
     kept = tokens * kept_per_token(rank, stage)
     if stage == 0:  # the embedding's gradient, at the end of a micro-batch's backward
         moments.append(rank.padded_vocabulary * hidden * width + gradient - kept / rank.in_flight(stage))
@@ -91,32 +98,55 @@ def training_peak(rank: Sizes, stage: int) -> float:
     return max(moments) + ahead + gather  # Megatron keeps the buffer in which it gathers
 
 
+def _backward_of_copies(rank: Sizes) -> list[float]:
+    """Bytes of the worst moments of core attention's backward where it has copied keys and values, less what it frees.
+
+    At first the blocks' gradients are computed one after another, and those of a strip of a block are padded to the
+    block. When the last block is done, what attention kept is free, and there are three tensors as large as the copies:
+    the gradient of the keys among the copies, that of the values among them, and their sum.
+    """
+    tokens, width = rank.tokens, rank.width
+    # With full recomputation the layer's output is there too, as long as the gradient.
+    states = tokens * rank.layer_input * (2 if rank.config.train.recompute == "full" else 1)
+    heads, copies = tokens * rank.queries * width, tokens * rank.copies
+    block = 2 * rank.keys * width * rank.load.most_keys
+    done = tokens * rank.core_attention + 2 * heads  # with the queries and the joined result
+    return [states + 2 * heads + copies + block, states + heads + 3 * copies - done]
+
+
 def forward_peak(rank: Sizes, stage: int, models: int) -> float:
     """Temporary bytes at the worst moment of a pass without backward."""
     outputs = (models - 1 + (models if rank.pipeline > 1 else 0)) * rank.tokens * rank.layer_input
     moments = [outputs + _layers_forward(rank)]
     if stage == rank.pipeline - 1:
-        states = models * (rank.tokens * rank.layer_input + rank.labelled * rank.hidden * rank.width)
+        states = models * (rank.tokens * rank.layer_input + rank.predicted * rank.hidden * rank.width)
         moments.append(states + rank.tokens * rank.gathered * rank.width + _tile(rank) * rank.scan)
     return max(moments)
 
 
 def _layers_forward(rank: Sizes) -> float:
-    """Bytes of one layer's forward without a graph, in its feed-forward block, together with the hidden states."""
+    """Bytes of one layer's forward without a graph, in its feed-forward block or in attention, together with the hidden
+    states."""
     feed_forward = rank.tokens * (rank.products * rank.feed_forward * rank.width + 5 * rank.layer_input)
-    return max(feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input)
+    moments = [feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input]
+    if rank.copies:
+        # Queries, keys and values before and after the rotation, its cosines and sines, and attention's result as it is
+        # joined from strips to blocks and from blocks to the whole.
+        heads = (5 * rank.queries + 3 * rank.keys + 4 * rank.channels) * rank.width
+        moments.append(rank.tokens * (4 * rank.layer_input + heads + rank.copies))
+    return max(moments)
 
 
 def _tile(rank: Sizes) -> float:
     """Number of logits that the head holds at once."""
-    return min(rank.labelled * rank.vocabulary, max(MIN_TILE_COLUMNS * rank.labelled, TILE_ELEMENTS[rank.device]))
+    return min(rank.predicted * rank.vocabulary, max(MIN_TILE_COLUMNS * rank.predicted, TILE_ELEMENTS[rank.device]))
 
 
 def _head(rank: Sizes) -> list[float]:
     """Bytes of the final norm and the head at each of their worst moments, in forward and in backward."""
-    states = rank.labelled * rank.hidden * rank.width  # hidden states of labelled tokens
+    states = rank.predicted * rank.hidden * rank.width  # hidden states of labelled tokens
     tile = _tile(rank)
-    whole = tile == rank.labelled * rank.vocabulary  # then forward keeps the tile for backward
+    whole = tile == rank.predicted * rank.vocabulary  # then forward keeps the tile for backward
     narrow = rank.width == 2
     norms = rank.models * rank.tokens * rank.layer_input + rank.tokens * (rank.norm - rank.width) * rank.streams
     # With a soft-cap, backward also holds the cap's slope, and forward keeps nothing.
@@ -124,8 +154,8 @@ def _head(rank: Sizes) -> list[float]:
     whole = whole and not slope
     divergence = "divergence" in rank.config.loss.method.reads
     forward = norms + rank.models * states + tile * rank.scan
-    gradient = rank.labelled * rank.hidden * 4
-    product = max(states, tile / rank.labelled * rank.hidden * rank.width) if narrow else 0
+    gradient = rank.predicted * rank.hidden * 4
+    product = max(states, tile / rank.predicted * rank.hidden * rank.width) if narrow else 0
     backward = norms + 2 * states + gradient + slope + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
     if not divergence:
         return [forward, backward]

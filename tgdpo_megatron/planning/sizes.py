@@ -1,8 +1,7 @@
 """The sizes of one rank's tensors: its weights, and what one layer keeps for backward.
 
-Legend: T tokens of a micro-batch, R labelled tokens of a micro-batch, H hidden size, F feed-forward channels, A query
-channels and K key (or value) channels of a layer, V vocabulary, n parameters of a rank. F, A, K and V are the share of
-one tensor-parallel rank.
+Numbers per token are per token of the rank. Under context parallelism a rank holds a share of a micro-batch's tokens.
+Feed-forward, query and key channels and the vocabulary are the share of one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -10,10 +9,16 @@ from __future__ import annotations
 from typing import Literal
 
 from tgdpo_megatron.config import Config, check_layout
-from tgdpo_megatron.config.constants import SCORED_AT_ONCE, VOCAB_MULTIPLE, attention_rows
+from tgdpo_megatron.config.constants import (
+    MASK_MULTIPLE,
+    MASKED_ROWS,
+    SCORED_AT_ONCE,
+    VOCAB_MULTIPLE,
+    attention_rows,
+)
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import layer_parameters
-from tgdpo_megatron.planning.load import Program, longest_pair, most_tokens
+from tgdpo_megatron.planning.load import Load, Program, largest_loads, longest_pair, most_tokens
 
 Device = Literal["cpu", "cuda"]
 
@@ -30,8 +35,7 @@ class Sizes:
         *,
         device: Device = "cuda",
         transformer_engine: bool = False,
-        tokens: int | None = None,
-        labelled: int | None = None,
+        load: Load | None = None,
         micro_batches: int | None = None,
     ) -> None:
         self.config, self.description = config, description
@@ -49,9 +53,12 @@ class Sizes:
         else:
             self.models = 1 + len(config.live_models)
 
-        self.longest = longest_pair(config, description) // len(loss.method.sides)
-        self.tokens = tokens if tokens is not None else most_tokens(config, description, program)
-        self.labelled = labelled if labelled is not None else self.tokens
+        self.load = load if load is not None else largest_loads(config, description, program)[0]
+        self.context = parallel.context_parallel_size
+        self.tokens = self.load.tokens // self.context
+        self.predicted = max(1, self.load.predicted)
+        self.copied_keys = self.load.keys / self.tokens
+        """Keys that attention copies per token, for blocks that have more keys than queries."""
         pairs = SCORED_AT_ONCE if program == "score" else -(-config.train.global_batch_size // self.data_parallel)
         at_once = max(1, most_tokens(config, description) // longest_pair(config, description))
         self.micro_batches = micro_batches if micro_batches is not None else -(-pairs // at_once)
@@ -134,16 +141,53 @@ class Sizes:
     def scores(self) -> float:
         """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of
         Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
-        description, longest = self.description, min(self.longest, self.tokens)
+        description, keys = self.description, self.load.most_keys
         capped, window = description.attention_softcap is not None, description.sliding_window
-        if window is not None and window >= longest:
+        if window is not None and window >= keys:
             window = None
         if not capped and window is None:
             return 0.0
         if capped and not all(description.windowed_layers):
             window = None  # the layers without a window have the larger blocks
-        rows = attention_rows(longest, int(self.heads), window)
-        return self.heads * rows * min(longest, rows + (window or longest))
+        rows = min(attention_rows(keys, int(self.heads), window), self.load.most_queries)
+        return self.heads * rows * min(keys, rows + (window or keys))
+
+    @property
+    def mask(self) -> float:
+        """Bytes of the mask with which torch's attention computes blocks that have more keys than queries. It is kept.
+        A kernel for a GPU needs none."""
+        description, keys = self.description, self.load.most_keys
+        window = description.sliding_window
+        all_windowed = window is not None and window < keys and all(description.windowed_layers)
+        if self.device == "cuda" or not self.load.keys or description.attention_softcap is not None or all_windowed:
+            return 0.0
+        return self.width * MASKED_ROWS * (-(-keys // MASK_MULTIPLE) * MASK_MULTIPLE + MASKED_ROWS)
+
+    @property
+    def copies(self) -> float:
+        """Bytes per token of the keys and values that attention copies."""
+        return 2 * self.keys * self.width * self.copied_keys
+
+    @property
+    def replaced_by_copies(self) -> float:
+        """Bytes per token of the keys and values that nothing needs for backward once attention has copied them.
+
+        On local layers the values are a view of the product of queries, keys and values. Norms of the heads keep the
+        whole product all the same, but for those in 16 bits on a CPU, which keep fp32 copies.
+        """
+        if not self.copies:
+            return 0.0
+        rotated = self.keys
+        if self.description.qk_layernorm and (self.device == "cuda" or self.width == 4):
+            return rotated * self.width
+        product = self.keys if self.transformer_engine else self.queries + 2 * self.keys
+        return (rotated + product) * self.width
+
+    @property
+    def core_attention(self) -> float:
+        """Bytes per token that core attention keeps for backward beside its inputs: log-sum-exps, the keys and values
+        that it copies, and on local layers the result of each block, which is then joined."""
+        return 4 * self.heads + self.copies + (0 if self.transformer_engine else self.queries * self.width)
 
     @property
     def layer_input(self) -> float:
@@ -155,9 +199,10 @@ class Sizes:
         if recompute == "full":
             return self.layer_input
         norms = 2 * (self.norm * self.streams + 4) + self.more_norms
-        statistics = 4 * self.heads
+        # Selective recomputation computes core attention again, from queries, keys and values.
+        core = self.core_attention - self.replaced_by_copies if recompute == "none" else 0.0
         if self.transformer_engine:
-            attention = (2 * self.queries + 2 * self.keys) * self.width + (statistics if recompute == "none" else 0)
+            attention = (2 * self.queries + 2 * self.keys) * self.width + core
             # Linear layers keep their input in FP8. Attention keeps its result, the output matrix's input, in bf16 too.
             if self.fp8:
                 return norms + attention + self.queries + 5 * self.feed_forward
@@ -165,9 +210,7 @@ class Sizes:
         # Queries and keys before the rotation, with the values, which are a view of the same matrix product; queries
         # and keys after the rotation; the rotation's cosines and sines for both; and attention's joined result, which
         # is the input of the output matrix.
-        attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width
-        if recompute == "none":  # attention also keeps the result of each segment and its log-sum-exps
-            attention += self.queries * self.width + statistics
+        attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width + core
         return norms + attention + self.products * self.feed_forward * self.width
 
     @property
