@@ -20,6 +20,7 @@ from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.planning import memory
+from tgdpo_megatron.planning.load import Load, Program
 
 CASES: dict[str, dict[str, Any]] = {
     "cached": {"live": False},
@@ -90,7 +91,7 @@ def _few_pairs() -> tuple[PreparedPairs, list[int]]:
     return data, pairs[: len(pairs) // 2]
 
 
-def _plan(ours: InPlace, program: memory.Program, batches: list[Batch]) -> memory.Plan:
+def _plan(ours: InPlace, program: Program, batches: list[Batch]) -> memory.Plan:
     largest = max(batches, key=lambda batch: len(batch.tokens))
     return memory.plan(
         ours.config,
@@ -99,8 +100,7 @@ def _plan(ours: InPlace, program: memory.Program, batches: list[Batch]) -> memor
         program=program,
         device="cpu" if device.REHEARSAL else "cuda",
         transformer_engine=HAVE_TRANSFORMER_ENGINE,
-        tokens=len(largest.tokens),
-        labelled=len(largest.predictors),
+        load=Load.of(largest),
         micro_batches=len(batches),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from tgdpo_megatron.model import vocabulary
 from tgdpo_megatron.model.build import build_model, transformer_config
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.pair_losses import PreferenceLoss
+from tgdpo_megatron.planning.load import Load
 from tgdpo_megatron.platform.processes import Ranks, initialize_model_parallel
 
 
@@ -61,13 +63,18 @@ class LiveBytes(TorchDispatchMode):
         return self.peak
 
 
-def pairs_of(lengths: list[int], prompt: int, vocab_size: int) -> PreparedPairs:
-    """Made-up pairs: each a prompt and two sequences of the given length."""
+def pairs_of(lengths: list[int], prompt: int, vocab_size: int, *, shared: bool = False) -> PreparedPairs:
+    """Made-up pairs: each two sequences of the given length, whose prompts are the same or differ."""
     generator = np.random.default_rng(1)
     sequences = [length for length in lengths for _ in (CHOSEN, REJECTED)]
+    tokens = generator.integers(0, vocab_size, sum(sequences)).astype(np.int32)
+    starts = np.cumsum([0, *sequences]).astype(np.int64)
+    if shared:
+        for chosen, rejected in starts[:-1].reshape(-1, 2):
+            tokens[rejected : rejected + prompt] = tokens[chosen : chosen + prompt]
     return PreparedPairs(
-        tokens=generator.integers(0, vocab_size, sum(sequences)).astype(np.int32),
-        starts=np.cumsum([0, *sequences]).astype(np.int64),
+        tokens=tokens,
+        starts=starts,
         prompt_lengths=np.full(len(lengths), prompt, dtype=np.int32),
         hashes=np.zeros((len(lengths), 32), dtype=np.uint8),
         rows=np.arange(len(lengths)),
@@ -75,8 +82,8 @@ def pairs_of(lengths: list[int], prompt: int, vocab_size: int) -> PreparedPairs:
     )
 
 
-def measure(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[list[dict[str, int]]]:
-    """For each case, for each rank: bytes by phase."""
+def measure(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """For each case, for each rank: bytes by phase, and the load of its largest micro-batch."""
     from megatron.core import parallel_state
 
     results = []
@@ -97,13 +104,14 @@ def _measure(
     shape: dict[str, Any],
     lengths: list[int],
     prompt: int = 8,
+    shared: bool = False,
     program: str = "train",
     tile: int = 1 << 22,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     config, description = Config.model_validate(settings), ModelDescription(**shape)
     vocabulary.TILE_ELEMENTS["cpu"] = tile
     initialize_model_parallel(config.parallel, config.train.seed)
-    pairs = pairs_of(lengths, prompt, description.vocab_size)
+    pairs = pairs_of(lengths, prompt, description.vocab_size, shared=shared)
     with LiveBytes() as tracker:
         phases = _train if program == "train" else _score
         return phases(ranks, tracker, config, description, pairs)
@@ -120,13 +128,14 @@ def _batches(ranks: Ranks, config: Config, pairs: PreparedPairs, **settings: Any
         rank=parallel_state.get_data_parallel_rank(),
         ranks=parallel_state.get_data_parallel_world_size(),
         device=ranks.device,
+        context_rank=parallel_state.get_context_parallel_rank(),
         **settings,
     )
 
 
 def _train(
     ranks: Ranks, tracker: LiveBytes, config: Config, description: ModelDescription, pairs: PreparedPairs
-) -> dict[str, int]:
+) -> dict[str, Any]:
     config.train.train_iters = 1
     engine = build_engine(config, description, loss=PreferenceLoss(config), start=None, frozen=[])
     live = config.live_models
@@ -142,13 +151,14 @@ def _train(
         "weights and optimizer": tracker.live - sum(_bytes(batch) for batch in batches),
         "forward and backward": forward_backward,
         "optimizer step": update,
+        "load": _load(batches, config),
         **_counted(engine),
     }
 
 
 def _score(
     ranks: Ranks, tracker: LiveBytes, config: Config, description: ModelDescription, pairs: PreparedPairs
-) -> dict[str, int]:
+) -> dict[str, Any]:
     models = [build_model(description, transformer_config(description, config)) for _ in config.loss.frozen_models]
     for chunk in (chunk for model in models for chunk in model):
         chunk.requires_grad_(False).eval()
@@ -157,11 +167,23 @@ def _score(
     weights = tracker.live
     batches = _batches(ranks, config, pairs)
     scoring = partial(token_logps, models[0], batches, config)
-    return {"weights": weights, "scoring": tracker.peak_of(scoring)}
+    return {"weights": weights, "scoring": tracker.peak_of(scoring), "load": _load(batches, config)}
+
+
+def _load(batches: list[Any], config: Config) -> dict[str, int]:
+    """The load of the micro-batch that has the most tokens."""
+    loads = (Load.of(batch, context=config.parallel.context_parallel_size) for batch in batches)
+    return asdict(max(loads, key=lambda load: load.tokens))
 
 
 def _bytes(batch: Any) -> int:
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    tensors = [
+        value
+        for part in (batch, batch.plan, batch.context)
+        if part is not None
+        for value in vars(part).values()
+        if isinstance(value, torch.Tensor)
+    ]
     return sum(tensor.nbytes for tensor in [*tensors, batch.pairs.pair, batch.pairs.side, *batch.scores.values()])
 
 
@@ -185,8 +207,9 @@ def _counted(engine: Engine) -> dict[str, int]:
     }
 
 
-def kept_by_layers(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[int]:
-    """Bytes of the distinct tensors that autograd keeps for backward of all layers, without weights and indices."""
+def kept_by_layers(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[tuple[int, dict[str, int]]]:
+    """Bytes of the distinct tensors that autograd keeps for backward of all layers, without weights, indices and the
+    mask of attention, and the load of the batch, for each case on this rank."""
     from megatron.core import parallel_state
 
     found = []
@@ -195,7 +218,8 @@ def kept_by_layers(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[int]:
         initialize_model_parallel(config.parallel, config.train.seed)
         (chunk,) = build_model(description, transformer_config(description, config))
         chunk.decoder.final_layernorm = None
-        (batch,) = _batches(ranks, config, pairs_of(case["lengths"], 8, description.vocab_size))
+        pairs = pairs_of(case["lengths"], case["prompt"], description.vocab_size, shared=case["shared"])
+        (batch,) = batches = _batches(ranks, config, pairs)
         weights = {parameter.untyped_storage()._cdata for parameter in chunk.parameters()}
         kept: dict[int, Any] = {}
 
@@ -205,8 +229,12 @@ def kept_by_layers(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[int]:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = chunk.decode(batch, None)
-        of_layers = (tensor for key, tensor in kept.items() if key not in weights and tensor.is_floating_point())
-        found.append(sum(tensor.untyped_storage().nbytes() for tensor in of_layers))
+        of_layers = (
+            tensor
+            for key, tensor in kept.items()
+            if key not in weights and tensor.is_floating_point() and not tensor.isneginf().any()
+        )
+        found.append((sum(tensor.untyped_storage().nbytes() for tensor in of_layers), _load(batches, config)))
         del output, kept
         parallel_state.destroy_model_parallel()
     return found

@@ -42,7 +42,7 @@ def test_every_tensor_of_huggingface_is_consumed_once_with_its_shape(public: Any
 def test_the_planner_counts_the_published_parameters(public: Any) -> None:
     """Over two pipeline stages, with the padding of the vocabulary taken away again."""
     from tgdpo_megatron.config import Config
-    from tgdpo_megatron.planning.memory import Sizes
+    from tgdpo_megatron.planning.sizes import Sizes
 
     name, _, description = public
     config = Config.model_validate({"parallel": {"pipeline_model_parallel_size": 2}})

@@ -36,7 +36,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from tgdpo_megatron.config.constants import MASKED_ROWS, attention_rows
+from tgdpo_megatron.config.constants import MASK_MULTIPLE, MASKED_ROWS, attention_rows
 from tgdpo_megatron.data.attention_plan import AttentionPlan
 from tgdpo_megatron.model.kernels import Kernel
 
@@ -153,7 +153,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mo
         most: A mask is kept that serves blocks of up to as many keys.
     """
     queries, keys = query.size(2), key.size(2)
-    mask, middle = _mask(-(-most // 1024) * 1024, query.dtype, query.device)
+    mask, middle = _mask(-(-most // MASK_MULTIPLE) * MASK_MULTIPLE, query.dtype, query.device)
     found = []
     for first in range(0, queries, MASKED_ROWS):
         last = min(first + MASKED_ROWS, queries)

@@ -16,7 +16,8 @@ from tgdpo_megatron.checkpoint.manifest import describe
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.errors import UserError, ran_out_of_memory
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
-from tgdpo_megatron.planning.memory import Program, plan, size
+from tgdpo_megatron.planning.load import Program
+from tgdpo_megatron.planning.memory import plan, size
 from tgdpo_megatron.planning.remedies import remedies
 from tgdpo_megatron.platform.processes import Ranks
 

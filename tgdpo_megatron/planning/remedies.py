@@ -11,7 +11,9 @@ from typing import Any
 from tgdpo_megatron.config import Config, check_batch_layout, check_layout, load
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
-from tgdpo_megatron.planning.memory import Device, Plan, Program, Sizes, longest_pair, plan, size
+from tgdpo_megatron.planning.load import Program, longest_pair
+from tgdpo_megatron.planning.memory import Plan, plan, size
+from tgdpo_megatron.planning.sizes import Device, Sizes
 
 
 @dataclass(frozen=True)
