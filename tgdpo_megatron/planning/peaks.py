@@ -157,7 +157,7 @@ def _head(rank: Sizes) -> list[float]:
     gradient = rank.predicted * rank.hidden * 4
     # A product before it is added to a gradient: in fp32 on a GPU, which keeps the sums; fp32 ones are added in place.
     wide = 4 if rank.device == "cuda" else rank.width
-    product = max(rank.labelled, tile / rank.labelled) * rank.hidden * wide if narrow else 0
+    product = max(rank.predicted, tile / rank.predicted) * rank.hidden * wide if narrow else 0
     backward = norms + 2 * states + gradient + slope + (max(6 * tile, 2 * tile + product) if narrow else 4 * tile)
     if not divergence:
         return [forward, backward]
