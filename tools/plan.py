@@ -59,10 +59,11 @@ def report(
     where: dict[str, Any] = {"world_size": ranks, "transformer_engine": transformer_engine}
     needs = plan(config, description, **where)
     data_parallel = ranks // parallel.model_parallel_size
+    context = f"CP{parallel.context_parallel_size} " if parallel.context_parallel_size > 1 else ""
     lines = [
         f"{_described(description)}; {plural(ranks, 'rank')}: "
         f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
-        f"DP{data_parallel}, {train.precision}, train.recompute={train.recompute}, scores.source="
+        f"{context}DP{data_parallel}, {train.precision}, train.recompute={train.recompute}, scores.source="
         f"{config.scores.source}, {needs.tokens} tokens at once; pipeline stage {needs.stage} is the fullest",
         "",
         table(needs),

@@ -83,7 +83,8 @@ def pairs_of(lengths: list[int], prompt: int, vocab_size: int, *, shared: bool =
 
 
 def measure(ranks: Ranks, *, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """For each case, for each rank: bytes by phase, and the load of its largest micro-batch."""
+    """For each case, for each rank: bytes by phase, the load of its largest micro-batch, and of training the losses of
+    two steps on the same pairs, summed over all pairs."""
     from megatron.core import parallel_state
 
     results = []
@@ -143,15 +144,17 @@ def _train(
     for place, chunk in enumerate(engine.chunks):
         chunk.carry([model[place] for model in carried], divergence="divergence" in config.loss.method.reads)
     batches = _batches(ranks, config, pairs)
+    losses: list[float] = []
     for _ in range(2):  # Adam's moments are made in the first step
         engine.zero_grad()
-        forward_backward = tracker.peak_of(partial(engine.forward_backward, batches))
+        forward_backward = tracker.peak_of(lambda: losses.append(engine.forward_backward(batches)["loss"]))
         update = tracker.peak_of(engine.update)
     return {
         "weights and optimizer": tracker.live - sum(_bytes(batch) for batch in batches),
         "forward and backward": forward_backward,
         "optimizer step": update,
         "load": _load(batches, config),
+        "losses": losses,
         **_counted(engine),
     }
 

@@ -9,12 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from recipes.settings import RECIPES
+from tests.support.memory import pairs_of
 from tgdpo_megatron.config import Config, check_batch_layout, complete, load
+from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.planning import memory
+from tgdpo_megatron.planning.load import Load, longest_pair, most_tokens
 from tgdpo_megatron.planning.memory import GIB, plan
 from tgdpo_megatron.planning.remedies import layouts, remedies, step_time
 
@@ -56,7 +61,8 @@ def test_transformer_engine_keeps_per_token_and_layer_what_is_published(
     description: ModelDescription, kilobytes: float
 ) -> None:
     """2 (6 H + 2 K) + 6 F bytes, flash attention, nothing recomputed; here with its log-sum-exps."""
-    found = plan(settings(*PLAIN), description, world_size=8, transformer_engine=True, tokens=1000)
+    load = Load.plain(1000, 1000, longest=1000)
+    found = plan(settings(*PLAIN), description, world_size=8, transformer_engine=True, load=load)
     activations = found.phase("forward and backward").parts["activations"]
     assert activations / 1000 / description.num_layers == pytest.approx(kilobytes * 1000, rel=0.01)
 
@@ -172,11 +178,92 @@ def test_remedies_that_suffice_come_first_and_the_cheapest_of_them_before() -> N
 def test_nothing_is_offered_that_is_there_or_cannot_be() -> None:
     config = settings(*PLAIN, "train.recompute=full", "train.micro_batch_tokens=4094")
     offered = {remedy.change.partition("=")[0] for remedy in remedies(config, LLAMA_8B, world_size=1)}
-    assert offered <= {"parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"}
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    assert offered <= {f"parallel.{name}" for name in sizes}
     divergence = settings(*PLAIN, "loss.type=tdpo2", recipe="dpo_llama3_8b_pairrm")
     assert "scores.source=cached" not in {remedy.change for remedy in remedies(divergence, LLAMA_8B, world_size=8)}
     prime = replace(LLAMA_8B, num_layers=31, num_attention_heads=1, num_query_groups=1)
-    assert not any("parallel" in remedy.change for remedy in remedies(config, prime, world_size=1))
+    for remedy in remedies(config, prime, world_size=1):
+        assert remedy.change == "parallel.context_parallel_size=2" and "needs 2 ranks" in remedy.cost
+
+
+def test_ranks_split_a_sequence_where_a_pair_at_once_is_too_much_and_not_before() -> None:
+    """4,094 tokens are one longest pair. Context parallelism halves what a layer keeps for a micro-batch."""
+    full = (*PLAIN, "train.recompute=full")
+
+    def offered(tokens: int) -> dict[str, float]:
+        config = settings(*full, f"train.micro_batch_tokens={tokens}")
+        return {remedy.change: remedy.slower for remedy in remedies(config, LLAMA_8B, world_size=8)}
+
+    split = "parallel.context_parallel_size=2"
+    assert split in offered(4094) and split not in offered(16384)
+    assert 1 < offered(4094)[split] < 1.1
+    config = settings(*full, "train.micro_batch_tokens=4094")
+    whole, half = (
+        plan(changed, LLAMA_8B, world_size=8).phase("forward and backward").parts["activations"]
+        for changed in (config, changed_by(split, config))
+    )
+    assert half / whole == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_optimizers_state_is_shared_by_context_parallel_ranks_too() -> None:
+    config = settings(*PLAIN)
+    whole, split = (
+        plan(changed, LLAMA_8B, world_size=8).phase("weights and optimizer").parts["optimizer state"]
+        for changed in (config, changed_by("parallel.context_parallel_size=2", config))
+    )
+    assert whole == split
+
+
+def test_layouts_raise_the_context_parallel_size_only_where_nothing_fits_without() -> None:
+    config = settings("train.micro_batch_tokens=4096")
+    ample = layouts(config, LLAMA_8B, world_size=8, available=80 * GIB)
+    assert ample and not any("context" in words for words, _ in ample)
+    least = min(needs.bytes for _, needs in layouts(config, LLAMA_8B, world_size=8, available=1 << 50))
+    long = changed_by("data.max_length=8192", changed_by("train.micro_batch_tokens=16384", config))
+    needed = min(needs.bytes for _, needs in layouts(long, LLAMA_8B, world_size=8, available=1 << 50))
+    assert needed > least
+    found = layouts(long, LLAMA_8B, world_size=8, available=needed - 1)
+    for words, needs in found:
+        assert "parallel.context_parallel_size=" in words and needs.bytes < needed
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("budget", [None, 256])
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
+    context: int, budget: int | None, transformer_engine: bool
+) -> None:
+    """Pairs of every length of prompt, shared or not, packed as they are in training, on every rank."""
+    shape = replace(LLAMA_8B, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_attention_heads=8, vocab_size=512)
+    parallel = {"context_parallel_size": context}
+    train = {"micro_batch_tokens": budget, "micro_batch_size": 2, "global_batch_size": 2}
+    changes: dict[str, Any] = {"parallel": parallel, "train": train, "data": {"max_length": 65}}
+    changes |= {"loss": {"type": "dpo"}, "scores": {"source": "cached"}}
+    config = Config.model_validate(changes)
+    where: dict[str, Any] = {"world_size": context, "transformer_engine": transformer_engine, "micro_batches": 1}
+    most = plan(config, shape, **where).bytes
+    nearest = 0.0
+    for prompt in (1, 2, 20, 32, 50, 62, 63, 64):
+        for shared in (True, False):
+            data = pairs_of([65] * 40, prompt, 512, shared=shared)
+            size = int(tokens_read(data, np.arange(1), (0, 1), shared_prompts=True)[0])
+            pairs = 2 if budget is None else budget // size
+            for rank in range(context):
+                batch = make_batch(
+                    data, range(pairs), shared_prompts=True, align=config.token_multiple, context=(rank, context)
+                )
+                needs = plan(config, shape, load=Load.of(batch, context=context), **where).bytes
+                nearest = max(nearest, needs / most)
+    assert 0.9 < nearest <= 1
+
+
+def test_a_plan_of_pairs_has_room_for_those_whose_prompts_differ() -> None:
+    config = settings(*PLAIN)
+    assert config.train.shared_prompts and longest_pair(config, LLAMA_8B) == 2 * (config.data.max_length - 1)
+    assert (
+        most_tokens(changed_by("train.micro_batch_tokens=null", config), LLAMA_8B) % longest_pair(config, LLAMA_8B) == 0
+    )
 
 
 def test_full_recomputation_costs_a_third() -> None:

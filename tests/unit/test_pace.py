@@ -43,6 +43,19 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts() -> None:
     assert forward_operations(MODEL, np.array([19, 30]), 49) == forward - needless
 
 
+@pytest.mark.parametrize("window", [None, 4, 8, 100])
+def test_operations_of_a_response_after_a_shared_prompt_are_those_of_its_own_queries(window: int | None) -> None:
+    """Counted from the mask: 12 queries after 7 keys, a query's own key and the far end of a window counting half."""
+    windowed = {} if window is None else {"sliding_window": window, "windowed_layers": (True,) * 3}
+    model = replace(MODEL, **windowed)
+    apart = np.arange(7, 19)[:, None] - np.arange(19)
+    seen = float(((apart > 0) & (apart < (window or 19))).sum()) + len(apart) / 2
+    if window is not None:
+        seen += (apart == window).sum() / 2
+    matrices = 2 * 3 * 12 * (2 * 64 * (64 + 32) + 3 * 64 * 160)
+    assert forward_operations(model, np.array([12]), 0, np.array([7])) == matrices + 3 * 2 * 2 * 64 * seen
+
+
 @pytest.mark.parametrize("window", [1, 7, 19, 25, 100])
 def test_a_query_of_a_windowed_layer_sees_its_window_alone(window: int) -> None:
     """One layer of three is windowed. Counted from the mask; the token itself counts half, as in half of a square."""
@@ -82,10 +95,19 @@ def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(gpu: str, fp8: bool, tflops
 
 @pytest.fixture
 def pairs() -> PreparedPairs:
-    """Two pairs: prompts of 3 and 2 tokens, responses of 4 and 2, and of 1 and 5."""
+    """Two pairs: prompts of 3 and 2 tokens, responses of 4 and 2, and of 1 and 5. Every token is another, so that the
+    prompts of a pair differ."""
     starts = np.cumsum([0, 7, 5, 3, 7])
     prompts = np.array([3, 2], dtype=np.int32)
-    return replace(ultrafeedback_like(2), tokens=np.zeros(22, dtype=np.int32), starts=starts, prompt_lengths=prompts)
+    return replace(ultrafeedback_like(2), tokens=np.arange(22, dtype=np.int32), starts=starts, prompt_lengths=prompts)
+
+
+@pytest.fixture
+def sharing(pairs: PreparedPairs) -> PreparedPairs:
+    """The same pairs; the responses of the first have one prompt."""
+    tokens = pairs.tokens.copy()
+    tokens[7:10] = tokens[:3]
+    return replace(pairs, tokens=tokens)
 
 
 def config_of(source: str, precision: str = "bf16", **loss: str) -> Config:
@@ -114,6 +136,24 @@ def test_frozen_models_count_a_forward_pass_each_and_apart(pairs: PreparedPairs)
     assert live["perf/tflops_per_rank"] == cached["perf/tflops_per_rank"]
     assert live["perf/frozen_tflops_per_rank"] == pytest.approx(2 / 3 * live["perf/tflops_per_rank"])
     assert live["perf/mfu"] == pytest.approx(5 / 3 * cached["perf/mfu"])
+
+
+def test_a_shared_prompt_counts_once_in_tokens_and_in_operations(pairs: PreparedPairs, sharing: PreparedPairs) -> None:
+    """The rejected response of the first pair has 5 tokens, of which the model reads the fourth alone, after the 3 of
+    the prompt. It computes the prompt's own products and attention once, and all labels as before."""
+    picked = np.array([0, 1])
+
+    def metrics(data: PreparedPairs, *, shared_prompts: bool = True) -> dict[str, float]:
+        config = config_of("cached")
+        config.train.shared_prompts = shared_prompts
+        return Pace(config, MODEL, data, ranks=1, gpu=None).of_step(picked, 1.0)
+
+    apart, shared = metrics(pairs), metrics(sharing)
+    assert apart["perf/tokens_per_second"] == 6 + 4 + 2 + 6
+    assert shared["perf/tokens_per_second"] == 6 + 1 + 2 + 6
+    prompt = TRAINING * forward_operations(MODEL, np.array([3]), 0)
+    assert (apart["perf/tflops_per_rank"] - shared["perf/tflops_per_rank"]) * 1e12 == pytest.approx(prompt)
+    assert metrics(sharing, shared_prompts=False) == apart
 
 
 def test_only_the_responses_that_a_loss_reads_count(pairs: PreparedPairs) -> None:

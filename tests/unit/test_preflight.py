@@ -342,7 +342,8 @@ def test_an_epoch_of_weighted_files_has_room_for_a_step(pairs_file: Path) -> Non
 def test_a_token_budget_that_is_too_small_is_refused_with_one_that_will_do(
     tensor: int, loss: str, prepared_by_hand: Callable[..., Any]
 ) -> None:
-    """The second pair has 12 + 31 tokens that the model reads; SFT reads the 12 of its chosen response, and 14."""
+    """The second pair has 12 + 31 tokens that the model reads, less the prompt of 2 that both responses share and that
+    it reads once; SFT reads the 12 of its chosen response, and 14."""
     data = prepared_by_hand([([1, 2], [3] * 13, [4]), ([1, 2], [5] * 11, [6] * 30)])
 
     def budgeted(tokens: int) -> Config:
@@ -356,12 +357,21 @@ def test_a_token_budget_that_is_too_small_is_refused_with_one_that_will_do(
     if loss == "sft":
         preflight._check_budget(budgeted(16), data, source)
         return
-    with pytest.raises(UserError, match=r"\(row 2 of by-hand.jsonl\) has 43 tokens and does not fit .*=16;") as refused:
+    with pytest.raises(UserError, match=r"\(row 2 of by-hand.jsonl\) has 41 tokens and does not fit .*=16;") as refused:
         preflight._check_budget(budgeted(16), data, source)
     (needed,) = map(int, re.findall(r"raise it to (\d+) or more", str(refused.value)))
-    assert 43 <= needed < 43 + tensor
+    assert 41 <= needed < 41 + tensor
     preflight._check_budget(budgeted(needed), data, source)
     assert check_layout(budgeted(needed), world_size=tensor) == 1
+
+
+def test_a_token_budget_counts_a_prompt_that_is_not_shared_twice(prepared_by_hand: Callable[..., Any]) -> None:
+    data = prepared_by_hand([([1, 2], [5] * 11, [6] * 30)])
+    train = TrainConfig(micro_batch_tokens=42)
+    preflight._check_budget(Config(train=train), data, Path("pairs.jsonl"))
+    apart = Config(train=train.model_copy(update={"shared_prompts": False}))
+    with pytest.raises(UserError, match=r"has 43 tokens and does not fit train.micro_batch_tokens=42;"):
+        preflight._check_budget(apart, data, Path("pairs.jsonl"))
 
 
 def test_a_weight_that_takes_no_pair_of_a_file_is_refused() -> None:

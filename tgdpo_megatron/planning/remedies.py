@@ -84,6 +84,7 @@ def _candidates(
     """Changes that may help: `key=value`, words about the cost, and the number of ranks that the change needs."""
     parallel, train = config.parallel, config.train
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    a_pair_at_once = False
     if program == "train":
         if config.live_models and "divergence" not in config.loss.method.reads:
             yield "scores.source=cached", "after one run of recipes.score", world_size
@@ -97,13 +98,19 @@ def _candidates(
         multiple = config.token_multiple
         least = -(-longest_pair(config, description) // multiple) * multiple
         fewer = max(least, train.micro_batch_tokens // (2 * multiple) * multiple)
-        if fewer < train.micro_batch_tokens:
+        a_pair_at_once = fewer >= train.micro_batch_tokens
+        if not a_pair_at_once:
             yield f"train.micro_batch_tokens={fewer}", "smaller matrix products", world_size
     elif train.micro_batch_size > 1:
         yield f"train.micro_batch_size={train.micro_batch_size // 2}", "smaller matrix products", world_size
+    else:
+        a_pair_at_once = True
     if tensor > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true", "", world_size
-    for name, factor in {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}.items():
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    if a_pair_at_once:  # then only a pair's own tokens can be split further
+        sizes = {"context_parallel_size": parallel.context_parallel_size} | sizes
+    for name, factor in sizes.items():
         fits = world_size % (2 * parallel.model_parallel_size) == 0
         ranks = world_size if fits else 2 * world_size
         yield f"parallel.{name}={2 * factor}", "" if fits else f"needs {ranks} ranks", ranks
@@ -137,8 +144,8 @@ def step_time(config: Config, description: ModelDescription, *, world_size: int)
     """Estimated time of a training step. It is not measured and serves only to compare settings.
 
     The time is counted in a rank's floating-point operations per token of the step. Operations of the layers are
-    increased by the traffic of tensor parallelism, at 370 GB/s against half of 989 TFLOP/s and without overlap. The sum
-    is increased by the time in which the pipeline is idle.
+    increased by the traffic of tensor and context parallelism, at 370 GB/s against half of 989 TFLOP/s and without
+    overlap. The sum is increased by the time in which the pipeline is idle.
     """
     rank = Sizes(config, description, "train", world_size)
     hidden, tensor = rank.hidden, config.parallel.tensor_model_parallel_size
@@ -147,7 +154,11 @@ def step_time(config: Config, description: ModelDescription, *, world_size: int)
     again = {"none": 0.0, "selective": attention, "full": 2 * matrices + attention}[config.train.recompute]
     forward = 2 * matrices + attention
     layer = (rank.models + 2) * forward + again
-    traffic = 10 * 2 * hidden * (tensor - 1) / 370e9 * 494e12 / (6 * matrices)
+    # Bytes that go over the wire for a token of a rank: tensor parallelism's hidden states, and the keys and values of
+    # the other context-parallel ranks, their gradients, and both once more where attention is computed again.
+    split = 10 * 2 * hidden * (tensor - 1) / tensor
+    gathered = (2 if config.train.recompute == "none" else 3) * (rank.context - 1) * 2 * 2 * rank.keys
+    traffic = (split + gathered) / 370e9 * 494e12 / (6 * rank.layer_matrices)
     idle = (rank.pipeline - 1) / (rank.virtual * rank.micro_batches)
     head = (rank.models + 3) * 2 * hidden * description.vocab_size  # backward computes its logits again
     return (description.num_layers * layer * (1 + traffic) + head) * (1 + idle) / world_size
@@ -165,22 +176,37 @@ def layouts(
     """Layouts of the same ranks that fit, fastest first: the changes to make, `key=value ...`, and the layout's plan.
 
     Tensor-parallel size, pipeline size and recomputation are varied. Sequence parallelism is on wherever there is
-    tensor parallelism, and the pipeline is not interleaved. Every other setting stays as it is.
+    tensor parallelism, and the pipeline is not interleaved. The context-parallel size is raised only where no layout
+    fits as it is. Every other setting stays as it is.
     """
-    found = []
+    where: dict[str, Any] = {"world_size": world_size, "device": device, "transformer_engine": transformer_engine}
+    context = config.parallel.context_parallel_size
+    while context <= world_size:
+        if found := _fitting(config, description, context, available, where):
+            return found
+        context *= 2
+    return []
+
+
+def _fitting(
+    config: Config, description: ModelDescription, context: int, available: int, where: dict[str, Any]
+) -> list[tuple[str, Plan]]:
+    """The layouts with one context-parallel size that fit."""
+    world_size, found = where["world_size"], []
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     for tensor, pipeline, recompute in itertools.product(sizes, sizes, ("none", "selective", "full")):
         parallel = {
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
             "virtual_pipeline_model_parallel_size": None,
+            "context_parallel_size": context,
             "sequence_parallel": tensor > 1,
         }
         changes: dict[str, dict[str, Any]] = {"parallel": parallel, "train": {"recompute": recompute}}
         changed = load(config, changes, where="the planner")
         if not _accepted(changed, description, "train", world_size):
             continue
-        needs = plan(changed, description, world_size=world_size, device=device, transformer_engine=transformer_engine)
+        needs = plan(changed, description, **where)
         if needs.bytes <= available:
             found.append((step_time(changed, description, world_size=world_size), _difference(config, changes), needs))
     return [(words, needs) for _, words, needs in sorted(found, key=lambda layout: (layout[0], layout[2].bytes))]
