@@ -85,7 +85,14 @@ def test_a_logit_takes_four_bytes_on_a_gpu_which_keeps_its_sum_and_two_more_on_a
 
     def working(vocabulary: int) -> int:
         model = replace(LLAMA_8B, vocab_size=vocabulary, ffn_hidden_size=128)
-        found = plan(settings(*PLAIN), model, world_size=8, program="score", device=device, tokens=200, labelled=100)
+        found = plan(
+            settings(*PLAIN),
+            model,
+            world_size=8,
+            program="score",
+            device=device,
+            load=Load.plain(200, 100, longest=100),
+        )
         return found.phase("scoring").parts["working memory"]
 
     assert working(40_000) - working(30_000) == bytes_of_a_logit * 100 * 10_000
@@ -96,7 +103,7 @@ def test_a_product_takes_four_bytes_before_a_gpu_adds_it_to_the_gradient_of_the_
 
     def working(vocabulary: int) -> int:
         model = replace(LLAMA_8B, vocab_size=vocabulary, ffn_hidden_size=128)
-        found = plan(settings(*PLAIN), model, world_size=8, device="cuda", tokens=200, labelled=100)
+        found = plan(settings(*PLAIN), model, world_size=8, device="cuda", load=Load.plain(200, 100, longest=100))
         return found.phase("forward and backward").parts["working memory"]
 
     assert working(128_000) - working(64_000) == (4 * LLAMA_8B.hidden_size + 2 * 100) * 64_000
