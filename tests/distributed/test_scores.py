@@ -22,6 +22,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"micro_batch_size": 2},
     ),
     "DP2, packs": (2, {}, {"micro_batch_tokens": 128}),
+    "CP2×TP2, sequence parallel, packs": (
+        4,
+        {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        {"micro_batch_tokens": 128},
+    ),
+    "one process, prompts apart": (1, {}, {"micro_batch_size": 2, "shared_prompts": False}),
 }
 
 
@@ -97,6 +103,7 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
 ) -> None:
     from tgdpo_megatron.data.order import global_batch
     from tgdpo_megatron.data.prepare import load_prepared
+    from tgdpo_megatron.data.shared_prompts import tokens_read
 
     if "wider" in os.environ["PYTEST_CURRENT_TEST"]:
         pytest.skip("a guidance model of another width cannot run beside the policy")
@@ -124,7 +131,8 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
     for step, line in enumerate(filled):
         picked = global_batch(step, num_pairs=len(data), global_batch_size=4, seed=42, shuffle=True)
         filling = line["num_padding_tokens"]
-        assert filling > 0 and (filling + data.lengths((0, 1))[picked].sum()) % FILLED["micro_batch_tokens"] == 0
+        fed = tokens_read(data, picked, (0, 1), shared_prompts=True).sum()
+        assert filling > 0 and (filling + fed) % FILLED["micro_batch_tokens"] == 0
     assert all(line["num_padding_tokens"] == 0 for line in live)
 
 

@@ -21,6 +21,7 @@ from tests.support.jobs import flip_a_bit
 from tests.support.program import run_ranks
 from tgdpo_megatron.checkpoint.convert import megatron_to_hf
 from tgdpo_megatron.data.prepare import load_prepared
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.platform.clock import ACTIVITIES
 from tgdpo_megatron.train import EVALUATED_AT_ONCE
@@ -183,9 +184,10 @@ def test_an_evaluation_counts_all_its_pairs_however_many(runs: Runs) -> None:
 
 
 def test_every_line_tells_the_speed_of_its_step_and_divides_its_time(runs: Runs) -> None:
-    """Each step takes all pairs, and each frozen model is live."""
+    """Each step takes all pairs, whose prompts are read once, and each frozen model is live."""
     (prepared,) = (runs.folder / "still/data").glob("train-*")
-    tokens = load_prepared(prepared).lengths((CHOSEN, REJECTED)).sum()
+    data = load_prepared(prepared)
+    tokens = tokens_read(data, np.arange(len(data)), (CHOSEN, REJECTED), shared_prompts=True).sum()
     for line in runs.metrics("still")[1:]:
         assert line["perf/tokens_per_second"] * line["perf/seconds_per_step"] == pytest.approx(tokens)
         assert line["perf/frozen_tflops_per_rank"] == pytest.approx(line["perf/tflops_per_rank"] / 3)
