@@ -22,6 +22,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"micro_batch_size": 2},
     ),
     "DP2, packs": (2, {}, {"micro_batch_tokens": 128}),
+    "CP2×TP2, sequence parallel, packs": (
+        4,
+        {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        {"micro_batch_tokens": 128},
+    ),
+    "one process, prompts apart": (1, {}, {"micro_batch_size": 2, "shared_prompts": False}),
 }
 
 
@@ -125,8 +131,8 @@ def test_training_on_scores_from_files_equals_training_beside_the_models(
     for step, line in enumerate(filled):
         picked = global_batch(step, num_pairs=len(data), global_batch_size=4, seed=42, shuffle=True)
         filling = line["num_padding_tokens"]
-        real = tokens_read(data, picked, (0, 1), shared_prompts=True).sum()
-        assert filling > 0 and (filling + real) % FILLED["micro_batch_tokens"] == 0
+        fed = tokens_read(data, picked, (0, 1), shared_prompts=True).sum()
+        assert filling > 0 and (filling + fed) % FILLED["micro_batch_tokens"] == 0
     assert all(line["num_padding_tokens"] == 0 for line in live)
 
 

@@ -184,10 +184,10 @@ def test_an_evaluation_counts_all_its_pairs_however_many(runs: Runs) -> None:
 
 
 def test_every_line_tells_the_speed_of_its_step_and_divides_its_time(runs: Runs) -> None:
-    """Each step takes all pairs, and each frozen model is live."""
+    """Each step takes all pairs, whose prompts are read once, and each frozen model is live."""
     (prepared,) = (runs.folder / "still/data").glob("train-*")
-    pairs = load_prepared(prepared)
-    tokens = tokens_read(pairs, np.arange(len(pairs)), (CHOSEN, REJECTED), shared_prompts=True).sum()
+    data = load_prepared(prepared)
+    tokens = tokens_read(data, np.arange(len(data)), (CHOSEN, REJECTED), shared_prompts=True).sum()
     for line in runs.metrics("still")[1:]:
         assert line["perf/tokens_per_second"] * line["perf/seconds_per_step"] == pytest.approx(tokens)
         assert line["perf/frozen_tflops_per_rank"] == pytest.approx(line["perf/tflops_per_rank"] / 3)

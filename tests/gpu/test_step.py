@@ -19,8 +19,9 @@ ROWS: list[dict[str, Any]] = [
     {"scores": "live", "recompute": "none", "tokens": 80},
     {"scores": "cached", "recompute": "selective", "micro_batch_size": 2},
     {"scores": "cached", "recompute": "full", "micro_batch_size": 2},
+    {"scores": "live", "recompute": "none", "micro_batch_size": 2, "shared": False},
 ]
-NAMES = ["live", "cached", "live, packs of 80 tokens", "selective recompute", "full recompute"]
+NAMES = ["live", "cached", "live, packs of 80 tokens", "selective recompute", "full recompute", "live, prompts apart"]
 LIMITS = {
     # A few times what fp32 gives on a CPU: a GPU adds products up in another order.
     "fp32": {"logps": 2e-5, "loss": 2e-5, "gradient": 2e-5, "grad norm": 2e-5, "weights": 1e-4, "ln 2": 1e-6},

@@ -60,6 +60,40 @@ def live_log_probs(ranks: Ranks, *, models: dict[str, str], policies: list[dict[
     return found
 
 
+def kernel_faults(ranks: Ranks, *, sizes: list[list[int]]) -> dict[str, list[str | None]]:
+    """Why each attention kernel cannot be used, for each of some numbers of heads, key-value heads and channels."""
+    from tgdpo_megatron.model.kernels import CANDIDATES, why_not
+
+    return {
+        name: [why_not(candidate, *size, ranks.device) for size in sizes]  # type: ignore[call-arg]
+        for name, candidate in CANDIDATES.items()
+    }
+
+
+def plan_log_probs(ranks: Ranks, *, folder: str, precision: str) -> dict[str, Any]:
+    """Log-probs of some pairs with shared prompts and with prompts apart, as one model computes them; and the name of
+    its attention kernel, "" without one."""
+    from bench.pairs import ultrafeedback_like
+    from tgdpo_megatron.checkpoint.manifest import describe
+    from tgdpo_megatron.checkpoint.state import load_weights
+    from tgdpo_megatron.config import Config, load
+    from tgdpo_megatron.data.batch import make_batch
+    from tgdpo_megatron.engine import token_logps
+    from tgdpo_megatron.model.build import build_model, transformer_config
+    from tgdpo_megatron.platform.processes import initialize_model_parallel
+
+    config = load(Config(), {"train": {"precision": precision}}, where="test")
+    initialize_model_parallel(config.parallel, seed=1)
+    description = describe(Path(folder))
+    settings = transformer_config(description, config)
+    chunks = build_model(description, settings)
+    load_weights(chunks, Path(folder))
+    data = ultrafeedback_like(8, longest=200, vocabulary=description.vocab_size)
+    batches = [make_batch(data, range(8), shared_prompts=shared).to(ranks.device) for shared in (True, False)]
+    shared, apart = (logps[0].tolist() for logps in token_logps(chunks, batches, config))
+    return {"shared": shared, "apart": apart, "kernel": settings.kernel.__name__ if settings.kernel else ""}
+
+
 def looks(ranks: Ranks, *, looks: list[dict[str, Any]]) -> None:
     """Save distributions of some checkpoints, as tests.support.jobs.distribution."""
     from tests.support.jobs import distribution

@@ -198,6 +198,18 @@ def test_where_no_kernel_is_needed_none_is_tried(
     assert settle_attention(config, description) == (config, None)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", Right), ("fp32", None)])
+def test_a_model_in_fp32_is_given_no_kernel_of_16_bits(
+    precision: str, expected: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with local layers, which compute one block after another where they have no kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(build, "find_kernel", lambda *_: (Right, ""))
+    config = Config.model_validate({"train": {"precision": precision}})
+    assert build.transformer_config(LLAMA, config).kernel is expected
+
+
 def test_local_layers_need_no_kernel() -> None:
     config = Config(parallel=ParallelConfig(context_parallel_size=2))
     assert settle_attention(config, LLAMA) == (config, None)

@@ -101,7 +101,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
     # here because Megatron's check of the setting knows the functions of Transformer Engine only.
     config.use_te_activation_func = not HAVE_TRANSFORMER_ENGINE
     config.kernel = None
-    if cuda and settings.needs_plan:
+    if cuda and settings.needs_plan and dtype is torch.bfloat16:  # the kernels compute in 16 bits
         config.kernel, _ = find_kernel(
             *_heads(description, settings), torch.device("cuda", torch.cuda.current_device())
         )

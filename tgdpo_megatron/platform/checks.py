@@ -147,7 +147,7 @@ def refuse_silent_traps(config: Any, *, packed: bool = False) -> None:
 
     Args:
         config: megatron.core TransformerConfig.
-        packed: Whether Megatron is given packed sequences (`thd`), and not segments of our own attention.
+        packed: Whether Megatron is given packed sequences (`thd`), and not the blocks of an attention plan.
 
     Raises:
         UserError: A setting is refused; the sentence names the field and the value to use.

@@ -52,7 +52,7 @@ ENTRIES = [
     BadInput(
         "no context-parallel rank",
         train(f"{CP}=0"),
-        "command line: 'parallel.context_parallel_size' is refused: input should be greater than or equal to 1.",
+        "command line: parallel.context_parallel_size=0 is refused: it should be at least 1.",
     ),
     BadInput(
         "a token budget that context parallelism does not split",
@@ -72,17 +72,19 @@ ENTRIES = [
     BadInput(
         "context parallelism by Megatron-LM's name",
         train("--context-parallel-size", "2"),
-        "",
+        "command line: '--context-parallel-size' is Megatron-LM's and ms-swift's name; here it is "
+        "parallel.context_parallel_size: write parallel.context_parallel_size=2.",
     ),
     BadInput(
         "context parallelism by NeMo-RL's name",
         train("policy.megatron_cfg.context_parallel_size=2"),
-        "",
+        "command line: 'policy.megatron_cfg.context_parallel_size' is NeMo-RL's name; here it is "
+        "parallel.context_parallel_size: write parallel.context_parallel_size=2.",
     ),
     BadInput(
         "a word for shared prompts",
         train("train.shared_prompts=sometimes"),
-        "",
+        "command line: train.shared_prompts='sometimes' is refused: it should be true or false.",
     ),
     BadInput(
         "sequence parallelism without tensor parallelism",
@@ -120,6 +122,13 @@ ENTRIES = [
     BadInput(
         "a token budget smaller than a pair",
         train("train.micro_batch_tokens=16"),
+        "pairs.jsonl: the longest pair (row 3 of pairs.jsonl) has 35 tokens and does not fit "
+        "train.micro_batch_tokens=16; raise it to 35 or more, or lower data.max_length.",
+        late=True,
+    ),
+    BadInput(
+        "the same without shared prompts",
+        train("train.micro_batch_tokens=16", "train.shared_prompts=false"),
         "pairs.jsonl: the longest pair (row 3 of pairs.jsonl) has 56 tokens and does not fit "
         "train.micro_batch_tokens=16; raise it to 56 or more, or lower data.max_length.",
         late=True,
