@@ -30,7 +30,7 @@ from tgdpo_megatron.data.prepare import PreparedPairs
 
 LONGEST, LOSS_LIMIT, SCORE_LIMIT = 2048, 2e-5, 2e-5
 REAL_PAIRS, REAL_BATCHES = 4, 6
-LONG_PAIRS, LONG_BATCHES, PROMPT, RESPONSE = 2, 3, 1500, 300
+LONG_PAIRS, LONG_BATCHES, PROMPT, RESPONSE = 1, 4, 1500, 300
 SHARE = 0.971
 """Share of the counted ratio that is the target with real lengths: 1 / 1.03."""
 LONG_TARGET = 0.65
