@@ -60,8 +60,8 @@ def within_limit(
         reached * allowed,
         target=allowed / share if at_most else allowed * share,
         at_most=at_most,
-        limit=f"{allowed:.3f}, {limit}, of which {reached:.3f} is measured and "
-        f"{'at most 1 /' if at_most else 'at least'} {share:.3g} is the target",
+        limit=f"{allowed:.3f}, {limit}; {reached:.3f} of it is measured, and "
+        f"{f'at most {1 / share:.3g}' if at_most else f'at least {share:.3g}'} is the target",
         note=f"{note}; {spread}" if note else spread,
         details={"limit": allowed, "shares": shares, "over": vars(over), "under": vars(under)},
     )

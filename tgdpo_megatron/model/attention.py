@@ -136,12 +136,13 @@ def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context: Any) -> t
         rows: Rows of the keys among those of all context-parallel ranks. [K] int64.
         context: Context-parallel process group; None without context parallelism.
     """
-    groups = key.size(2)
-    both = torch.cat([key, value], dim=2)  # gathered together, and on the CPU picked faster together
-    if context is not None:
-        both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=context)
-    picked = both.flatten(1).index_select(0, rows).view(len(rows), *both.shape[1:])
-    return picked[:, :, :groups], picked[:, :, groups:]
+    if context is None:
+        return key.index_select(0, rows), value.index_select(0, rows)
+    both = torch.cat([key, value], dim=2)  # gathered together
+    both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=context)
+    # Two slices would each fill a gradient of the whole with zeros in backward, and split joins both gradients once.
+    keys, values = both.index_select(0, rows).split(key.size(2), dim=2)
+    return keys, values
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, most: int) -> Tensor:
