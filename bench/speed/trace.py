@@ -297,7 +297,7 @@ def _engine(
     from tgdpo_megatron.engine import build_engine
     from tgdpo_megatron.platform.processes import initialize_model_parallel
 
-    data = ultrafeedback_like(pairs, longest=256)
+    data = ultrafeedback_like(pairs, longest=64)
     config = Config(
         parallel=parallel,
         loss=LossConfig(type="tgdpo"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.files import run_file, write_results
 from bench.lengths import count_tokens
 from bench.pairs import read_lengths, ultrafeedback_like, with_real_lengths
 from bench.rows import Row, paired, table
@@ -23,6 +24,7 @@ from tgdpo_megatron.config.constants import MASKED_ROWS
 from tgdpo_megatron.data.batch import make_batch
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.model.attention import masked_attention
+from tools.docs import speed
 
 
 def forward_then_backward(micro_batches: int) -> list[tuple[str, int, int]]:
@@ -211,6 +213,34 @@ def test_the_picture_shows_every_row_with_a_target_and_every_others_step(tmp_pat
     text = (tmp_path / "bench.svg").read_text()
     assert "3.00×" in text and "1.70×" in text and "0.61 (target ≤ 0.63)" in text and "skipped" not in text
     assert text.count("×") == 2, "our own steps are no one else's"
+
+
+def test_the_page_shows_the_measured_rows_of_a_file_with_target_and_limit(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            "timed",
+            2.9172,
+            target=2.6626,
+            at_most=False,
+            limit="2.958, counted",
+            file="steps",
+            details={"limit": 2.958},
+        ),
+        Row("told", 0.91, file="saves"),
+        Row("skipped", None, note="no network", file="saves"),
+    ]
+    write_results(rows, tmp_path / "bench.json")
+    tables = speed(tmp_path / "bench.json")
+    assert tables["make bench, steps"].splitlines()[2:] == ["| timed | 2.92 | ≥ 2.66 | 2.96, counted |"]
+    assert tables["make bench, saves"].splitlines()[2:] == ["| told | 0.91 | – | – |"]
+    assert {words for name, words in tables.items() if name not in ("make bench, steps", "make bench, saves")} == {
+        "There are no results of this version yet."
+    }
+
+
+def test_a_row_knows_the_file_that_measured_it_also_one_that_broke() -> None:
+    (row,) = run_file("bench.speed.no_such_file")
+    assert row.file == "no_such_file" and row.verdict == "FAIL"
 
 
 def test_the_table_says_measured_target_and_verdict_and_the_words_below() -> None:

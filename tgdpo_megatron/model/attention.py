@@ -165,7 +165,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mo
                 query[:, :, first:last], key[:, :, :seen], value[:, :, :seen], part, scale=scale, enable_gqa=True
             )
         )
-    return torch.cat(found, dim=2)
+    return torch.cat(found, dim=2) if len(found) > 1 else found[0]  # without a copy of a single strip
 
 
 @lru_cache(maxsize=1)
