@@ -83,22 +83,24 @@ def largest_loads(config: Config, description: ModelDescription, program: Progra
     """Loads of which one needs the most memory of all that the settings allow.
 
     A rank's memory grows with the numbers of a load, and these with the lengths of prompts and responses. So the most
-    is needed at one of two ends: either no prompt is shared, and all tokens may be labelled, or prompts are shared and
-    as long as they can be, and most keys are copied. The numbers are those of the rank that has the most of each.
+    is needed at an end: no prompt is shared; or prompts are shared and short, so that all tokens may be labelled; or
+    they are shared and as long as they can be, so that most keys are copied. The numbers are those of the rank that has
+    the most of each.
     """
     ranks, longest = config.parallel.context_parallel_size, longest_sequence(config, description)
     tokens = most_tokens(config, description, program)
     longest = min(longest, tokens)
+    queries = -(-longest // ranks)
     # Each segment is cut into 2 C chunks. The first rank has the first chunk of a segment, and the last, which sees the
     # whole of it; the last rank has the two in the middle, which adjoin and are one block.
-    copies = 1 + 1 / (2 * ranks) if ranks > 1 else 0.0
-    queries = -(-longest // ranks)
-    apart = Load(tokens, tokens, -(-tokens // ranks), math.ceil(copies * tokens), queries, longest)
+    seen = math.ceil(tokens * (1 + 1 / (2 * ranks))) if ranks > 1 else tokens
+    copied = Load(tokens, tokens, -(-tokens // ranks), seen, queries, longest)
+    apart = Load.plain(tokens, tokens, longest=longest) if ranks == 1 else copied
     if not (config.train.shared_prompts and len(config.loss.method.sides) > 1):
         return [apart]
     # The prompt fills the chosen sequence, and each of a rank's chunks of the rejected response sees all of it.
     if config.train.micro_batch_tokens is None:
         tokens = -(-tokens // (2 * config.token_multiple)) * config.token_multiple
-    copies = 3 + 1 / (2 * ranks) if ranks > 1 else 2.0
+    seen = math.ceil(tokens * (3 + 1 / (2 * ranks))) if ranks > 1 else 2 * tokens
     labels = 4 * max(1, tokens // longest)
-    return [apart, Load(tokens, labels, labels, math.ceil(copies * tokens), queries, longest)]
+    return [apart, copied, Load(tokens, labels, labels, seen, queries, longest)]

@@ -154,8 +154,8 @@ def _phases(rank: Sizes, stage: int, program: Program) -> Iterable[Phase]:
         "frozen weights": (rank.models - 1) * parameters * rank.width,
         # FP8 copies of the linear layers' weights: one as they are and one transposed.
         "FP8 weights": 2 * rank.layers * rank.layer_matrices if rank.fp8 else 0,
+        MASK: rank.mask,
     }
-    resting[MASK] = rank.mask
     between = {"kept from the last pass": left_over(rank, stage)}
     yield _phase("weights and optimizer", resting | between)
     moving = {
