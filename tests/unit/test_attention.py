@@ -89,11 +89,11 @@ def test_masked_strips_give_the_whole_matrix_and_its_gradient(before: int, most:
 
 
 def test_a_mask_takes_no_memory_for_every_pair_of_tokens() -> None:
-    """For a block of up to 32,768 keys: 512 rows of as many numbers and 512 more, and none for each of its queries."""
+    """For a block of up to 32,768 keys: 256 rows of as many numbers and 256 more, and none for each of its queries."""
     attention._mask.cache_clear()
     mask, _ = attention._mask(32768, torch.bfloat16, torch.device("cpu"))
     attention._mask.cache_clear()
-    assert mask.numel() == 512 * (32768 + 512)
+    assert mask.numel() == 256 * (32768 + 256)
 
 
 def test_in_bf16_scores_are_not_rounded_to_bf16() -> None:

@@ -29,7 +29,7 @@ ATTENTION_SCORES = 1 << 24
 """Number of scores in one block of the attention that is computed here. In fp32 these take 64 MiB."""
 _LEAST_ROWS = 64
 
-MASKED_ROWS, MASK_MULTIPLE = 512, 1024
+MASKED_ROWS, MASK_MULTIPLE = 256, 1024
 """Queries that attention takes at a time where it needs a mask, which has a number for each of them and each key. One
 mask is kept, for numbers of keys up to a multiple of the second number."""
 
