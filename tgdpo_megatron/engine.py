@@ -100,7 +100,7 @@ class Engine:
             return add_up(
                 sums,
                 names=names_for(self.config.loss),
-                counts_here=last_stage and holds_no_copy(),
+                counts_here=last_stage and is_first_copy(),
                 device=self.device,
                 votes=votes(),
             )
@@ -293,9 +293,9 @@ def run_pipeline(
     return reported
 
 
-def holds_no_copy() -> bool:
-    """Whether this rank is the one that speaks for those that compute the same log-probs: the tensor- and
-    context-parallel ranks of a stage."""
+def is_first_copy() -> bool:
+    """Whether this rank is the first of the tensor- and context-parallel ranks of its stage, which all compute the same
+    log-probs."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
 
 

@@ -32,7 +32,7 @@ from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import tokenizer_for
-from tgdpo_megatron.engine import holds_no_copy, token_logps
+from tgdpo_megatron.engine import is_first_copy, token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.losses.rewards import GIVEN_BY
@@ -122,10 +122,10 @@ def score(config: Config, ranks: Ranks, loudness: Loudness = Loudness.NORMAL) ->
         config, found = located.models_on_every_rank(config, ranks, commits, quiet=loudness == Loudness.QUIET)
         with located.named_as_given(config, found):
             models = preflight.check_models(config)
-        config, change = settle_attention(config, models.description)
+        checkpoints = _checkpoints(config, wanted)
+        config, change = settle_attention(config, *map(describe, checkpoints.values()))
         if change and ranks.is_first:
             print(f"warning: {change}.", flush=True)
-        checkpoints = _checkpoints(config, wanted)
         data, validation = preflight.load_data(
             config, models.description, ranks, folder / "data", quiet=loudness == Loudness.QUIET
         )
@@ -300,7 +300,7 @@ def _score(
         UserError: On every rank, if any log-prob is not finite, or a shard cannot be written.
     """
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    writes = writes and holds_no_copy()
+    writes = writes and is_first_copy()
     progress = tqdm(total=sequences, desc=words, unit="response", disable=not (shows and ranks.is_first and sequences))
     pending: deque[Future[str | None]] = deque()
     with ThreadPoolExecutor(max_workers=1) as writer, progress:

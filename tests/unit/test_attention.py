@@ -91,7 +91,7 @@ def test_masked_strips_give_the_whole_matrix_and_its_gradient(before: int, most:
 def test_a_mask_takes_no_memory_for_every_pair_of_tokens() -> None:
     """For a block of up to 32,768 keys: 256 rows of as many numbers and 256 more, and none for each of its queries."""
     attention._mask.cache_clear()
-    mask, _ = attention._mask(32768, torch.bfloat16, torch.device("cpu"))
+    mask = attention._mask(32768, torch.bfloat16, torch.device("cpu"))
     attention._mask.cache_clear()
     assert mask.numel() == 256 * (32768 + 256)
 

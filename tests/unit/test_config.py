@@ -307,9 +307,9 @@ def test_tokens_divide_by_every_size_that_splits_them() -> None:
 
 
 def test_a_plan_is_needed_where_prompts_or_ranks_share_sequences() -> None:
-    assert settings().needs_plan, "prompts are shared by default"
-    assert not settings("train.shared_prompts=false").needs_plan
-    assert settings("train.shared_prompts=false", "parallel.context_parallel_size=2").needs_plan
+    assert settings().picks_keys, "prompts are shared by default"
+    assert not settings("train.shared_prompts=false").picks_keys
+    assert settings("train.shared_prompts=false", "parallel.context_parallel_size=2").picks_keys
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,28 @@ class TopLeft(Right):
     DIAGONAL_FROM_THE_END = False
 
 
+class WithoutGradients(Right):
+    """Right numbers that carry no gradient."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        return super().__call__(query.detach(), key.detach(), value.detach(), plan)
+
+
+class OwnScale(Right):
+    """A kernel that takes the usual scale, whatever it is given."""
+
+    def __init__(self, heads: int, groups: int, channels: int, scale: float) -> None:
+        self.scale = channels**-0.5
+
+
+class TopLeftWhereMostAreEqual(Right):
+    """A kernel that chooses its mask by the most queries and the most keys of a block."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        kernel = TopLeft if plan.most_queries == plan.most_keys else Right
+        return kernel(HEADS, GROUPS, CHANNELS, self.scale)(query, key, value, plan)
+
+
 class WrongGradients(Right):
     """Right numbers, and half of the gradient of the values."""
 
@@ -82,6 +104,9 @@ class NotForThese(Right):
 FAULTS = {
     TopLeft: "it aligns the mask of fewer queries than keys at the top left",
     WrongGradients: "its numbers are wrong for fewer queries than keys",
+    TopLeftWhereMostAreEqual: "it aligns the mask of fewer queries than keys at the top left",
+    OwnScale: "its numbers are wrong for fewer queries than keys",
+    WithoutGradients: "element 0 of tensors does not require grad",
     EveryKey: "its numbers are wrong for fewer queries than keys",
     NotInstalled: "No module named 'transformer_engine'",
     NotForThese: "No dot product attention backend is available",
@@ -157,7 +182,7 @@ def top_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("with_transformer_engine", "top_left_alone")
 def test_without_a_kernel_prompts_are_not_shared_and_a_sentence_says_why() -> None:
     config, change = settle_attention(Config(), LLAMA)
-    assert not config.train.shared_prompts and not config.needs_plan
+    assert not config.train.shared_prompts and not config.picks_keys
     assert change == (
         "each response has a prompt of its own, because no attention kernel can share prompts here "
         f"(Transformer Engine: {FAULTS[TopLeft]})"

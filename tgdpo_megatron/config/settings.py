@@ -505,9 +505,11 @@ class Config(_Group):
         return () if self.scores.cached else self.loss.carried
 
     @property
-    def needs_plan(self) -> bool:
-        """Whether some queries see keys that are not the rows of their own sequence (data/attention_plan.py)."""
-        return self.train.shared_prompts or self.parallel.context_parallel_size > 1
+    def picks_keys(self) -> bool:
+        """Whether attention has blocks with more keys than queries, whose keys are picked from other rows
+        (data/attention_plan.py)."""
+        shares = self.train.shared_prompts and len(self.loss.method.sides) > 1
+        return shares or self.parallel.context_parallel_size > 1
 
     @property
     def fp8_multiple(self) -> int:

@@ -85,6 +85,8 @@ class AttentionPlan:
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same plan on another device. The host does not wait, because the copies start from pinned memory."""
+        if device.type == "cpu":
+            return self
         moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()

@@ -189,24 +189,24 @@ def make_batch(
             side.append(np.full(response, which))
             offset += len(sequence) - 1 - given
     rank, ranks = context
-    multiple = ranks * align // math.gcd(ranks, align)
+    multiple = math.lcm(ranks, align)
     end = size if size is not None else max(multiple, -(-offset // multiple) * multiple)  # never empty
     if end < offset:
         raise ValueError(f"{offset} tokens do not fit a batch of {end}")
     share = share_of(segments, rows=end // ranks, rank=rank, ranks=ranks)
     filling = [np.zeros(end // ranks - len(share.rows), dtype=np.int64)]
-    own, places, where = _labels_of_rank(share.places[_joined(predictors)], end // ranks, rank, ranks)
+    own, local, context_labels = _labels_of_rank(share.places[_joined(predictors)], end // ranks, rank, ranks)
     return Batch(
         tokens=_tensor([_joined(tokens)[share.rows], *filling]),
         positions=_tensor([_joined(positions)[share.rows], *(np.arange(n) for n in share.padding)]),
         plan=share.plan,
-        predictors=_tensor([places]),
+        predictors=_tensor([local]),
         labels=_tensor([_joined(labels)[own]]),
         pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
         scores=scores.join(samples, sides) if scores is not None else {},
         samples=tuple(int(sample) for sample in samples),
         padding=end - offset,
-        context=where,
+        context=context_labels,
     )
 
 

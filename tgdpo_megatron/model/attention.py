@@ -117,7 +117,9 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, q or k, C]
         window = self.window if self.window is not None and self.window < len(key) else None
-        if self.softcap is not None or window is not None:
+        # Of torch's kernels on a GPU none takes a mask together with grouped queries and keeps its memory bounded.
+        masked_on_gpu = query.is_cuda and len(query) != len(key)
+        if self.softcap is not None or window is not None or masked_on_gpu:
             found = BlockedAttention.apply(q, k, v, self.scale, self.softcap, window)  # type: ignore[no-untyped-call]
         elif len(query) == len(key):
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
@@ -154,7 +156,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mo
         most: A mask is kept that serves blocks of up to as many keys.
     """
     queries, keys = query.size(2), key.size(2)
-    mask, middle = _mask(-(-most // MASK_MULTIPLE) * MASK_MULTIPLE, query.dtype, query.device)
+    middle = -(-most // MASK_MULTIPLE) * MASK_MULTIPLE
+    mask = _mask(middle, query.dtype, query.device)
     found = []
     for first in range(0, queries, MASKED_ROWS):
         last = min(first + MASKED_ROWS, queries)
@@ -169,14 +172,14 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mo
 
 
 @lru_cache(maxsize=1)
-def _mask(most: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:
+def _mask(most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A mask of which the masks of all blocks with up to `most` keys are parts, since they differ by a shift only.
 
     Returns:
-        0 where row i sees column c, and −inf where c > most + i. [MASKED_ROWS, most + MASKED_ROWS]. Then `most`.
+        0 where row i sees column c, and −inf where c > most + i. [MASKED_ROWS, most + MASKED_ROWS].
     """
     mask = torch.full((MASKED_ROWS, most + MASKED_ROWS), -torch.inf, dtype=dtype, device=device)
-    return mask.triu_(most + 1), most
+    return mask.triu_(most + 1)
 
 
 class BlockedAttention(torch.autograd.Function):

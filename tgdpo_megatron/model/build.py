@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
@@ -17,7 +18,7 @@ from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
 from tgdpo_megatron.model.kernels import find_kernel
-from tgdpo_megatron.model.layers import block_spec, gelu_tanh, own_attention
+from tgdpo_megatron.model.layers import block_spec, gelu_tanh, needs_no_kernel
 from tgdpo_megatron.platform.checks import check_attention, check_fp8, refuse_silent_traps
 from tgdpo_megatron.platform.versions import SENDS_BEFORE_FREEING
 
@@ -101,7 +102,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
     # here because Megatron's check of the setting knows the functions of Transformer Engine only.
     config.use_te_activation_func = not HAVE_TRANSFORMER_ENGINE
     config.kernel = None
-    if cuda and settings.needs_plan and dtype is torch.bfloat16:  # the kernels compute in 16 bits
+    if cuda and settings.picks_keys and dtype is torch.bfloat16:  # the kernels compute in 16 bits
         config.kernel, _ = find_kernel(
             *_heads(description, settings), torch.device("cuda", torch.cuda.current_device())
         )
@@ -111,7 +112,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
 
 def _attends_by_plan(description: ModelDescription, config: TransformerConfig) -> bool:
     """Whether attention is that of attention.py, and not Transformer Engine's as Megatron calls it."""
-    return config.kernel is not None or own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE)
+    return config.kernel is not None or needs_no_kernel(description, transformer_engine=HAVE_TRANSFORMER_ENGINE)
 
 
 def _heads(description: ModelDescription, settings: Config) -> tuple[int, int, int]:
@@ -121,8 +122,13 @@ def _heads(description: ModelDescription, settings: Config) -> tuple[int, int, i
     return description.num_attention_heads // ranks, groups, description.kv_channels
 
 
-def settle_attention(config: Config, description: ModelDescription) -> tuple[Config, str | None]:
-    """Share no prompts where no kernel can: Transformer Engine's layers need one for a plan.
+def settle_attention(config: Config, *descriptions: ModelDescription) -> tuple[Config, str | None]:
+    """Share no prompts where no kernel can: Transformer Engine's layers need one for more keys than queries.
+
+    Collective where there are several ranks: all do the same, also where a kernel works on some of them alone.
+
+    Args:
+        descriptions: All models that are going to run.
 
     Returns:
         The settings, and a sentence where they were changed.
@@ -130,10 +136,13 @@ def settle_attention(config: Config, description: ModelDescription) -> tuple[Con
     Raises:
         UserError: Context parallelism, which needs such a kernel as well.
     """
-    if not config.needs_plan or own_attention(description, transformer_engine=HAVE_TRANSFORMER_ENGINE):
-        return config, None
-    kernel, faults = find_kernel(*_heads(description, config), torch.device("cuda", torch.cuda.current_device()))
-    if kernel is not None:
+    found = [_why_no_kernel(config, description) for description in descriptions]
+    if dist.is_initialized():
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, found)
+        found = [faults for of_rank in of_ranks for faults in of_rank]
+    faults = next(filter(None, found), None)
+    if faults is None:
         return config, None
     if (size := config.parallel.context_parallel_size) > 1:
         raise UserError(
@@ -144,6 +153,14 @@ def settle_attention(config: Config, description: ModelDescription) -> tuple[Con
     return config.model_copy(update={"train": train}), (
         f"each response has a prompt of its own, because no attention kernel can share prompts here ({faults})"
     )
+
+
+def _why_no_kernel(config: Config, description: ModelDescription) -> str | None:
+    """Why no kernel computes a model's attention by a plan on this rank; None where one does, or none is needed."""
+    if not config.picks_keys or needs_no_kernel(description, transformer_engine=HAVE_TRANSFORMER_ENGINE):
+        return None
+    kernel, faults = find_kernel(*_heads(description, config), torch.device("cuda", torch.cuda.current_device()))
+    return None if kernel else faults
 
 
 def _architecture(description: ModelDescription) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             tables = [table[batch.positions] for table in tables]
             boundaries = PlanParams(plan)
         else:
+            assert plan.key_rows is None, "keys are picked, and attention is not by a plan: see settle_attention"
             boundaries = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=plan.cu_seqlens_q,

@@ -3,6 +3,8 @@
 A block of a plan may have more keys than queries, and its mask is aligned at the bottom right. Kernels of older
 versions align it at the top left, and give wrong numbers without an error. So each candidate first computes a small
 plan, and is taken only if its numbers are right.
+
+Legend: t queries and K keys of all blocks, C channels of a head.
 """
 
 from __future__ import annotations
@@ -58,14 +60,19 @@ class TransformerEngineKernel:
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=plan.cu_seqlens_q,
             cu_seqlens_kv=plan.cu_seqlens_kv,
-            max_seqlen_q=plan.most_queries,
-            max_seqlen_kv=plan.most_keys,
+            max_seqlen_q=_rounded(plan.most_queries),
+            max_seqlen_kv=_rounded(plan.most_keys),
         )
         return found
 
 
+def _rounded(most: int) -> int:
+    """An upper bound that cuDNN before 9.7 takes: a multiple of 64."""
+    return -(-most // 64) * 64
+
+
 class TorchKernel:
-    """torch's attention over packed sequences."""
+    """torch's attention over packed sequences, from torch 2.12 on."""
 
     def __init__(self, heads: int, groups: int, channels: int, scale: float) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -73,6 +80,8 @@ class TorchKernel:
         self.attention, self.scale = varlen_attn, scale
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        # Only from torch 2.12 on has the kernel this option.
+        grouped: dict[str, Any] = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
         found: Any = self.attention(
             query,
             key,
@@ -83,7 +92,7 @@ class TorchKernel:
             plan.most_keys,
             scale=self.scale,
             window_size=(-1, 0),
-            enable_gqa=query.size(1) != key.size(1),
+            **grouped,
         )
         output: Tensor = found.flatten(1)
         return output
@@ -114,23 +123,42 @@ def find_kernel(heads: int, groups: int, channels: int, device: torch.device) ->
 
 def why_not(candidate: type[Kernel], heads: int, groups: int, channels: int, device: torch.device) -> str | None:
     """Why a kernel cannot be used; None if it can."""
+    faults = (_fault(candidate, heads, groups, channels, plan, device) for plan in PLANS)
+    return next(filter(None, faults), None)
+
+
+PLANS = ((3, 2), (3, 5)), ((70, 2, 1), (70, 40, 33))
+"""Queries and keys of the blocks of the plans that are tried: with more keys than queries at most, and with as many, as
+where the longest block shares nothing. Kernels choose by these two numbers how they compute."""
+_SCALE = 0.3
+"""What scores are multiplied by there: no kernel would take this number by itself."""
+
+
+def _fault(
+    candidate: type[Kernel],
+    heads: int,
+    groups: int,
+    channels: int,
+    blocks: tuple[tuple[int, ...], tuple[int, ...]],
+    device: torch.device,
+) -> str | None:
+    """What is wrong with the numbers or gradients of a kernel for one plan; None if nothing is."""
+    queries, keys = map(sum, blocks)
     generator = torch.Generator().manual_seed(0)
-    shapes = {"query": (5, heads, channels), "key": (8, groups, channels), "value": (8, groups, channels)}
+    shapes = {"query": (queries, heads, channels), "key": (keys, groups, channels), "value": (keys, groups, channels)}
     inputs = {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
-    plan, scale = AttentionPlan.of((3, 2), (3, 5), np.arange(8)), channels**-0.5
+    plan = AttentionPlan.of(*blocks, np.arange(keys))
     moved = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
     try:
-        kernel = candidate(heads, groups, channels, scale)
-        found = kernel(**moved, plan=plan.to(device) if device.type == "cuda" else plan).float()
-        found.square().sum().backward()
-        results = [found.detach().cpu(), *(x.grad.float().cpu() for x in moved.values() if x.grad is not None)]
+        found = candidate(heads, groups, channels, _SCALE)(**moved, plan=plan.to(device)).float()
+        gradients = torch.autograd.grad(found.square().sum(), list(moved.values()))
+        results = [x.detach().float().cpu() for x in (found, *gradients)]
     except Exception as error:  # whatever it is: another kernel, or none, is taken
         return in_short(error)
     for top_left in (False, True):
         exact = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
-        output = by_formula(**exact, plan=plan, scale=scale, top_left=top_left)
-        output.square().sum().backward()
-        expected = [output.detach(), *(x.grad for x in exact.values() if x.grad is not None)]
+        output = by_formula(**exact, plan=plan, scale=_SCALE, top_left=top_left)
+        expected = [output.detach(), *torch.autograd.grad(output.square().sum(), list(exact.values()))]
         if all(_near(one, other) for one, other in zip(results, expected, strict=True)):
             return "it aligns the mask of fewer queries than keys at the top left" if top_left else None
     return "its numbers are wrong for fewer queries than keys"

@@ -119,7 +119,7 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool, kerne
         if description.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
         mlp.activation_func = GatedUnit
-    if kernel is not None or own_attention(description, transformer_engine=transformer_engine):
+    if kernel is not None or needs_no_kernel(description, transformer_engine=transformer_engine):
         options = {"softcap": description.attention_softcap, "kernel": kernel}
         attention.core_attention = ModuleSpec(PlanAttention, params=options)
     if description.window_rotary_base is not None:
@@ -130,8 +130,8 @@ def layer_spec(description: ModelDescription, *, transformer_engine: bool, kerne
     return layer
 
 
-def own_attention(description: ModelDescription, *, transformer_engine: bool) -> bool:
-    """Whether attention.py computes attention without a kernel, too.
+def needs_no_kernel(description: ModelDescription, *, transformer_engine: bool) -> bool:
+    """Whether attention.py can do without a kernel.
 
     It always does on local layers; on Transformer Engine's with a soft-cap, which its kernels for packed sequences do
     not have, and with windows, for which it depends on the GPU, the head size and the packages that are installed

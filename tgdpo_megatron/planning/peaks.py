@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgdpo_megatron.config.constants import MIN_TILE_COLUMNS, TILE_ELEMENTS
+from tgdpo_megatron.config.constants import MASKED_ROWS, MIN_TILE_COLUMNS, TILE_ELEMENTS
 from tgdpo_megatron.planning.sizes import Sizes
 
 
@@ -102,16 +102,18 @@ def _backward_of_copies(rank: Sizes) -> list[float]:
     """Bytes of the worst moments of core attention's backward where it has copied keys and values, less what it frees.
 
     At first the blocks' gradients are computed one after another, and those of a strip of a block are padded to the
-    block. When the last block is done, what attention kept is free, and there are three tensors as large as the copies:
-    the gradient of the keys among the copies, that of the values among them, and their sum.
+    block. When the last block is done, what attention kept is free, and the blocks' gradients are joined: of the keys
+    first and then of the values, or of both together where ranks gathered them together.
     """
     tokens, width = rank.tokens, rank.width
     # With full recomputation the layer's output is there too, as long as the gradient.
     states = tokens * rank.layer_input * (2 if rank.config.train.recompute == "full" else 1)
     heads, copies = tokens * rank.queries * width, tokens * rank.copies
-    block = 2 * rank.keys * width * rank.load.most_keys
+    in_strips = rank.load.most_queries > MASKED_ROWS
+    block = 2 * rank.keys * width * rank.load.most_keys if in_strips else 0
     done = tokens * rank.core_attention + 2 * heads  # with the queries and the joined result
-    return [states + 2 * heads + copies + block, states + heads + 3 * copies - done]
+    joined = copies if rank.context > 1 else copies / 2
+    return [states + 2 * heads + copies + block, states + heads + copies + joined - done]
 
 
 def forward_peak(rank: Sizes, stage: int, models: int) -> float:
