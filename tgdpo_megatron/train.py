@@ -123,7 +123,7 @@ LaidOut = tuple[np.ndarray, list[Batch]]
 
 
 def _lay_out(run: Run, iteration: int) -> LaidOut:
-    """What a step needs, counted from 0, on the host.
+    """A step's pairs and this rank's micro-batches of them, on the host. `iteration` counts from 0.
 
     The copies to the device are left to the thread that works with it, so that a step that is laid out ahead takes
     none of the device's memory.
@@ -225,7 +225,8 @@ class _Account:
 
 
 def _meanwhile(ahead: Ahead[LaidOut], done: int, last: int, wishes: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What the host does when the device has all the work of a pass: begin with the next step, and make its wishes.
+    """What the host does when the device has all the work of a pass: begin with the next step, whose number from 0 is
+    `done`, and say whether this rank wants to stop or to save.
 
     Sooner, the thread would take turns with the one that gives the device its work, and hold it up.
     """

@@ -3,22 +3,26 @@
     python -m bench.speed.packing
 
 The pairs are as long as the real ones are. Each is repeated, and a few tokens longer or shorter each time, so that ties
-are no more frequent than in data. The time is CPU time of one thread.
+are no more frequent than in data. To count their tokens, both prompts of each are read. The time is CPU time of one
+thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 
 from bench.files import program
-from bench.pairs import read_lengths
+from bench.pairs import read_lengths, with_real_lengths
 from bench.process import cpu_seconds
 from bench.rows import Row
 from tgdpo_megatron.config import TrainConfig
 from tgdpo_megatron.data.order import micro_batches
+from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import tokens_read
 
 PAIRS, BUDGET, ROUNDS = 20_000, 4096, 7
 MOST_SECONDS = 0.2
@@ -29,12 +33,12 @@ SPREAD = 0.1
 
 def measure() -> Iterator[Row]:
     """The row."""
-    lengths = _lengths()
-    settings = TrainConfig(micro_batch_tokens=BUDGET)
-    measured = [cpu_seconds(lambda: micro_batches(lengths, settings, ranks=1)) for _ in range(ROUNDS)]
+    data = _pairs()
+    # Pairs remember whether they share their prompt. Copies look again.
+    measured = [cpu_seconds(lambda: _packed(replace(data))) for _ in range(ROUNDS)]
     seconds, packs = [taken for taken, _ in measured], measured[0][1][0]
     yield Row(
-        f"seconds to pack {PAIRS:,} pairs of one rank, of real lengths",
+        f"seconds to count the tokens of {PAIRS:,} pairs of one rank, of real lengths, and to pack them",
         median(seconds),
         target=MOST_SECONDS,
         limit=f"{MOST_SECONDS} s",
@@ -44,12 +48,19 @@ def measure() -> Iterator[Row]:
     )
 
 
-def _lengths() -> np.ndarray:
-    """Tokens of each pair that the model reads; pairs that do not fit a pack are left out. [PAIRS] int64."""
-    prompts, *responses = read_lengths().T
-    pairs = 2 * prompts + sum(responses) - 2
-    factors = np.random.default_rng(0).uniform(1 - SPREAD, 1 + SPREAD, PAIRS)
-    return (np.resize(pairs[pairs * (1 + SPREAD) < BUDGET], PAIRS) * factors).astype(np.int64)
+def _packed(data: PreparedPairs) -> list[list[np.ndarray]]:
+    """The packs of all pairs, as tgdpo_megatron.data.batch makes them."""
+    lengths = tokens_read(data, np.arange(PAIRS), (0, 1), shared_prompts=True)
+    return micro_batches(lengths, TrainConfig(micro_batch_tokens=BUDGET), ranks=1)
+
+
+def _pairs() -> PreparedPairs:
+    """PAIRS pairs; real ones that do not fit a pack are left out."""
+    lengths = read_lengths()
+    apart = 2 * lengths[:, 0] + lengths[:, 1:].sum(axis=1) - 2
+    fitting = lengths[apart * (1 + SPREAD) < BUDGET]
+    factors = np.random.default_rng(0).uniform(1 - SPREAD, 1 + SPREAD, (PAIRS, 1))
+    return with_real_lengths(BUDGET, lengths=(np.resize(fitting, (PAIRS, 3)) * factors).astype(np.int64))
 
 
 if __name__ == "__main__":

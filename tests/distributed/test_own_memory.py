@@ -9,8 +9,9 @@ from tests.support.program import run_ranks
 
 PAIRS = 10_000
 INDEX = 160
-"""Bytes for each pair. 64 of them are kept: where its two responses begin among the labelled tokens, twice, and where
-their scores of two names lie, eight bytes each. The rest is what the allocator keeps of the search for the hashes."""
+"""Bytes for each pair. 65 of them are kept: where its two responses begin among the labelled tokens, twice, and where
+their scores of two names lie, eight bytes each, and whether they share their prompt. The rest is what the allocator
+keeps of the search for the hashes."""
 AT_ONCE = 8 * 2**20
 """Bytes of what is in memory at once, whatever the size of the set: a shard of scores with the sums that check it, one
 micro-batch, and what the allocator keeps of both."""

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.config import Config, LossConfig, ScoresConfig, TrainConfig
+from tgdpo_megatron.data.batch import rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs, Summary, load_prepared, save_prepared
 from tgdpo_megatron.data.token_scores import ScoresManifest
+from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.platform.processes import Ranks
+from tgdpo_megatron.report.pace import Pace
 from tgdpo_megatron.scores.store import Key, load_scores, write_scores_manifest, write_shard
 
 NAMES = ("reference", "guidance")
 PROMPT, RESPONSE = 200, 800
+MODEL = ModelDescription(3, 64, 160, 4, 2, 16, 512, 256, 1e-5, False, 10000.0, None)
 SHARD = 128
 """Pairs of a shard, as scoring writes them."""
 
@@ -25,10 +29,12 @@ def own_bytes() -> int:
 
 
 def write_set(folder: Path, pairs: int) -> int:
-    """Made-up pairs and their scores, each a function of its place. Returns their bytes."""
+    """Made-up pairs that share their prompts, and their scores, each a function of its place. Returns their bytes."""
     random = np.random.default_rng(0)
+    tokens = np.arange(2 * pairs * (PROMPT + RESPONSE), dtype=np.int32).reshape(pairs, 2, -1)
+    tokens[:, 1, :PROMPT] = tokens[:, 0, :PROMPT]
     prepared = PreparedPairs(
-        tokens=np.arange(2 * pairs * (PROMPT + RESPONSE), dtype=np.int32),
+        tokens=tokens.ravel(),
         starts=np.arange(2 * pairs + 1) * (PROMPT + RESPONSE),
         prompt_lengths=np.full(pairs, PROMPT, np.int32),
         hashes=random.integers(0, 256, (pairs, 32), np.uint8),
@@ -58,7 +64,10 @@ def score_of(pair: int, side: int, name: str) -> np.ndarray:
 
 
 def read_share(ranks: Ranks, *, folder: str, per_batch: int = 16) -> list[dict[str, int]]:
-    """Each rank opens the set, and makes micro-batches of its share of the pairs. By how many bytes it grows, at most.
+    """Each rank opens the set, and lays out and counts steps as training does. By how many bytes it grows, at most.
+
+    Args:
+        per_batch: Pairs of a micro-batch, of which each rank has one in a step.
 
     Returns:
         For each rank: `opened`, `read` and, for comparison, `copied`: after a copy of all tokens.
@@ -69,13 +78,24 @@ def read_share(ranks: Ranks, *, folder: str, per_batch: int = 16) -> list[dict[s
     data = load_prepared(Path(folder) / "pairs")
     scores = load_scores(Path(folder) / "scores", data, NAMES)
     found = {"opened": own_bytes() - before, "read": 0}
-    share = np.random.default_rng(1).permutation(len(data))[ranks.rank :: ranks.world_size].tolist()
-    for first in range(0, len(share), per_batch):
-        samples = share[first : first + per_batch]
-        batch = make_batch(data, samples, scores=scores)
+    config = Config(
+        loss=LossConfig(type="tgdpo"),
+        scores=ScoresConfig(source="cached"),
+        train=TrainConfig(micro_batch_size=per_batch),
+    )
+    sides, size = config.loss.method.sides, ranks.world_size
+    pace = Pace(config, MODEL, data, ranks=size, gpu=None)
+    order = np.random.default_rng(1).permutation(len(data))
+    for first in range(0, len(order), per_batch * size):
+        picked = order[first : first + per_batch * size]
+        (batch,) = rank_batches(
+            data, picked, config, sides=sides, rank=ranks.rank, ranks=size, device=ranks.device, scores=scores
+        )
         for name in NAMES:
-            expected = np.concatenate([score_of(pair, side, name) for pair in samples for side in (0, 1)])
+            expected = np.concatenate([score_of(pair, side, name) for pair in batch.samples for side in sides])
             assert np.array_equal(batch.scores[name].numpy(), expected)
+        read = len(picked) * (PROMPT + 2 * (RESPONSE - 1))
+        assert pace.of_step(picked, 1.0)["perf/tokens_per_second"] == read, "prompts are shared"
         found["read"] = max(found["read"], own_bytes() - before)
     copy = data.tokens.copy()
     found["copied"] = own_bytes() - before

@@ -12,7 +12,7 @@ import pytest
 
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, measured, prepare_pairs, save_prepared
-from tgdpo_megatron.data.shared_prompts import shares_prompt
+from tgdpo_megatron.data.shared_prompts import fed_tokens
 
 
 @pytest.fixture
@@ -25,7 +25,26 @@ def data(prepared_by_hand: Callable[..., Any]) -> PreparedPairs:
 
 
 def test_a_pair_shares_its_prompt_if_both_prompts_are_the_same_tokens(data: PreparedPairs) -> None:
-    assert [shares_prompt(data, pair) for pair in range(3)] == [True, False, True]
+    assert [data.shares_prompt(pair) for pair in range(3)] == [True, False, True]
+
+
+def test_whether_a_pair_shares_its_prompt_is_read_once_and_for_no_other_pair(data: PreparedPairs) -> None:
+    """Tokens that change afterwards show which prompts are read again, and a copy of the pairs reads all anew."""
+    assert data.shares_prompt(0) and not data.shares_prompt(1)
+    for pair in range(3):
+        data.tokens[data.starts[2 * pair + 1]] = 100 + pair
+    assert [data.shares_prompt(pair) for pair in range(3)] == [True, False, False]
+    assert [replace(data).shares_prompt(pair) for pair in range(3)] == [False, False, False]
+
+
+def test_the_tokens_of_some_pairs_are_counted_at_their_places(data: PreparedPairs) -> None:
+    """In any order, and one pair twice. Only the second pair's prompts differ, so that it alone is read twice."""
+    picked, sides = np.array([2, 0, 1, 2]), (1, 0)
+    expected = [[len(data.sequence(pair, side)) - 1 for side in sides] for pair in picked]
+    assert data.sequence_lengths(sides, picked).tolist() == expected
+    fed, left_out = fed_tokens(data, picked, (0, 1), shared_prompts=True)
+    assert left_out.tolist() == [[0, 1], [0, 2], [0, 0], [0, 1]]
+    assert (fed + left_out).tolist() == [row[::-1] for row in expected]
 
 
 def test_pairs_whose_prompts_differ_are_counted_and_told(data: PreparedPairs, tmp_path: Path) -> None:

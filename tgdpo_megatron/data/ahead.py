@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Gives what each step needs. What was begun ahead of its step was made meanwhile. A block ends the thread.
+    """Makes what each step needs, and the next step's in a thread while this one is under way.
 
-    What is given is what `make` returns, so it does not depend on who made it when.
+    Leave its `with` block to end the thread. What is made depends on the step alone.
 
     Args:
         make: Makes what a step needs. In the thread it works on the host alone, draws no random numbers that others

@@ -26,7 +26,7 @@ from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.attention_plan import AttentionPlan, Segment, share_of
 from tgdpo_megatron.data.order import micro_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.shared_prompts import shares_prompt, tokens_read
+from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 
@@ -172,7 +172,7 @@ def make_batch(
     offset = 0
     for order, sample in enumerate(samples):
         prompt, first = int(data.prompt_lengths[sample]), offset
-        shares = shared_prompts and len(sides) > 1 and shares_prompt(data, sample)
+        shares = shared_prompts and len(sides) > 1 and data.shares_prompt(sample)
         for which in sides:
             sequence = data.sequence(sample, which)
             response = len(sequence) - prompt

@@ -81,6 +81,6 @@ class Scattered:
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of it, in memory."""
+        """All of it, as a new array in memory. It lies nowhere as one array, so `copy` changes nothing."""
         pieces = [self[slice(begin, end)] for begin, end in zip(self.starts[:-1], self.starts[1:], strict=True)]
         return np.concatenate([np.empty(0, np.float32), *pieces]).astype(dtype or np.float32, copy=False)

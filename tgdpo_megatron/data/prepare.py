@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from tgdpo_megatron.data.formats import TextPair, TextPairs, read_pairs
 from tgdpo_megatron.data.mapped import map_arrays
 from tgdpo_megatron.data.read import commit_of, place, source_files
 from tgdpo_megatron.data.rendering import TemplateRefusal
-from tgdpo_megatron.data.shared_prompts import shares_prompt
 from tgdpo_megatron.data.tokenizer import (
     AS_THEY_ARE,
     check_template,
@@ -43,6 +43,7 @@ from tgdpo_megatron.errors import UserError, in_short
 
 VERSION = 5
 """Version of a folder of prepared pairs."""
+_UNKNOWN = -1
 LENGTH_BINS = tuple(2**power for power in range(4, 16))
 """Largest length of each bin of the histograms, in tokens. One more bin holds greater lengths."""
 
@@ -68,7 +69,7 @@ class Summary:
     responses_cut: int = 0
     """Responses that lost their end, and with it the token that closes their turn."""
     prompts_apart: int = 0
-    """Pairs whose two prompts differ as tokens. They share no prompt, see data/shared_prompts.py."""
+    """Pairs whose two prompts differ as tokens. They share no prompt, see PreparedPairs.shares_prompt."""
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest_sequence: int = 0
@@ -136,10 +137,34 @@ class PreparedPairs:
         """Number of tokens of each pair that the model reads. [N] int64."""
         return self.sequence_lengths(sides).sum(axis=1)
 
-    def sequence_lengths(self, sides: Sequence[int]) -> np.ndarray:
-        """Number of tokens of each sequence that the model reads: all but the last. [N, sides] int64."""
-        both: np.ndarray = np.diff(self.starts).reshape(-1, 2) - 1
+    def sequence_lengths(self, sides: Sequence[int], picked: np.ndarray | None = None) -> np.ndarray:
+        """Number of tokens of each sequence that the model reads: all but the last. [N, sides] int64.
+
+        Args:
+            picked: Indices of the only pairs that are wanted, so that a step costs no more where there are more pairs.
+                [n] int64, which makes the result [n, sides].
+        """
+        pairs = slice(None) if picked is None else picked
+        begins, ends = (places.reshape(-1, 2)[pairs] for places in (self.starts[:-1], self.starts[1:]))
+        both: np.ndarray = ends - begins - 1
         return both[:, list(sides)]
+
+    def shares_prompt(self, pair: int) -> bool:
+        """Whether both responses of a pair continue the same tokens.
+
+        Every rank asks this of all pairs of a step. A prompt is read when it is first asked for, and the answer kept,
+        so that a process reads it at most once, and none of the pairs that it never meets.
+        """
+        if self._shares[pair] == _UNKNOWN:
+            prompt = int(self.prompt_lengths[pair])
+            chosen, rejected = (self.sequence(pair, side)[:prompt] for side in (0, 1))
+            self._shares[pair] = np.array_equal(chosen, rejected)
+        return bool(self._shares[pair])
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """What shares_prompt has found: 0, 1 or _UNKNOWN. [N] int8."""
+        return np.full(len(self), _UNKNOWN, dtype=np.int8)
 
     def response_length(self, pair: int, side: int) -> int:
         """Number of tokens of a response, the closing end-of-turn token included."""
@@ -359,7 +384,7 @@ def measured(prepared: PreparedPairs) -> PreparedPairs:
     summary.prompt_tokens = 2 * int(prompts.sum())
     summary.response_tokens = int(lengths.sum()) - summary.prompt_tokens
     summary.lengths = {name: _histogram(tokens) for name, tokens in parts.items()}
-    summary.prompts_apart = sum(not shares_prompt(prepared, pair) for pair in range(len(prepared)))
+    summary.prompts_apart = sum(not prepared.shares_prompt(pair) for pair in range(len(prepared)))
     summary.pairs_hash = hashlib.sha256(prepared.hashes.tobytes()).hexdigest()
     return prepared
 

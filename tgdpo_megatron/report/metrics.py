@@ -114,7 +114,8 @@ def add_up(
     Args:
         parts: One per micro-batch on the last pipeline stage, else empty.
         names: Names of the sums, in the same order on every rank.
-        counts_here: Whether this rank's sums count. Other tensor-parallel ranks hold copies and add zero.
+        counts_here: Whether this rank's sums count. Other tensor- and context-parallel ranks hold copies and
+            add zero.
         votes: More numbers to add up, one of every rank, under the same names on every rank.
     """
     vector = torch.zeros(len(names) + len(votes), device=device, dtype=torch.float64)

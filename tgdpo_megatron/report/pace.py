@@ -63,10 +63,9 @@ class Pace:
         Returns:
             [n, sides], a number, and [n, sides].
         """
-        lengths = self._data.sequence_lengths(self._sides)[picked]
-        labels = int((lengths + 1 - self._data.prompt_lengths[picked, None]).sum())
-        fed = fed_tokens(self._data, picked, self._sides, shared_prompts=self._shares_prompts)
-        return fed, labels, lengths - fed
+        fed, prefixes = fed_tokens(self._data, picked, self._sides, shared_prompts=self._shares_prompts)
+        labels = int((fed + prefixes + 1 - self._data.prompt_lengths[picked, None]).sum())
+        return fed, labels, prefixes
 
     def since_last_line(self, spent: Spent | None) -> dict[str, float]:
         """How the time since the last call divides into activities.
