@@ -139,8 +139,8 @@ class Sizes:
 
     @property
     def scores(self) -> float:
-        """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of
-        Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
+        """Attention scores that one strip of queries of model/attention.py holds at once; 0 where a kernel of torch or
+        of Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
         description, keys = self.description, self.load.most_keys
         capped, window = description.attention_softcap is not None, description.sliding_window
         if window is not None and window >= keys:
@@ -148,7 +148,7 @@ class Sizes:
         if not capped and window is None:
             return 0.0
         if capped and not all(description.windowed_layers):
-            window = None  # the layers without a window have the larger blocks
+            window = None  # the layers without a window have the larger strips
         rows = min(attention_rows(keys, int(self.heads), window), self.load.most_queries)
         return self.heads * rows * min(keys, rows + (window or keys))
 
