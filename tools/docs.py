@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.speed.__main__ import FILES
+from bench.speed import FILES
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.foreign_names import LLAMA_FACTORY, MEGATRON, NEMO, SWIFT, TRL, of_tool
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
