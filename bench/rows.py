@@ -16,7 +16,8 @@ class Row:
         measured: A ratio or share; None where it could not be measured, and `note` says why.
         target: What `measured` must reach; None for a number that is only reported.
         at_most: Whether the target is an upper bound; otherwise a lower one.
-        limit: What theory allows, or how the target follows, in words.
+        limit: What theory allows, or how the target follows, in words. Where it is a number of the same run,
+            `details["limit"]` is that number.
         note: Spread, absolute numbers, or why the row was skipped.
         broke: The measuring failed: a failed row.
         file: Of rows, which measured this one.
@@ -32,6 +33,12 @@ class Row:
     broke: bool = False
     file: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def limit_with_number(self) -> str:
+        """The words of the limit, after its number where it has one."""
+        number = self.details.get("limit")
+        return self.limit if number is None else f"{number:.3g}, {self.limit}"
 
     @property
     def verdict(self) -> str:
@@ -72,6 +79,6 @@ def table(rows: Sequence[Row]) -> str:
         measured = f"{row.measured:8.4g}" if row.measured is not None else f"{'–':>8}"
         target = f"{'≤' if row.at_most else '≥'}{row.target:.4g}" if row.target is not None else "–"
         lines.append(f"{row.name:{width}}  {measured}  {target:>7}  {row.verdict}")
-        words = "; ".join(part for part in (f"limit {row.limit}" if row.limit else "", row.note) if part)
+        words = "; ".join(part for part in (f"limit {row.limit_with_number}" if row.limit else "", row.note) if part)
         lines += [f"    {words}"] if words else []
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.speed.__main__ import FILES
+from bench.speed import FILES
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.foreign_names import LLAMA_FACTORY, MEGATRON, NEMO, SWIFT, TRL, of_tool
 from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
@@ -121,9 +121,11 @@ def _target(row: dict[str, Any]) -> str:
 
 
 def _limit(row: dict[str, Any]) -> str:
-    """In words, with the number they begin with as short as the other numbers of the row."""
-    number, words = row["details"].get("limit"), row["limit"] or "–"
-    return words if number is None else f"{number:.3g}{words[words.index(',') :]}"
+    """In words, after its number and the share of it that is measured where it is a number of the same run."""
+    details, words = row["details"], row["limit"] or "–"
+    if "limit" not in details:
+        return words
+    return f"{details['limit']:.3g}, {words}; {details['reached']:.3f} of it is measured"
 
 
 def _differences() -> str:

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from bench.gpu import device
 from bench.ours import LEARNING_RATE, LOSS, Ours
 from bench.pairs import ultrafeedback_like
 from tgdpo_megatron.config import Config, OptimizerConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.prepare import PreparedPairs
+from tgdpo_megatron.data.shared_prompts import fed_tokens, tokens_read
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
@@ -54,6 +57,7 @@ SIZES = (
     else Sizes(16, 8, 4096, 14336, 32, 8, 128256, 8192, 32, 2048, 3)
 )
 PACKED = f"UltraFeedback-like, packs of {SIZES.pack} tokens"
+SIDES = (CHOSEN, REJECTED)
 LAYERS = "Transformer Engine" if HAVE_TRANSFORMER_ENGINE else "local layers"
 """Whose layers and optimizer a row was measured with."""
 
@@ -163,13 +167,20 @@ class InPlace(Ours):
         self.engine = replace(self.engine, config=self.config, loss=PreferenceLoss(self.config))
 
 
-def tokens_of(data: PreparedPairs, pairs: Sequence[int]) -> int:
-    """Tokens that predict another: all but the last of each sequence."""
-    return sum(len(data.sequence(pair, side)) - 1 for pair in pairs for side in (CHOSEN, REJECTED))
+def tokens_of(data: PreparedPairs, pairs: Sequence[int], *, shared_prompts: bool = True) -> int:
+    """Tokens that the model reads: all but the last of each sequence, and a shared prompt once, as our steps read it.
+
+    Args:
+        shared_prompts: False counts a prompt for each response, as a program reads it that shares none.
+    """
+    return int(tokens_read(data, np.array(pairs), SIDES, shared_prompts=shared_prompts).sum())
 
 
 def model_flops(data: PreparedPairs, pairs: Sequence[int], model: ModelDescription) -> int:
-    """Operations of forward and backward that these pairs need; nothing that is computed again counts."""
-    lengths = data.sequence_lengths((CHOSEN, REJECTED))[pairs]
-    labels = sum(data.response_length(pair, side) for pair in pairs for side in (CHOSEN, REJECTED))
-    return TRAINING * forward_operations(model, lengths, labels)
+    """Operations of forward and backward that these pairs need: those of a shared prompt once, and none that are
+    computed again."""
+    picked = np.array(pairs)
+    fed = fed_tokens(data, picked, SIDES, shared_prompts=True)
+    prefixes = data.sequence_lengths(SIDES)[picked] - fed
+    labels = sum(data.response_length(pair, side) for pair in pairs for side in SIDES)
+    return TRAINING * forward_operations(model, fed, labels, prefixes)

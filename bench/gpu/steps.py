@@ -7,8 +7,8 @@ it is installed, else with local layers and torch's.
 As many layers of Llama-3-8B as fit (16 at most) with its vocabulary, bf16, UltraFeedback-like pairs packed to 8,192
 tokens. Seconds are wall-clock, cutting the micro-batches included, until the device is done; cached and live steps in
 turn on the same pairs with one optimizer. MFU: operations that the pairs need (bench.gpu.model.model_flops: 6 a weight
-and token, 6 a head weight and labelled token, causal attention by sequence, nothing computed again) over the time and
-989 TFLOP/s.
+and token, 6 a head weight and labelled token, causal attention by sequence, a shared prompt once, nothing computed
+again) over the time and 989 TFLOP/s.
 """
 
 from __future__ import annotations

@@ -1,1 +1,17 @@
 """The speed benchmark: ratios of time, memory and work within one run."""
+
+FILES = (
+    "counts",
+    "head",
+    "packing",
+    "steps",
+    "shared",
+    "saves",
+    "context",
+    "trace",
+    "trl",
+    "convert",
+    "sampling",
+    "annotation",
+)
+"""Each has rows of its own."""

@@ -17,13 +17,9 @@ from tqdm import tqdm
 
 from bench.files import run_file, write_results
 from bench.rows import Row, table
+from bench.speed import FILES
 from bench.speed.picture import draw
 from tgdpo_megatron.quiet import quiet
-
-FILES = (
-    *("counts", "head", "packing", "steps", "shared", "saves", "context", "trace", "trl", "convert", "sampling"),
-    "annotation",
-)
 
 
 def main() -> None:

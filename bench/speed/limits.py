@@ -54,14 +54,13 @@ def within_limit(
         for taken, other, cost, less in zip(over.seconds, under.seconds, over.cost, under.cost, strict=True)
     ]
     reached = median(shares)
-    spread = f"{min(shares):.2f}–{max(shares):.2f} of the limit in {len(shares)} pairs of measurements"
+    spread = f"{reached:.3f} of the limit, {min(shares):.2f}–{max(shares):.2f} in {len(shares)} pairs of measurements"
     return Row(
         name,
         reached * allowed,
         target=allowed / share if at_most else allowed * share,
         at_most=at_most,
-        limit=f"{allowed:.3f}, {limit}; {reached:.3f} of it is measured, and "
-        f"{f'at most {1 / share:.3g}' if at_most else f'at least {share:.3g}'} is the target",
+        limit=f"{limit}; the target is the limit {'/' if at_most else '×'} {share:.2f}",
         note=f"{note}; {spread}" if note else spread,
-        details={"limit": allowed, "shares": shares, "over": vars(over), "under": vars(under)},
+        details={"limit": allowed, "reached": reached, "shares": shares, "over": vars(over), "under": vars(under)},
     )

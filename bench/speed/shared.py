@@ -46,7 +46,7 @@ def measure() -> Iterator[Row]:
         yield from _rows(real, checkpoints, REAL_PAIRS, REAL_BATCHES, "lengths of 75 real pairs")
         words = f"prompts of {PROMPT:,} tokens, responses of {RESPONSE}"
         for row in _rows(long_prompts(), checkpoints, LONG_PAIRS, LONG_BATCHES, words):
-            yield replace(row, target=LONG_TARGET, limit=f"{row.details['limit']:.3f}, {COUNTED}")
+            yield replace(row, target=LONG_TARGET, limit=COUNTED)
 
 
 def long_prompts() -> PreparedPairs:

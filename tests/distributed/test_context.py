@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, make_hf_model: Callable[...
     return {name: str(folder / name) for name in made}
 
 
-def test_scores_are_the_same_with_and_without_sharing_on_one_rank_and_on_two(
+def test_scores_are_the_same_with_and_without_sharing_with_sequences_whole_and_split_over_two_ranks(
     models: dict[str, str], pairs_file: Path, tmp_path: Path
 ) -> None:
     """And are written once. The largest difference may be that of a log-prob from HuggingFace's, 1e-5 nats."""

@@ -1,9 +1,11 @@
-"""Attention by a plan on a GPU: which kernels are right there, and that shared prompts change no log-prob."""
+"""Attention by a plan on a GPU: which kernels are right there, and that shared prompts change no log-prob and no
+gradient."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.gpu_where import LOCAL, REHEARSAL, TRANSFORMER_ENGINE, on_gpu
@@ -33,7 +35,9 @@ def test_every_kernel_is_right_or_is_refused_for_a_known_reason(layers: str) -> 
     assert not unknown, unknown
 
 
-def test_a_shared_prompt_changes_no_log_prob(arithmetic: tuple[str, str], checkpoint: Path) -> None:
+def test_a_shared_prompt_changes_neither_a_log_prob_nor_a_gradient(
+    arithmetic: tuple[str, str], checkpoint: Path
+) -> None:
     """In bf16 by a kernel, if there is one for this GPU; in fp32 one block after another."""
     layers, precision = arithmetic
     found = on_gpu(
@@ -41,6 +45,9 @@ def test_a_shared_prompt_changes_no_log_prob(arithmetic: tuple[str, str], checkp
     )
     assert len(found["shared"]) == len(found["apart"]) > 100
     assert found["shared"] == pytest.approx(found["apart"], abs=TOLERANCE[precision])
+    shared, apart = map(np.array, found["gradients"])
+    assert np.linalg.norm(apart) > 0
+    assert np.linalg.norm(shared - apart) <= TOLERANCE[precision] * np.linalg.norm(apart)
     if not REHEARSAL:
         kernels = {LOCAL: "TorchKernel", TRANSFORMER_ENGINE: "TransformerEngineKernel"}
         assert found["kernel"] in (("",) if precision == "fp32" else (kernels[layers], "TorchKernel"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.test_syncs import LOSSES
 from tests.support.gpu_where import LOCAL, REHEARSAL, on_gpu
 
@@ -26,10 +28,16 @@ MOST_WAITS = 2
 """Of the host in a step without pipeline: for the sums that the ranks report, and for the gradient's norm."""
 
 
-def test_a_whole_step_waits_twice_at_most(arithmetic: tuple[str, str], checkpoint: Path) -> None:
+@pytest.mark.parametrize("shared_prompts", [True, False], ids=["prompts shared", "prompts apart"])
+def test_a_whole_step_waits_twice_at_most(arithmetic: tuple[str, str], checkpoint: Path, shared_prompts: bool) -> None:
     layers, precision = arithmetic
     found = on_gpu(
-        "whole_step", layers=layers, module="tests.support.syncs", folder=str(checkpoint), precision=precision
+        "whole_step",
+        layers=layers,
+        module="tests.support.syncs",
+        folder=str(checkpoint),
+        precision=precision,
+        shared_prompts=shared_prompts,
     )
     assert len(found) <= MOST_WAITS, found
     assert REHEARSAL or len(found) >= 1, "the sums are read, so an empty list would mean that nothing was watched"

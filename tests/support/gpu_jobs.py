@@ -71,8 +71,10 @@ def kernel_faults(ranks: Ranks, *, sizes: list[list[int]]) -> dict[str, list[str
 
 
 def plan_log_probs(ranks: Ranks, *, folder: str, precision: str) -> dict[str, Any]:
-    """Log-probs of some pairs with shared prompts and with prompts apart, as one model computes them; and the name of
-    its attention kernel, "" without one."""
+    """Log-probs of some pairs with shared prompts and with prompts apart, as one model computes them, and the gradient
+    of their sum for the weight of the first norm; and the name of the model's attention kernel, "" without one."""
+    import torch
+
     from bench.pairs import ultrafeedback_like
     from tgdpo_megatron.checkpoint.manifest import describe
     from tgdpo_megatron.checkpoint.state import load_weights
@@ -91,7 +93,18 @@ def plan_log_probs(ranks: Ranks, *, folder: str, precision: str) -> dict[str, An
     data = ultrafeedback_like(8, longest=200, vocabulary=description.vocab_size)
     batches = [make_batch(data, range(8), shared_prompts=shared).to(ranks.device) for shared in (True, False)]
     shared, apart = (logps[0].tolist() for logps in token_logps(chunks, batches, config))
-    return {"shared": shared, "apart": apart, "kernel": settings.kernel.__name__ if settings.kernel else ""}
+    (model,) = chunks
+    norm = next(weight for name, weight in model.named_parameters() if "layers.0." in name and "norm" in name)
+    gradients = []
+    for batch in batches:
+        model.set_input_tensor([None])
+        gradients.append(torch.autograd.grad(model(batch).sum(), norm)[0].double().tolist())
+    return {
+        "shared": shared,
+        "apart": apart,
+        "gradients": gradients,
+        "kernel": settings.kernel.__name__ if settings.kernel else "",
+    }
 
 
 def looks(ranks: Ranks, *, looks: list[dict[str, Any]]) -> None:

@@ -103,8 +103,10 @@ def record(
     return found
 
 
-def whole_step(ranks: Ranks, *, folder: str, precision: str = "fp32") -> list[str]:
+def whole_step(ranks: Ranks, *, folder: str, precision: str = "fp32", shared_prompts: bool = True) -> list[str]:
     """What waits in a whole TGDPO step of two micro-batches with two live models: from their copies to the update.
+
+    With shared prompts, where each pair shares its own, attention picks the keys of its blocks.
 
     On a GPU by torch's own sync debug mode, the libraries' calls included; elsewhere the list is empty.
     """
@@ -118,13 +120,14 @@ def whole_step(ranks: Ranks, *, folder: str, precision: str = "fp32") -> list[st
     description = describe(checkpoint)
     config = Config(
         loss=LossConfig(type="tgdpo"),
-        train=TrainConfig(precision=precision, train_iters=8),  # type: ignore[arg-type]
+        train=TrainConfig(precision=precision, train_iters=8, shared_prompts=shared_prompts),  # type: ignore[arg-type]
     )
     initialize_model_parallel(config.parallel, seed=1)
     frozen = [checkpoint, checkpoint]
     engine = build_engine(config, description, loss=PreferenceLoss(config), start=checkpoint, frozen=frozen)
     data = ultrafeedback_like(4, longest=64, vocabulary=description.vocab_size)
-    laid_out = [make_batch(data, [0, 1]), make_batch(data, [2, 3])]
+    laid_out = [make_batch(data, pairs, shared_prompts=shared_prompts) for pairs in ([0, 1], [2, 3])]
+    assert all((batch.plan.key_rows is not None) == shared_prompts for batch in laid_out)
 
     def step() -> None:
         batches = [batch.to(ranks.device) for batch in laid_out]

@@ -141,6 +141,8 @@ def test_a_row_with_a_limit_is_the_median_share_of_each_batchs_own_limit(at_most
     row = within_limit("x", over, under, at_most=at_most, share=0.9, limit="operations")
     assert row.measured == pytest.approx(160 / 50) and row.verdict == "pass"
     assert row.target == pytest.approx(160 / 50 / 0.9 if at_most else 160 / 50 * 0.9)
+    assert row.details["limit"] == pytest.approx(160 / 50) and row.details["reached"] == pytest.approx(1)
+    assert row.limit == f"operations; the target is the limit {'/' if at_most else '×'} 0.90"
     slower = Timed([1.7, 3.4, 5.1], over.cost)  # 0.85 of the limit
     assert within_limit("x", slower, under, at_most=False, share=0.9, limit="").verdict == "FAIL"
     longer = Timed([2.3, 4.6 * 2, 6.9], over.cost)  # 1.15 times the limit
@@ -222,16 +224,18 @@ def test_the_page_shows_the_measured_rows_of_a_file_with_target_and_limit(tmp_pa
             2.9172,
             target=2.6626,
             at_most=False,
-            limit="2.958, counted",
+            limit="counted",
             file="steps",
-            details={"limit": 2.958},
+            details={"limit": 2.958, "reached": 0.98611},
         ),
         Row("told", 0.91, file="saves"),
         Row("skipped", None, note="no network", file="saves"),
     ]
     write_results(rows, tmp_path / "bench.json")
     tables = speed(tmp_path / "bench.json")
-    assert tables["make bench, steps"].splitlines()[2:] == ["| timed | 2.92 | ≥ 2.66 | 2.96, counted |"]
+    assert tables["make bench, steps"].splitlines()[2:] == [
+        "| timed | 2.92 | ≥ 2.66 | 2.96, counted; 0.986 of it is measured |"
+    ]
     assert tables["make bench, saves"].splitlines()[2:] == ["| told | 0.91 | – | – |"]
     assert {words for name, words in tables.items() if name not in ("make bench, steps", "make bench, saves")} == {
         "There are no results of this version yet."

@@ -290,6 +290,15 @@ def test_the_layout_names_every_size(run: Path, tmp_path: Path) -> None:
     assert read(other, world_size=8).rows["What was run"]["layout"] == ["8 processes: tensor 2 × pipeline 2 × data 2"]
 
 
+def test_the_layout_names_context_parallelism_where_ranks_share_sequences(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "tgdpo")
+    settings = yaml.safe_load((other / "config.yaml").read_text())
+    settings["parallel"]["context_parallel_size"] = 2
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    expected = ["4 processes: tensor 1 × pipeline 1 × context 2 × data 2"]
+    assert read(other, world_size=4).rows["What was run"]["layout"] == expected
+
+
 def test_live_rewards_are_not_shown_but_the_way_to_see_them_is(report: Callable[..., _Page]) -> None:
     words = report(changes=LIVE).sections["What the token rewards say"]
     assert "python -m tools.view" in words

@@ -26,7 +26,7 @@ SCORED_AT_ONCE = 128
 enough for a moving progress bar."""
 
 ATTENTION_SCORES = 1 << 24
-"""Number of scores in one block of the attention that is computed here. In fp32 these take 64 MiB."""
+"""Number of scores in one strip of queries of the attention that is computed here. In fp32 these take 64 MiB."""
 _LEAST_ROWS = 64
 
 MASKED_ROWS, MASK_MULTIPLE = 256, 1024
@@ -35,9 +35,9 @@ mask is kept, for numbers of keys up to a multiple of the second number."""
 
 
 def attention_rows(tokens: int, heads: int, window: int | None) -> int:
-    """Queries in one block of that attention.
+    """Queries in one strip of that attention.
 
-    With a window a block of r queries sees r + window keys. More queries than the window would compute more scores in
+    With a window a strip of r queries sees r + window keys. More queries than the window would compute more scores in
     vain than are needed, and far fewer would make the matrix products small.
     """
     most = tokens

@@ -384,8 +384,8 @@ class TrainConfig(_Group):
     """Preference pairs that go through the model at once on one data-parallel rank. Not read where micro_batch_tokens
     is set."""
     micro_batch_tokens: int | None = Field(None, ge=16)
-    """Largest number of tokens that go through the model at once. As many whole pairs as fit are taken, instead of
-    micro_batch_size pairs."""
+    """Largest number of tokens that go through one copy of the model at once, over its context-parallel ranks together.
+    As many whole pairs as fit are taken, instead of micro_batch_size pairs."""
     fixed_micro_batches: bool = False
     """Whether to pad every micro-batch to micro_batch_tokens, so that pipeline stages need not send each other its
     size."""

@@ -24,7 +24,8 @@ rounded either.
 
 Columns that only pad the vocabulary are never computed. The result is the same as with a logit of −inf.
 
-Legend: R labelled tokens, H hidden size, V vocabulary columns of this rank, k models, S tokens of the micro-batch.
+Legend: R labels that this context-parallel rank predicts, H hidden size, V vocabulary columns of this rank, k models,
+S tokens of this rank.
 """
 
 from __future__ import annotations

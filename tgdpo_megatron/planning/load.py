@@ -28,8 +28,8 @@ class Load:
         tokens: T, with padding.
         labelled: Labelled tokens of the micro-batch.
         predicted: Those of them that this rank predicts; all of them without context parallelism.
-        keys: Keys of all blocks of the rank's attention plan (data/attention_plan.py), which attention copies. 0 where
-            it copies none, because queries and keys are the same rows.
+        key_rows: Keys of all blocks of the rank's attention plan (data/attention_plan.py), which attention copies. 0
+            where it copies none, because queries and keys are the same rows.
         most_queries: Queries of the longest block.
         most_keys: Keys of the block that has the most of them.
     """
@@ -37,7 +37,7 @@ class Load:
     tokens: int
     labelled: int
     predicted: int
-    keys: int
+    key_rows: int
     most_queries: int
     most_keys: int
 

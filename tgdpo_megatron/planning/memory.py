@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.model.description import ModelDescription
+from tgdpo_megatron.planning.held import batches, forward_peak, kept_per_token, left_over, training_peak, update
 from tgdpo_megatron.planning.load import Load, Program, largest_loads
-from tgdpo_megatron.planning.peaks import batches, forward_peak, kept_per_token, left_over, training_peak, update
 from tgdpo_megatron.planning.sizes import Device, Sizes
 
 GIB = 1 << 30

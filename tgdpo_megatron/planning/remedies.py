@@ -150,14 +150,14 @@ def step_time(config: Config, description: ModelDescription, *, world_size: int)
     rank = Sizes(config, description, "train", world_size)
     hidden, tensor = rank.hidden, config.parallel.tensor_model_parallel_size
     matrices = tensor * rank.layer_matrices
-    attention = 2 * rank.queries * tensor * min(config.data.max_length, description.max_position_embeddings)
+    attention = 2 * rank.query_channels * tensor * min(config.data.max_length, description.max_position_embeddings)
     again = {"none": 0.0, "selective": attention, "full": 2 * matrices + attention}[config.train.recompute]
     forward = 2 * matrices + attention
     layer = (rank.models + 2) * forward + again
     # Bytes that go over the wire for a token of a rank: tensor parallelism's hidden states, and the keys and values of
     # the other context-parallel ranks, their gradients, and both once more where attention is computed again.
     split = 10 * 2 * hidden * (tensor - 1) / tensor
-    gathered = (2 if config.train.recompute == "none" else 3) * (rank.context - 1) * 2 * 2 * rank.keys
+    gathered = (2 if config.train.recompute == "none" else 3) * (rank.context - 1) * 2 * 2 * rank.key_channels
     traffic = (split + gathered) / 370e9 * 494e12 / (6 * rank.layer_matrices)
     idle = (rank.pipeline - 1) / (rank.virtual * rank.micro_batches)
     head = (rank.models + 3) * 2 * hidden * description.vocab_size  # backward computes its logits again

@@ -57,7 +57,7 @@ class Sizes:
         self.context = parallel.context_parallel_size
         self.tokens = self.load.tokens // self.context
         self.predicted = max(1, self.load.predicted)
-        self.copied_keys = self.load.keys / self.tokens
+        self.copied_keys = self.load.key_rows / self.tokens
         """Keys that attention copies per token, for blocks that have more keys than queries."""
         pairs = SCORED_AT_ONCE if program == "score" else -(-config.train.global_batch_size // self.data_parallel)
         at_once = max(1, most_tokens(config, description) // longest_pair(config, description))
@@ -66,8 +66,8 @@ class Sizes:
         self.hidden = description.hidden_size
         self.channels = description.kv_channels
         self.heads = description.num_attention_heads / tensor
-        self.queries = self.heads * self.channels
-        self.keys = description.num_query_groups / tensor * self.channels
+        self.query_channels = self.heads * self.channels
+        self.key_channels = description.num_query_groups / tensor * self.channels
         self.feed_forward = description.ffn_hidden_size / tensor
         self.layers = description.num_layers // self.pipeline
         multiple = VOCAB_MULTIPLE * tensor
@@ -95,7 +95,9 @@ class Sizes:
     @property
     def largest_matrix(self) -> float:
         """Parameters in the largest single weight of this rank."""
-        return self.hidden * max(2 * self.feed_forward, self.queries + 2 * self.keys, self.padded_vocabulary)
+        return self.hidden * max(
+            2 * self.feed_forward, self.query_channels + 2 * self.key_channels, self.padded_vocabulary
+        )
 
     @property
     def norm(self) -> float:
@@ -124,9 +126,9 @@ class Sizes:
         if description.qk_layernorm:
             # In fp32: the normalised heads, and the queries once more, which the split of the product copies. In bf16:
             # the heads and the normalised heads, both in fp32.
-            on_a_cpu = 8 * self.queries + (4 if self.width == 4 else 8) * self.keys
+            on_a_cpu = 8 * self.query_channels + (4 if self.width == 4 else 8) * self.key_channels
             kept += on_a_cpu if on_cpu else 0
-            kept += 4 * (self.queries + self.keys) / self.channels
+            kept += 4 * (self.query_channels + self.key_channels) / self.channels
         return kept
 
     @property
@@ -139,8 +141,8 @@ class Sizes:
 
     @property
     def scores(self) -> float:
-        """Attention scores that one block of model/attention.py holds at once; 0 where a kernel of torch or of
-        Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
+        """Attention scores that one strip of queries of model/attention.py holds at once; 0 where a kernel of torch or
+        of Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
         description, keys = self.description, self.load.most_keys
         capped, window = description.attention_softcap is not None, description.sliding_window
         if window is not None and window >= keys:
@@ -148,7 +150,7 @@ class Sizes:
         if not capped and window is None:
             return 0.0
         if capped and not all(description.windowed_layers):
-            window = None  # the layers without a window have the larger blocks
+            window = None  # the layers without a window have the larger strips
         rows = min(attention_rows(keys, int(self.heads), window), self.load.most_queries)
         return self.heads * rows * min(keys, rows + (window or keys))
 
@@ -159,14 +161,14 @@ class Sizes:
         description, keys = self.description, self.load.most_keys
         window = description.sliding_window
         all_windowed = window is not None and window < keys and all(description.windowed_layers)
-        if self.device == "cuda" or not self.load.keys or description.attention_softcap is not None or all_windowed:
+        if self.device == "cuda" or not self.load.key_rows or description.attention_softcap is not None or all_windowed:
             return 0.0
         return self.width * MASKED_ROWS * (-(-keys // MASK_MULTIPLE) * MASK_MULTIPLE + MASKED_ROWS)
 
     @property
-    def copies(self) -> float:
+    def copied_bytes(self) -> float:
         """Bytes per token of the keys and values that attention copies."""
-        return 2 * self.keys * self.width * self.copied_keys
+        return 2 * self.key_channels * self.width * self.copied_keys
 
     @property
     def replaced_by_copies(self) -> float:
@@ -175,19 +177,19 @@ class Sizes:
         On local layers the values are a view of the product of queries, keys and values. Norms of the heads keep the
         whole product all the same, but for those in 16 bits on a CPU, which keep fp32 copies.
         """
-        if not self.copies:
+        if not self.copied_bytes:
             return 0.0
-        rotated = self.keys
+        rotated = self.key_channels
         if self.description.qk_layernorm and (self.device == "cuda" or self.width == 4):
             return rotated * self.width
-        product = self.keys if self.transformer_engine else self.queries + 2 * self.keys
+        product = self.key_channels if self.transformer_engine else self.query_channels + 2 * self.key_channels
         return (rotated + product) * self.width
 
     @property
     def core_attention(self) -> float:
         """Bytes per token that core attention keeps for backward beside its inputs: log-sum-exps, the keys and values
         that it copies, and on local layers the result of each block, which is then joined."""
-        return 4 * self.heads + self.copies + (0 if self.transformer_engine else self.queries * self.width)
+        return 4 * self.heads + self.copied_bytes + (0 if self.transformer_engine else self.query_channels * self.width)
 
     @property
     def layer_input(self) -> float:
@@ -202,15 +204,15 @@ class Sizes:
         # Selective recomputation computes core attention again, from queries, keys and values.
         core = self.core_attention - self.replaced_by_copies if recompute == "none" else 0.0
         if self.transformer_engine:
-            attention = (2 * self.queries + 2 * self.keys) * self.width + core
+            attention = (2 * self.query_channels + 2 * self.key_channels) * self.width + core
             # Linear layers keep their input in FP8. Attention keeps its result, the output matrix's input, in bf16 too.
             if self.fp8:
-                return norms + attention + self.queries + 5 * self.feed_forward
+                return norms + attention + self.query_channels + 5 * self.feed_forward
             return norms + attention + self.products * self.feed_forward * self.width
         # Queries and keys before the rotation, with the values, which are a view of the same matrix product; queries
         # and keys after the rotation; the rotation's cosines and sines for both; and attention's joined result, which
         # is the input of the output matrix.
-        attention = (3 * self.queries + 3 * self.keys + 4 * self.channels) * self.width + core
+        attention = (3 * self.query_channels + 3 * self.key_channels + 4 * self.channels) * self.width + core
         return norms + attention + self.products * self.feed_forward * self.width
 
     @property

@@ -278,6 +278,8 @@ def _files(pairs: PreparedPairs) -> str:
 def _layout(run: _Run) -> str:
     parallel = run.config.parallel
     sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size}
+    if parallel.context_parallel_size > 1:
+        sizes["context"] = parallel.context_parallel_size
     processes = ""
     if run.world_size is not None:
         sizes["data"] = run.world_size // parallel.model_parallel_size

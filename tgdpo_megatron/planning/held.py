@@ -24,7 +24,7 @@ def batches(rank: Sizes) -> float:
     names = rank.config.loss.scores
     scores = len(names) if rank.config.scores.cached else names.count("reward")
     load = rank.load
-    each = 8 * (2 * rank.tokens + load.keys + 2 * load.predicted + 2 * load.labelled) + 4 * scores * load.labelled
+    each = 8 * (2 * rank.tokens + load.key_rows + 2 * load.predicted + 2 * load.labelled) + 4 * scores * load.labelled
     if rank.context > 1:
         each += 8 * load.labelled  # where the labels of all context-parallel ranks are
     return rank.micro_batches * each
@@ -72,11 +72,11 @@ def training_peak(rank: Sizes, stage: int) -> float:
     # What the feed-forward block kept is free again in backward of attention.
     freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
     if rank.scores:
-        heads = tokens * (rank.queries * width + 8 * rank.keys)  # gradients of queries, keys and values
+        heads = tokens * (rank.query_channels * width + 8 * rank.key_channels)  # gradients of queries, keys and values
         # Probabilities, their gradient, which is in 16 bits first in bf16, and with a soft-cap its tanh.
         bytes_each = (8 if width == 4 else 10) + (4 if rank.description.attention_softcap is not None else 0)
         moments.append(tokens * again + gradient + heads + bytes_each * rank.scores - freed)
-    if rank.copies:
+    if rank.copied_bytes:
         moments += [tokens * again + moment - freed for moment in _backward_of_copies(rank)]
     kept = tokens * kept_per_token(rank, stage)
     if stage == 0:  # the embedding's gradient, at the end of a micro-batch's backward
@@ -108,9 +108,9 @@ def _backward_of_copies(rank: Sizes) -> list[float]:
     tokens, width = rank.tokens, rank.width
     # With full recomputation the layer's output is there too, as long as the gradient.
     states = tokens * rank.layer_input * (2 if rank.config.train.recompute == "full" else 1)
-    heads, copies = tokens * rank.queries * width, tokens * rank.copies
+    heads, copies = tokens * rank.query_channels * width, tokens * rank.copied_bytes
     in_strips = rank.load.most_queries > MASKED_ROWS
-    block = 2 * rank.keys * width * rank.load.most_keys if in_strips else 0
+    block = 2 * rank.key_channels * width * rank.load.most_keys if in_strips else 0
     done = tokens * rank.core_attention + 2 * heads  # with the queries and the joined result
     joined = copies if rank.context > 1 else copies / 2
     return [states + 2 * heads + copies + block, states + heads + copies + joined - done]
@@ -131,11 +131,11 @@ def _layers_forward(rank: Sizes) -> float:
     states."""
     feed_forward = rank.tokens * (rank.products * rank.feed_forward * rank.width + 5 * rank.layer_input)
     moments = [feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input]
-    if rank.copies:
+    if rank.copied_bytes:
         # Queries, keys and values before and after the rotation, its cosines and sines, and attention's result as it is
         # joined from strips to blocks and from blocks to the whole.
-        heads = (5 * rank.queries + 3 * rank.keys + 4 * rank.channels) * rank.width
-        moments.append(rank.tokens * (4 * rank.layer_input + heads + rank.copies))
+        heads = (5 * rank.query_channels + 3 * rank.key_channels + 4 * rank.channels) * rank.width
+        moments.append(rank.tokens * (4 * rank.layer_input + heads + rank.copied_bytes))
     return max(moments)
 
 
