@@ -156,9 +156,9 @@ class PreparedPairs:
         so that a process reads it at most once, and none of the pairs that it never meets.
         """
         if self._shares[pair] == _UNKNOWN:
-            prompt = int(self.prompt_lengths[pair])
-            chosen, rejected = (self.sequence(pair, side)[:prompt] for side in (0, 1))
-            self._shares[pair] = np.array_equal(chosen, rejected)
+            prompt, begins = int(self.prompt_lengths[pair]), self.starts[2 * pair : 2 * pair + 2].tolist()
+            chosen, rejected = (self.tokens[begin : begin + prompt].tobytes() for begin in begins)
+            self._shares[pair] = chosen == rejected  # of so few tokens, bytes are compared faster than arrays
         return bool(self._shares[pair])
 
     @cached_property
