@@ -180,7 +180,6 @@ def model_flops(data: PreparedPairs, pairs: Sequence[int], model: ModelDescripti
     """Operations of forward and backward that these pairs need: those of a shared prompt once, and none that are
     computed again."""
     picked = np.array(pairs)
-    fed = fed_tokens(data, picked, SIDES, shared_prompts=True)
-    prefixes = data.sequence_lengths(SIDES)[picked] - fed
+    fed, prefixes = fed_tokens(data, picked, SIDES, shared_prompts=True)
     labels = sum(data.response_length(pair, side) for pair in pairs for side in SIDES)
     return TRAINING * forward_operations(model, fed, labels, prefixes)

@@ -109,13 +109,16 @@ def rounded(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 LOSS_AND_OTHERS = ("loss", "grad_norm", "rewards/margins", "token_rewards/mean")
 
 
-def test_the_pretence_changes_no_number(jobs: Jobs, rounded: dict[str, Any], tmp_path: Path) -> None:
-    """Where logits are rounded on both sides."""
-    job = copy.deepcopy(jobs["plain"])
-    job["train"]["output"] = str(tmp_path / "on-cpu")
-    ((*_, last),) = run_ranks("tests.support.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[job])
+def test_the_pretence_changes_no_number(jobs: Jobs, tmp_path: Path) -> None:
+    """Where logits are rounded on both sides, and attention is computed in the same way: each response with a prompt of
+    its own."""
+    pretended, real = (copy.deepcopy(jobs["plain"]) for _ in range(2))
+    for name, job in (("pretended", pretended), ("real", real)):
+        job["train"] |= {"output": str(tmp_path / name), "shared_prompts": False}
+    (found,) = on_a_pretended_gpu("run", 1, jobs=[pretended], scoring=[], keeps_sums=False)
+    ((*_, last),) = run_ranks("tests.support.jobs", "train_all", 1, recipe="dpo_tiny", jobs=[real])
     for name in LOSS_AND_OTHERS:
-        assert rounded[name] == pytest.approx(last[name], rel=1e-5), name
+        assert found["metrics"][name] == pytest.approx(last[name], rel=1e-5), name
 
 
 def test_a_whole_job_uses_the_sums_that_torch_gives(one_rank: Jobs, rounded: dict[str, Any]) -> None:

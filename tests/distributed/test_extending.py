@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("tgdpo_megatron", "recipes", "tools", "tests", "docs", "conf")
+COPIED = ("tgdpo_megatron", "recipes", "tools", "tests", "bench", "results", "docs", "conf")
 BLOCK = re.compile(
     r"(?:In a new file|At the end of)\s`(?P<path>[^`]+)`:\n\n```python\n(?P<code>.*?)```"
     r"|```console\n(?P<commands>.*?)```",
