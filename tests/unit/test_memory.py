@@ -243,11 +243,7 @@ def test_layouts_raise_the_context_parallel_size_only_where_nothing_fits_without
 def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
     context: int, budget: int | None, transformer_engine: bool
 ) -> None:
-    """Pairs of every length of prompt, shared or not, packed as they are in training, on every rank.
-
-    Backward frees what attention copied before its own worst moment, so a load that copies fewer keys can need a little
-    more, at most a thousandth.
-    """
+    """Pairs of every length of prompt, shared or not, packed as they are in training, on every rank."""
     shape = replace(LLAMA_8B, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_attention_heads=8, vocab_size=512)
     parallel = {"context_parallel_size": context}
     train = {"micro_batch_tokens": budget, "micro_batch_size": 2, "global_batch_size": 2}
@@ -268,7 +264,7 @@ def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
                 )
                 needs = plan(config, shape, load=Load.of(batch, context=context), **where).bytes
                 nearest = max(nearest, needs / most)
-    assert 0.9 < nearest <= 1.001
+    assert 0.9 < nearest <= 1
 
 
 def test_a_plan_has_room_for_a_pair_whose_prompts_differ() -> None:

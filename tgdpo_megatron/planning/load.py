@@ -80,27 +80,62 @@ def longest_sequence(config: Config, description: ModelDescription) -> int:
 
 
 def largest_loads(config: Config, description: ModelDescription, program: Program = "train") -> list[Load]:
-    """Loads of which one needs the most memory of all that the settings allow.
+    """Loads of which one needs the most memory of all micro-batches of pairs of the greatest length.
 
-    A rank's memory grows with the numbers of a load, and these with the lengths of prompts and responses. So the most
-    is needed at an end: no prompt is shared; or prompts are shared and short, so that all tokens may be labelled; or
-    they are shared and as long as they can be, so that most keys are copied. The numbers are those of the rank that has
-    the most of each.
+    A rank's memory grows with the numbers of a load, and these with the length of the prompts. So the most is needed at
+    an end: no prompt is shared; or prompts are shared and short, so that all tokens may be labelled; or they are shared
+    and as long as they can be, so that most keys are copied. The numbers are those of the rank that has the most of
+    each.
     """
-    ranks, longest = config.parallel.context_parallel_size, longest_sequence(config, description)
     tokens = most_tokens(config, description, program)
-    longest = min(longest, tokens)
-    queries = -(-longest // ranks)
-    # Each segment is cut into 2 C chunks. The first rank has the first chunk of a segment, and the last, which sees the
-    # whole of it; the last rank has the two in the middle, which adjoin and are one block.
-    seen = math.ceil(tokens * (1 + 1 / (2 * ranks))) if ranks > 1 else tokens
-    copied = Load(tokens, tokens, -(-tokens // ranks), seen, queries, longest)
-    apart = Load.plain(tokens, tokens, longest=longest) if ranks == 1 else copied
-    if not (config.train.shared_prompts and len(config.loss.method.sides) > 1):
-        return [apart]
-    # The prompt fills the chosen sequence, and each of a rank's chunks of the rejected response sees all of it.
-    if config.train.micro_batch_tokens is None:
-        tokens = -(-tokens // (2 * config.token_multiple)) * config.token_multiple
-    seen = math.ceil(tokens * (3 + 1 / (2 * ranks))) if ranks > 1 else 2 * tokens
-    labels = 4 * max(1, tokens // longest)
-    return [apart, copied, Load(tokens, labels, labels, seen, queries, longest)]
+    longest = min(longest_sequence(config, description), tokens)
+    ranks = config.parallel.context_parallel_size
+    found = [_nothing_shared(tokens, longest, ranks)]
+    if config.train.shared_prompts and len(config.loss.method.sides) > 1:
+        found.append(_short_prompts(tokens, longest, ranks))
+        if config.train.micro_batch_tokens is None:  # the rejected responses need next to no tokens
+            tokens = -(-tokens // (2 * config.token_multiple)) * config.token_multiple
+        found.append(_long_prompts(tokens, longest, ranks))
+    return found
+
+
+def _nothing_shared(tokens: int, longest: int, ranks: int) -> Load:
+    if ranks == 1:
+        return Load.plain(tokens, tokens, longest=longest)
+    return _load(tokens, tokens, _keys(tokens, -(-tokens // longest), ranks), longest, ranks)
+
+
+def _short_prompts(tokens: int, longest: int, ranks: int) -> Load:
+    """Shared prompts of one token, which predicts the first token of both responses."""
+    pairs = -(-tokens // (2 * longest))
+    keys = _keys(tokens, 2 * pairs, ranks) + _keys_of_prompts(pairs, ranks)
+    return _load(tokens, tokens + pairs, keys, longest, ranks, shared=pairs)
+
+
+def _long_prompts(tokens: int, longest: int, ranks: int) -> Load:
+    """Shared prompts that fill the chosen sequences. Each of a rank's chunks of the rejected responses has a token."""
+    pairs = max(1, tokens // longest)
+    chunks = 1 if ranks == 1 else 2 * ranks
+    labels = 2 * pairs * (chunks + 1)
+    keys = _keys(tokens, 2 * pairs, ranks) + _keys_of_prompts(tokens, ranks)
+    return _load(tokens, labels, keys, longest, ranks, shared=pairs)
+
+
+def _load(tokens: int, labels: int, keys: int, longest: int, ranks: int, *, shared: int = 0) -> Load:
+    """A token predicts one label, but for the last of each of the `shared` prompts, which predicts two."""
+    predicted = min(labels, -(-tokens // ranks) + shared)
+    return Load(tokens, labels, predicted, keys, -(-longest // ranks), longest)
+
+
+def _keys(tokens: int, segments: int, ranks: int) -> int:
+    """Keys of a rank's blocks in their own segments, at most.
+
+    Each segment is cut into 2 C chunks of nearly the same size. The first rank has the first chunk, and the last, which
+    sees the whole segment. Rows that are left over move a rank's boundaries by C - 1 rows at most.
+    """
+    return tokens if ranks == 1 else math.ceil(tokens * (1 + 1 / (2 * ranks))) + segments * (ranks - 1)
+
+
+def _keys_of_prompts(tokens: int, ranks: int) -> int:
+    """Keys of shared prompts of so many tokens in a rank's blocks of the rejected responses, two where ranks split."""
+    return tokens if ranks == 1 else 2 * tokens

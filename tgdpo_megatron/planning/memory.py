@@ -1,7 +1,7 @@
 """How much memory a configuration needs on its fullest rank, phase by phase. Computed before anything is built.
 
 The planner adds up the tensors that the programs hold: those that stay (sizes.py), and those that a pass holds for
-backward or for a moment (peaks.py). A test compares the sums with tensors counted on a CPU
+backward or for a moment (held.py). A test compares the sums with tensors counted on a CPU
 (tests/distributed/test_memory.py). What differs on a GPU or with Transformer Engine, whose layers keep less, was read
 from their source code and not measured. Not counted are the CUDA context, workspaces of libraries, communication
 buffers and gaps in the allocator.
