@@ -76,8 +76,14 @@ def _batch(sequences: Sequence[Sequence[int]], config: Config) -> Batch:
         rows=np.arange(len(sequences), dtype=np.int64),
         summary=Summary(source="", pairs=len(sequences)),
     )
-    context = (parallel_state.get_context_parallel_rank(), config.parallel.context_parallel_size)
-    return make_batch(made, range(len(sequences)), sides=(CHOSEN,), align=config.token_multiple, context=context)
+    return make_batch(
+        made,
+        range(len(sequences)),
+        sides=(CHOSEN,),
+        align=config.token_multiple,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_ranks=config.parallel.context_parallel_size,
+    )
 
 
 def _next_tokens(chunks: Sequence[PreferenceGPT], batch: Batch, config: Config) -> list[int]:

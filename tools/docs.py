@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.pages import with_tables, write
 from bench.speed import FILES
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.config.foreign_names import LLAMA_FACTORY, MEGATRON, NEMO, SWIFT, TRL, of_tool
-from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
+from tgdpo_megatron.errors import CommandLine, one_sentence_errors
 from tgdpo_megatron.losses import LOSSES, check_declarations
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 from tgdpo_megatron.platform.versions import DIFFERENCES
@@ -38,21 +39,6 @@ def tables() -> dict[str, dict[str, str]]:
         "measurements.md": speed(ROOT / "results" / "bench.json"),
         "coming-from.md": {tool: _foreign(tool) for tool in (TRL, LLAMA_FACTORY, SWIFT, NEMO, MEGATRON)},
     }
-
-
-def written(page: str, content: dict[str, str], where: str) -> str:
-    """A page with its tables filled in.
-
-    Raises:
-        UserError: The page lacks the lines around a table.
-    """
-    for name, table in content.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        if begin not in page or end not in page:
-            raise UserError(f"{where}: the lines '{begin.strip()}' and '{end}' are missing; put them around the table.")
-        before, rest = page.split(begin, 1)
-        page = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
-    return page
 
 
 def _losses() -> str:
@@ -200,7 +186,7 @@ def main() -> None:
         check_declarations()
         for name, content in tables().items():
             path = ROOT / "docs" / name
-            path.write_text(written(path.read_text(encoding="utf-8"), content, str(path)), encoding="utf-8")
+            write({path: with_tables(path, content)})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from typing import Any
 
 from bench.credit.world import Effort
 from bench.fp8.measure import measure, where
-from bench.fp8.report import markdown, picture, put_into_page, rows
+from bench.fp8.report import markdown, picture, rows, tables
 from bench.machine import machine
+from bench.pages import with_tables, write
 from bench.process import one_rank
 from bench.rows import table
 from tgdpo_megatron.quiet import quiet
@@ -50,10 +51,8 @@ def main() -> None:
     if parsed.picture:
         contents[parsed.picture] = picture(summary) + "\n"
     if parsed.page:
-        contents[parsed.page] = put_into_page(parsed.page.read_text(encoding="utf-8"), summary)
-    for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        contents[parsed.page] = with_tables(parsed.page, tables(summary))
+    write(contents)
     print(f"{markdown(summary)}\n\n{table(found)}")
     print(f"{summary['cpu_seconds']} CPU s; written: {', '.join(map(str, contents))}")
     sys.exit(1 if any(row.verdict == "FAIL" for row in found) else 0)

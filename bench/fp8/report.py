@@ -10,7 +10,8 @@ from bench.fp8.cases import BF16, CASES, REGROUPED, SCALE_ONE, TRAINED
 from bench.rows import Row
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 
-BEGIN, END = "<!-- written by python -m bench.fp8: begin -->", "<!-- written by python -m bench.fp8: end -->"
+NAME = "written by python -m bench.fp8"
+"""Of the tables in their page."""
 WORDS = {
     "policy": "policy",
     "frozen": "frozen, cached",
@@ -117,14 +118,12 @@ def headlines(summary: Numbers) -> list[str]:
     ]
 
 
-def put_into_page(page: str, summary: Numbers) -> str:
-    """The page with its tables, between BEGIN and END, replaced."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+def tables(summary: Numbers) -> dict[str, str]:
+    """What stands in the page: name -> text."""
     machine = summary["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core"))
     origin = f"Commit {machine['commit']}, {machine['date']}; {versions}; {summary['cpu_seconds']} CPU seconds."
-    return f"{before}{BEGIN}\n\n{markdown(summary)}\n\n{origin}\n\n{END}{after}"
+    return {NAME: f"{markdown(summary)}\n\n{origin}"}
 
 
 def picture(summary: Numbers) -> str:

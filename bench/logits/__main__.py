@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.logits.measure import Effort, measure
-from bench.logits.report import markdown, put_into_page, rows
+from bench.logits.report import markdown, rows, tables
 from bench.machine import machine
+from bench.pages import with_tables, write
 from bench.process import one_rank
 from bench.rows import table
 from tgdpo_megatron.quiet import quiet
@@ -40,10 +41,8 @@ def main() -> None:
     summary |= {"cpu_seconds": round(time.process_time() - began), "rows": [row.as_dict() for row in found]}
     contents = {parsed.json: json.dumps(summary, indent=1, ensure_ascii=False) + "\n"}
     if parsed.page:
-        contents[parsed.page] = put_into_page(parsed.page.read_text(encoding="utf-8"), summary)
-    for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        contents[parsed.page] = with_tables(parsed.page, tables(summary))
+    write(contents)
     print(f"{markdown(summary)}\n\n{table(found)}")
     print(f"{summary['cpu_seconds']} CPU s; written: {', '.join(map(str, contents))}")
     sys.exit(1 if any(row.verdict == "FAIL" for row in found) else 0)

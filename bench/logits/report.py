@@ -7,7 +7,8 @@ from typing import Any
 
 from bench.rows import Row
 
-BEGIN, END = "<!-- written by python -m bench.logits: begin -->", "<!-- written by python -m bench.logits: end -->"
+NAME = "written by python -m bench.logits"
+"""Of the tables in their page."""
 QUANTITIES = {
     "logp": "log-prob of a token, nats",
     "log_ratio": "r̂ / β_r of a token: log-ratio of guidance and reference, nats",
@@ -115,10 +116,8 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def put_into_page(page: str, summary: Numbers) -> str:
-    """The page with its tables, between BEGIN and END, replaced."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+def tables(summary: Numbers) -> dict[str, str]:
+    """What stands in the page: name -> text."""
     machine = summary["machine"]
     origin = f"Commit {machine['commit']}, {machine['date']}; {summary['cpu_seconds']} CPU seconds."
-    return f"{before}{BEGIN}\n\n{markdown(summary)}\n\n{origin}\n\n{END}{after}"
+    return {NAME: f"{markdown(summary)}\n\n{origin}"}

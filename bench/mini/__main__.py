@@ -18,8 +18,9 @@ from pathlib import Path
 
 from bench.machine import machine
 from bench.mini.compare import compare
-from bench.mini.report import markdown, picture, put_into_page, summarise
+from bench.mini.report import markdown, picture, summarise, tables
 from bench.mini.stages import Effort
+from bench.pages import with_tables, write
 
 FAST = Effort(
     seeds=(1, 2),
@@ -59,10 +60,8 @@ def main() -> None:
     if parsed.picture:
         contents[parsed.picture] = picture(summary) + "\n"
     if parsed.page:
-        contents[parsed.page] = put_into_page(parsed.page.read_text(encoding="utf-8"), summary)
-    for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        contents[parsed.page] = with_tables(parsed.page, tables(summary))
+    write(contents)
     print(markdown(summary))
     print(f"\n{took['seconds']} s, {took['cpu_seconds']} CPU s; written: {', '.join(map(str, contents))}")
 

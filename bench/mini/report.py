@@ -15,7 +15,8 @@ from bench.mini.rules import CLAIMS, QUESTIONS, Claim, judge
 from bench.mini.stages import EVALUATED_EVERY, Effort
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 
-BEGIN, END = "<!-- written by python -m bench.mini: begin -->", "<!-- written by python -m bench.mini: end -->"
+NAME = "written by python -m bench.mini"
+"""Of the tables in their page."""
 METHODS = {
     "DPO": "DPO",
     "SimPO": "SimPO",
@@ -178,15 +179,13 @@ def markdown(summary: Numbers) -> str:
     return "\n\n".join(f"**{title}**\n\n{table}" for title, table in titles.items())
 
 
-def put_into_page(page: str, summary: Numbers) -> str:
-    """The page with its tables, between BEGIN and END, replaced."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+def tables(summary: Numbers) -> dict[str, str]:
+    """What stands in the page: name -> text."""
     machine = summary["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core", "transformers"))
     took = f"{summary['seconds'] / 60:.0f} minutes on {machine['cores']} cores, {summary['cpu_seconds']} CPU seconds"
     origin = f"Commit {machine['commit']}, {machine['date']}; {versions}; {took}."
-    return f"{before}{BEGIN}\n\n{markdown(summary)}\n\n{origin}\n\n{END}{after}"
+    return {NAME: f"{markdown(summary)}\n\n{origin}"}
 
 
 def _verdicts(summary: Numbers, claims: Sequence[Claim]) -> str:

@@ -104,8 +104,8 @@ def test_training_on_cached_scores_equals_training_beside_the_models_on_two_rank
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], pairs_file: Path) -> dict[str, Any]:
-    """Four steps of two models in one process and on two ranks that share sequences; and one run that began so, and
-    goes on from step 2 at TP2."""
+    """Four steps of two models in one process and on two ranks that share sequences; and runs that began so, and go
+    on from step 2 as they were and at TP2."""
     folder = tmp_path_factory.mktemp("context")
     validation = folder / "validation.jsonl"
     validation.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:5]))
@@ -134,12 +134,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], pairs
     )
     jobs = [job("shared", "reference", CP2), job("gemma shared", "gemma", CP2)]
     both = run_ranks(*train_all, 2, recipe="dpo_tiny", jobs=jobs)
-    shutil.copytree(folder / "shared", folder / "reshaped")
-    shutil.rmtree(folder / "reshaped" / "checkpoints" / "iter-0000004")
-    resumed = job("reshaped", "reference", {"tensor_model_parallel_size": 2}, resume=True)
-    reshaped = run_ranks(*train_all, 2, recipe="dpo_tiny", jobs=[resumed])
-    names = ("alone", "gemma alone", "shared", "gemma shared", "reshaped")
-    return {"folder": folder, **dict(zip(names, [*alone, *both, *reshaped], strict=True))}
+    layouts = {"continued": CP2, "reshaped": {"tensor_model_parallel_size": 2}}
+    for name in layouts:
+        shutil.copytree(folder / "shared", folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / "iter-0000004")
+    jobs = [job(name, "reference", layout, resume=True) for name, layout in layouts.items()]
+    resumed = run_ranks(*train_all, 2, recipe="dpo_tiny", jobs=jobs)
+    names = ("alone", "gemma alone", "shared", "gemma shared", *layouts)
+    return {"folder": folder, **dict(zip(names, [*alone, *both, *resumed], strict=True))}
 
 
 PAIRS_OF_RUNS = [("alone", "shared"), ("alone", "reshaped"), ("gemma alone", "gemma shared")]
@@ -169,3 +171,14 @@ def test_ranks_that_share_sequences_give_the_answers_that_one_process_gives(
 ) -> None:
     one, other = (json.loads((runs["folder"] / name / "answers.json").read_text()) for name in both)
     assert one == other and len(one) == 2
+
+
+def test_a_run_that_is_continued_on_ranks_that_share_sequences_has_the_weights_of_one_that_never_stopped(
+    runs: dict[str, Any],
+) -> None:
+    """Bit for bit."""
+    paths = [runs["folder"] / name / "checkpoints/iter-0000004/manifest.json" for name in ("shared", "continued")]
+    whole, continued = (json.loads(path.read_text()) for path in paths)
+    assert whole["weights"] == continued["weights"]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in runs["continued"]] == [line[name] for line in runs["shared"]], name

@@ -175,14 +175,14 @@ def _score(
 
 def _load(batches: list[Any], config: Config) -> dict[str, int]:
     """The load of the micro-batch that has the most tokens."""
-    loads = (Load.of(batch, context=config.parallel.context_parallel_size) for batch in batches)
+    loads = (Load.of(batch, context_ranks=config.parallel.context_parallel_size) for batch in batches)
     return asdict(max(loads, key=lambda load: load.tokens))
 
 
 def _bytes(batch: Any) -> int:
     tensors = [
         value
-        for part in (batch, batch.plan, batch.context)
+        for part in (batch, batch.plan, batch.context_labels)
         if part is not None
         for value in vars(part).values()
         if isinstance(value, torch.Tensor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tgdpo_megatron.config import constants
 from tgdpo_megatron.model import attention
-from tgdpo_megatron.model.attention import BlockedAttention, _strips, masked_attention
+from tgdpo_megatron.model.attention import StripAttention, _strips, masked_attention
 
 TOKENS, GROUPS, PER_GROUP, CHANNELS = 23, 2, 3, 8
 SCALE = 0.3
@@ -54,7 +54,7 @@ def test_strips_give_the_whole_matrix_and_its_gradient(
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     (expected * weights).sum().backward()
     ours = [x.float().requires_grad_() for x in inputs(before)]
-    found = BlockedAttention.apply(*ours, SCALE, cap, window)
+    found = StripAttention.apply(*ours, SCALE, cap, window)
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=2e-6)
     for mine, theirs in zip(ours, exact, strict=True):
@@ -100,7 +100,7 @@ def test_in_bf16_scores_are_not_rounded_to_bf16() -> None:
     """At a cap of 50 a score has steps of 0.25 in bf16; the result is as near as its own rounding."""
     query, key, value = (3 * x.bfloat16() for x in inputs())
     exact = written_out(query.double(), key.double(), value.double(), 50.0, None)
-    found = BlockedAttention.apply(query, key, value, SCALE, 50.0, None)
+    found = StripAttention.apply(query, key, value, SCALE, 50.0, None)
     assert (found.double() - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
@@ -112,10 +112,10 @@ def test_in_bf16_gradients_are_as_near_as_those_of_torchs_kernel() -> None:
     exact = [x.bfloat16().double().requires_grad_() for x in inputs()]
     (written_out(*exact, None, None) * weights).sum().backward()
     errors = []
-    for blocked in (True, False):
+    for in_strips in (True, False):
         narrow = [x.bfloat16().requires_grad_() for x in inputs()]
-        if blocked:
-            found = BlockedAttention.apply(*narrow, SCALE, None, None)
+        if in_strips:
+            found = StripAttention.apply(*narrow, SCALE, None, None)
         else:
             found = scaled_dot_product_attention(*narrow, is_causal=True, scale=SCALE, enable_gqa=True)
         (found * weights).sum().backward()

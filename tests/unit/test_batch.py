@@ -205,7 +205,7 @@ def test_the_shares_of_context_parallel_ranks_are_the_whole_batch(
     """Together they hold its tokens and positions and predict its labels, and `order` brings the labels back."""
     whole = make_batch(data, samples, size=size, align=align, shared_prompts=shared)
     options: dict[str, Any] = {"size": size, "align": align, "shared_prompts": shared}
-    parts = [make_batch(data, samples, context=(rank, ranks), **options) for rank in range(ranks)]
+    parts = [make_batch(data, samples, context_rank=rank, context_ranks=ranks, **options) for rank in range(ranks)]
 
     def real(batches: list[Batch]) -> list[tuple[int, int]]:
         rows = [row for batch in batches for row in zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True)]
@@ -215,7 +215,7 @@ def test_the_shares_of_context_parallel_ranks_are_the_whole_batch(
     held = [len(part.tokens) for part in parts]
     assert len(set(held)) == 1 and sum(held) % align == 0 and sum(held) == (size or sum(held))
     assert {part.padding for part in parts} == {sum(held) - (len(whole.tokens) - whole.padding)}
-    most = parts[0].context.most if parts[0].context else 0
+    most = parts[0].context_labels.most if parts[0].context_labels else 0
     assert most >= 1, "a collective of nothing is not sent"
     places = [(part.tokens[part.predictors], part.positions[part.predictors], part.labels) for part in parts]
     for of_ranks, of_whole in zip(
@@ -225,8 +225,8 @@ def test_the_shares_of_context_parallel_ranks_are_the_whole_batch(
     ):
         padded = torch.cat([torch.nn.functional.pad(one, (0, most - len(one)), value=-1) for one in of_ranks])
         for part in parts:
-            assert part.context is not None and part.context.most == most
-            assert padded[part.context.order].tolist() == of_whole.tolist()
+            assert part.context_labels is not None and part.context_labels.most == most
+            assert padded[part.context_labels.order].tolist() == of_whole.tolist()
     for rank, part in enumerate(parts):
         assert part.counts_pairs == (rank == 0)
         assert part.pairs.pair.tolist() == whole.pairs.pair.tolist() and part.samples == whole.samples

@@ -105,7 +105,9 @@ def test_tokens_with_shared_prompts_are_as_many_as_there_are_different_texts_tha
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_operations_of_context_parallel_ranks_are_together_those_of_every_row_key_and_label(ranks: int) -> None:
     data = ultrafeedback_like(5, longest=150)
-    parts = [make_batch(data, range(5), shared_prompts=True, context=(rank, ranks)) for rank in range(ranks)]
+    parts = [
+        make_batch(data, range(5), shared_prompts=True, context_rank=rank, context_ranks=ranks) for rank in range(ranks)
+    ]
     seen = [keys for pair in range(5) for keys, _ in rows_that_must_be_computed(data, pair)]
     labels = sum(data.response_length(pair, side) for pair in range(5) for side in (0, 1))
     padding = parts[0].padding

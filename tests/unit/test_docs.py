@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.pages import with_tables
 from recipes.settings import RECIPES, read_command_line
 from tests.parity.rows import LIMITS
 from tests.roundtrip.table import LIMIT as ROUND_TRIP_LIMIT
@@ -25,7 +26,7 @@ from tgdpo_megatron.hub import model_id
 from tgdpo_megatron.losses import LOSSES
 from tgdpo_megatron.losses.rewards import REWARD_SOURCES
 from tgdpo_megatron.report.metrics import averages, names_for
-from tools.docs import faults, tables, written
+from tools.docs import faults, tables
 from tools.marked_pairs import make_splits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +283,7 @@ def test_every_setting_named_exists(page: Path) -> None:
 def test_the_tables_that_are_written_by_a_program_are_up_to_date(page: str) -> None:
     """Methods with their options, defaults and files; token rewards with theirs; metrics of single losses."""
     path = ROOT / "docs" / page
-    assert text(path) == written(text(path), tables()[page], page), "python -m tools.docs writes them"
+    assert text(path) == with_tables(path, tables()[page]), "python -m tools.docs writes them"
 
 
 def test_the_table_of_faults_counts_what_was_tried_and_what_passed(tmp_path: Path) -> None:

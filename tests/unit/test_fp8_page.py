@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from bench.fp8.cases import TRAINED
-from bench.fp8.report import BEGIN, END, put_into_page, rows
+from bench.fp8.report import NAME, rows, tables
+from bench.pages import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs/fp8.md"
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,7 @@ def summary() -> dict[str, Any]:
 
 
 def test_the_tables_of_the_page_are_those_of_the_results(summary: dict[str, Any]) -> None:
-    emptied = PAGE[: PAGE.index(BEGIN) + len(BEGIN)] + PAGE[PAGE.index(END) :]
-    assert put_into_page(emptied, summary) == PAGE
+    assert with_tables(PAGE, tables(summary)) == PAGE.read_text(encoding="utf-8")
 
 
 def test_the_results_are_of_a_whole_run_of_a_commit(summary: dict[str, Any]) -> None:
@@ -36,5 +36,5 @@ def test_the_verdicts_in_the_results_are_those_of_their_numbers(summary: dict[st
 
 
 def test_every_table_says_what_computed_fp8(summary: dict[str, Any]) -> None:
-    titles = [line for line in PAGE[PAGE.index(BEGIN) : PAGE.index(END)].splitlines() if line.startswith("**")]
+    titles = [line for line in tables(summary)[NAME].splitlines() if line.startswith("**")]
     assert titles and all(title.endswith(f"({summary['where']})") for title in titles)

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from bench.logits.measure import CANDIDATES, MEAN, SPREAD, Effort, _hidden_states, _output_matrix, exact_logps
-from bench.logits.report import BEGIN, END, put_into_page, rows
+from bench.logits.report import NAME, rows, tables
+from bench.pages import with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs/measurements.md"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def summary() -> dict[str, Any]:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the program's fast variant wrote to: a process of its own, which is a job of one rank."""
     folder = tmp_path_factory.mktemp("logits")
-    (folder / "page.md").write_text(f"before\n\n{BEGIN}\n{END}\n\nafter\n")
+    (folder / "page.md").write_text(f"before\n\n<!-- {NAME}: begin -->\n<!-- {NAME}: end -->\n\nafter\n")
     command = [sys.executable, "-W", "ignore", "-m", "bench.logits", "--fast"]
     command += ["--json", str(folder / "logits.json"), "--page", str(folder / "page.md")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -48,8 +49,7 @@ def test_the_program_fills_its_page(program: Path) -> None:
 
 
 def test_the_tables_of_the_page_are_those_of_the_results(summary: dict[str, Any]) -> None:
-    emptied = PAGE[: PAGE.index(BEGIN) + len(BEGIN)] + PAGE[PAGE.index(END) :]
-    assert put_into_page(emptied, summary) == PAGE
+    assert with_tables(PAGE, tables(summary)) == PAGE.read_text(encoding="utf-8")
 
 
 def test_the_results_are_of_a_whole_run_of_a_commit(summary: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_the_verdicts_in_the_results_are_those_of_their_numbers(summary: dict[st
 def test_the_page_says_what_the_logits_follow_from(summary: dict[str, Any]) -> None:
     """The log-sum-exp of that many normal logits."""
     for vocabulary in summary["vocabularies"]:
-        assert f"{MEAN + math.log(int(vocabulary)) + SPREAD**2 / 2:.1f} for" in PAGE
+        assert f"{MEAN + math.log(int(vocabulary)) + SPREAD**2 / 2:.1f} for" in PAGE.read_text(encoding="utf-8")
 
 
 def test_made_up_logits_have_the_sizes_they_shall_have() -> None:

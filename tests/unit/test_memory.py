@@ -260,9 +260,14 @@ def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
             pairs = 2 if budget is None else budget // size
             for rank in range(context):
                 batch = make_batch(
-                    data, range(pairs), shared_prompts=True, align=config.token_multiple, context=(rank, context)
+                    data,
+                    range(pairs),
+                    shared_prompts=True,
+                    align=config.token_multiple,
+                    context_rank=rank,
+                    context_ranks=context,
                 )
-                needs = plan(config, shape, load=Load.of(batch, context=context), **where).bytes
+                needs = plan(config, shape, load=Load.of(batch, context_ranks=context), **where).bytes
                 nearest = max(nearest, needs / most)
     assert 0.9 < nearest <= 1
 

@@ -46,7 +46,7 @@ class Batch:
         scores: Cached scores of the R labelled tokens by name (see scores/store.py). Each [R] fp32.
         samples: Index of each pair in the data set, in the order of the batch.
         padding: Number of the T tokens that only fill the batch.
-        context: Where the labels of all context-parallel ranks are; None without context parallelism.
+        context_labels: Where the labels of all context-parallel ranks are; None without context parallelism.
     """
 
     tokens: Tensor
@@ -58,12 +58,12 @@ class Batch:
     scores: dict[str, Tensor]
     samples: tuple[int, ...]
     padding: int = 0
-    context: ContextLabels | None = None
+    context_labels: ContextLabels | None = None
 
     @property
     def counts_pairs(self) -> bool:
         """Whether this rank counts the pairs: one of the context-parallel ranks, which all compute the same losses."""
-        return self.context is None or self.context.rank == 0
+        return self.context_labels is None or self.context_labels.rank == 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device. The host does not wait, because the copies start from pinned memory."""
@@ -74,8 +74,8 @@ class Batch:
             return value.pin_memory().to(device, non_blocking=True)
 
         moved: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        if self.context is not None:
-            moved["context"] = replace(self.context, order=move(self.context.order))
+        if self.context_labels is not None:
+            moved["context_labels"] = replace(self.context_labels, order=move(self.context_labels.order))
         pairs = replace(self.pairs, pair=move(self.pairs.pair), side=move(self.pairs.side))
         scores = {name: move(value) for name, value in self.scores.items()}
         return replace(self, **moved, plan=self.plan.to(device), pairs=pairs, scores=scores)
@@ -134,7 +134,8 @@ def rank_batches(
             align=config.token_multiple,
             size=settings.micro_batch_tokens if settings.fixed_micro_batches else None,
             shared_prompts=settings.shared_prompts,
-            context=(context_rank, parallel.context_parallel_size),
+            context_rank=context_rank,
+            context_ranks=parallel.context_parallel_size,
         ).to(device)
         for places in cut[rank]
     ]
@@ -149,7 +150,8 @@ def make_batch(
     align: int = 1,
     size: int | None = None,
     shared_prompts: bool = False,
-    context: tuple[int, int] = (0, 1),
+    context_rank: int = 0,
+    context_ranks: int = 1,
 ) -> Batch:
     """Lay the sequences of some pairs one after another.
 
@@ -163,12 +165,62 @@ def make_batch(
         align: T is padded to a multiple of this number. Padding forms segments of its own.
         size: The batch is padded to this T instead, and `align` is not read.
         shared_prompts: Whether the second response of a pair is given no prompt of its own, and sees the first's.
-        context: This context-parallel rank, and their number, of which T is made a multiple.
+        context_rank: Index of this rank in the context-parallel group.
+        context_ranks: Size of the context-parallel group, of which T is made a multiple.
 
     Raises:
         ValueError: The sequences are longer than `size`.
     """
-    tokens, positions, segments, predictors, labels, pair, side = [], [], [], [], [], [], []
+    whole = _laid_out(data, samples, sides, shared_prompts=shared_prompts)
+    multiple = math.lcm(context_ranks, align)
+    end = size if size is not None else max(multiple, -(-len(whole.tokens) // multiple) * multiple)  # never empty
+    if end < len(whole.tokens):
+        raise ValueError(f"{len(whole.tokens)} tokens do not fit a batch of {end}")
+    rows = end // context_ranks
+    share = share_of(whole.segments, rows=rows, rank=context_rank, ranks=context_ranks)
+    own, predictors, context_labels = _labels_of_rank(share.places[whole.predictors], rows, context_rank, context_ranks)
+    return Batch(
+        tokens=_tensor([whole.tokens[share.rows], np.zeros(rows - len(share.rows), dtype=np.int64)]),
+        positions=_tensor([whole.positions[share.rows], *(np.arange(n) for n in share.padding)]),
+        plan=share.plan,
+        predictors=_tensor([predictors]),
+        labels=_tensor([whole.labels[own]]),
+        pairs=Pairs(_tensor([whole.pair]), _tensor([whole.side]), num_pairs=len(samples)),
+        scores=scores.join(samples, sides) if scores is not None else {},
+        samples=tuple(int(sample) for sample in samples),
+        padding=end - len(whole.tokens),
+        context_labels=context_labels,
+    )
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """The sequences of some pairs one after another: N tokens, before padding and before context-parallel ranks split.
+
+    Attributes:
+        segments: The sequences.
+        tokens: Input ids. [N] int64.
+        positions: Position of each token in its sequence. [N] int64.
+        predictors: Index of the token that predicts each label. [R] int64.
+        labels: Ids of the predicted tokens. [R] int64.
+        pair: Pair of each label. [R] int64.
+        side: Side of each label. [R] int64.
+    """
+
+    segments: list[Segment]
+    tokens: np.ndarray
+    positions: np.ndarray
+    predictors: np.ndarray
+    labels: np.ndarray
+    pair: np.ndarray
+    side: np.ndarray
+
+
+def _laid_out(
+    data: PreparedPairs, samples: Sequence[int], sides: tuple[int, ...], *, shared_prompts: bool
+) -> _Sequences:
+    segments: list[Segment] = []
+    tokens, positions, predictors, labels, pair, side = [], [], [], [], [], []
     offset = 0
     for order, sample in enumerate(samples):
         prompt, first = int(data.prompt_lengths[sample]), offset
@@ -188,26 +240,7 @@ def make_batch(
             pair.append(np.full(response, order))
             side.append(np.full(response, which))
             offset += len(sequence) - 1 - given
-    rank, ranks = context
-    multiple = math.lcm(ranks, align)
-    end = size if size is not None else max(multiple, -(-offset // multiple) * multiple)  # never empty
-    if end < offset:
-        raise ValueError(f"{offset} tokens do not fit a batch of {end}")
-    share = share_of(segments, rows=end // ranks, rank=rank, ranks=ranks)
-    filling = [np.zeros(end // ranks - len(share.rows), dtype=np.int64)]
-    own, local, context_labels = _labels_of_rank(share.places[_joined(predictors)], end // ranks, rank, ranks)
-    return Batch(
-        tokens=_tensor([_joined(tokens)[share.rows], *filling]),
-        positions=_tensor([_joined(positions)[share.rows], *(np.arange(n) for n in share.padding)]),
-        plan=share.plan,
-        predictors=_tensor([local]),
-        labels=_tensor([_joined(labels)[own]]),
-        pairs=Pairs(_tensor(pair), _tensor(side), num_pairs=len(samples)),
-        scores=scores.join(samples, sides) if scores is not None else {},
-        samples=tuple(int(sample) for sample in samples),
-        padding=end - offset,
-        context=context_labels,
-    )
+    return _Sequences(segments, *map(_joined, (tokens, positions, predictors, labels, pair, side)))
 
 
 def _labels_of_rank(

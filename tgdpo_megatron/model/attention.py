@@ -76,7 +76,7 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # Megatron counts the tokens before the query, and this class the query as well.
         self.window = config.window_size[0] + 1 if windowed else None
-        self.context = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.kernel = None
         if kernel is not None and softcap is None and self.window is None:
             ranks = config.tensor_model_parallel_size
@@ -98,7 +98,7 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         tokens, batch = query.shape[:2]
         plan = packed_seq_params.plan
         if plan.key_rows is not None:
-            key, value = keys_and_values(key, value, plan.key_rows, self.context)
+            key, value = keys_and_values(key, value, plan.key_rows, self.context_group)
         if self.kernel is not None:
             found = self.kernel(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan)
             return found.reshape(tokens, batch, -1)
@@ -120,7 +120,7 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         # Of torch's kernels on a GPU none takes a mask together with grouped queries and keeps its memory bounded.
         masked_on_gpu = query.is_cuda and len(query) != len(key)
         if self.softcap is not None or window is not None or masked_on_gpu:
-            found = BlockedAttention.apply(q, k, v, self.scale, self.softcap, window)  # type: ignore[no-untyped-call]
+            found = StripAttention.apply(q, k, v, self.scale, self.softcap, window)  # type: ignore[no-untyped-call]
         elif len(query) == len(key):
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         else:
@@ -131,17 +131,17 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         return {}
 
 
-def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context_group: Any) -> tuple[Tensor, Tensor]:
     """The keys and values of the blocks of a plan, one block after another. [t, 1, G, C] each -> [K, 1, G, C] each.
 
     Args:
         rows: Rows of the keys among those of all context-parallel ranks. [K] int64.
-        context: Context-parallel process group; None without context parallelism.
+        context_group: Context-parallel process group; None without context parallelism.
     """
-    if context is None:
+    if context_group is None:
         return key.index_select(0, rows), value.index_select(0, rows)
     both = torch.cat([key, value], dim=2)  # gathered together
-    both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=context)
+    both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=context_group)
     # Two slices would each fill a gradient of the whole with zeros in backward, and split joins both gradients once.
     keys, values = both.index_select(0, rows).split(key.size(2), dim=2)
     return keys, values
@@ -182,7 +182,7 @@ def _mask(most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return mask.triu_(most + 1)
 
 
-class BlockedAttention(torch.autograd.Function):
+class StripAttention(torch.autograd.Function):
     """Attention of a block with a soft-cap and a window, some of its queries at a time.
 
     [1, heads, q, C] and twice [1, G, k, C] -> [1, heads, q, C]. Queries, keys and values carry gradient.

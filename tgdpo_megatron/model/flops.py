@@ -27,11 +27,12 @@ def forward_operations(
         prefixes: Tokens of the shared prompt that each sequence continues. int64.
     """
     hidden = description.hidden_size
+    prefixes = np.broadcast_to(prefixes, lengths.shape)
     layer = (
         2 * hidden * (description.query_channels + description.key_channels) + 3 * hidden * description.ffn_hidden_size
     )
     halves = sum(
-        _halves_seen(prefixes + lengths, window) - _halves_seen(prefixes + 0 * lengths, window)
+        _halves_seen(prefixes + lengths, window) - _halves_seen(prefixes, window)
         for window in (
             description.sliding_window if description.is_windowed(number) else None
             for number in range(description.num_layers)

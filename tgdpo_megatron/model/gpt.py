@@ -82,7 +82,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             divergence=self.divergence,
             frozen_time=self._frozen_time(),
         )
-        return labels_of_all_ranks(logps, batch.context, self.pg_collection.cp)
+        return labels_of_all_ranks(logps, batch.context_labels, self.pg_collection.cp)
 
     @torch.no_grad()
     def next_tokens(self, batch: Batch) -> Tensor:
@@ -103,7 +103,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
         )
-        return labels_of_all_ranks(tokens[None], batch.context, self.pg_collection.cp)[0]
+        return labels_of_all_ranks(tokens[None], batch.context_labels, self.pg_collection.cp)[0]
 
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
         """Run the layers of this chunk for this model alone. Returns hidden states [T, 1, H]."""

@@ -47,12 +47,12 @@ class Load:
         return cls(tokens, labelled, labelled, 0, longest, longest)
 
     @classmethod
-    def of(cls, batch: Batch, *, context: int = 1) -> Load:
-        """The load of a batch that is there, on one of `context` context-parallel ranks."""
+    def of(cls, batch: Batch, *, context_ranks: int = 1) -> Load:
+        """The load of a batch that is there, on one of `context_ranks` context-parallel ranks."""
         plan = batch.plan
         keys = 0 if plan.key_rows is None else len(plan.key_rows)
         labelled, predicted = len(batch.pairs.pair), len(batch.predictors)
-        return cls(context * len(batch.tokens), labelled, predicted, keys, plan.most_queries, plan.most_keys)
+        return cls(context_ranks * len(batch.tokens), labelled, predicted, keys, plan.most_queries, plan.most_keys)
 
 
 def most_tokens(config: Config, description: ModelDescription, program: Program = "train") -> int:
