@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tgdpo_megatron.errors import UserError
@@ -25,6 +25,12 @@ def with_tables(page: Path, tables: Mapping[str, str]) -> str:
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
     return text
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """A table whose first columns, so many, are words. Numbers stand at the right."""
+    right = "|".join([*["---"] * words, *["--:"] * (len(columns) - words)])
+    return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def write(contents: Mapping[Path, str]) -> None:

@@ -100,7 +100,7 @@ class Engine:
             return add_up(
                 sums,
                 names=names_for(self.config.loss),
-                counts_here=last_stage and is_first_copy(),
+                counts_here=last_stage and reports_for_its_stage(),
                 device=self.device,
                 votes=votes(),
             )
@@ -282,8 +282,9 @@ def run_pipeline(
         data_iterator=[iter(batches) for _ in models],
         model=list(models),
         num_microbatches=len(batches),
-        # The shape between stages is [seq_length, micro_batch_size, hidden]. Where micro-batches differ in length,
-        # Megatron's stages send each other the true shape.
+        # Megatron divides seq_length by the context-parallel size and, under sequence parallelism, by the
+        # tensor-parallel size. Between stages go [that, micro_batch_size, hidden] numbers. Where micro-batches differ
+        # in length, stages send each other the true shape.
         seq_length=config.train.micro_batch_tokens or 1,
         # The models whose hidden states travel together.
         micro_batch_size=1 if alone else 1 + len(get_attr_wrapped_model(models[0], "frozen")),
@@ -293,7 +294,7 @@ def run_pipeline(
     return reported
 
 
-def is_first_copy() -> bool:
+def reports_for_its_stage() -> bool:
     """Whether this rank is the first of the tensor- and context-parallel ranks of its stage, which all compute the same
     log-probs."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0

@@ -16,6 +16,7 @@ from tgdpo_megatron.checkpoint.located import certified, find_models, with_folde
 from tgdpo_megatron.checkpoint.manifest import HF, CheckpointManifest, describe
 from tgdpo_megatron.checkpoint.sources import Source
 from tgdpo_megatron.config import Config, required
+from tgdpo_megatron.config.constants import round_up
 from tgdpo_megatron.data.formats import read_pairs
 from tgdpo_megatron.data.order import mix_of
 from tgdpo_megatron.data.parts import prepare_parts
@@ -313,7 +314,7 @@ def _check_budget(config: Config, pairs: PreparedPairs, source: Path) -> None:
     longest = int(lengths.max())
     if longest <= budget:
         return
-    enough = -(-longest // config.token_multiple) * config.token_multiple
+    enough = round_up(longest, config.token_multiple)
     raise UserError(
         f"{source}: the longest pair ({pairs.name(int(long[lengths.argmax()]))}) has {longest} tokens and does not fit "
         f"train.micro_batch_tokens={budget}; raise it to {enough} or more, or lower data.max_length."

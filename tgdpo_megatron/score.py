@@ -32,7 +32,7 @@ from tgdpo_megatron.config.constants import SCORED_AT_ONCE
 from tgdpo_megatron.data.batch import Batch, rank_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
 from tgdpo_megatron.data.tokenizer import tokenizer_for
-from tgdpo_megatron.engine import is_first_copy, token_logps
+from tgdpo_megatron.engine import reports_for_its_stage, token_logps
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.losses.rewards import GIVEN_BY
@@ -300,7 +300,7 @@ def _score(
         UserError: On every rank, if any log-prob is not finite, or a shard cannot be written.
     """
     writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    writes = writes and is_first_copy()
+    writes = writes and reports_for_its_stage()
     progress = tqdm(total=sequences, desc=words, unit="response", disable=not (shows and ranks.is_first and sequences))
     pending: deque[Future[str | None]] = deque()
     with ThreadPoolExecutor(max_workers=1) as writer, progress:

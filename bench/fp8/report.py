@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.fp8.cases import BF16, CASES, REGROUPED, SCALE_ONE, TRAINED
+from bench.pages import markdown_table
 from bench.rows import Row
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 
@@ -162,18 +163,15 @@ def picture(summary: Numbers) -> str:
     )
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    right = "|".join(["---", *["--:"] * (len(columns) - 1)])
-    return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
 def _logps(summary: Numbers) -> str:
     models = list(summary["logps"])
     lines = [
         [_named(of), *(_words(summary["logps"][model][of], "mean", "std", "p99", "max") for model in models)]
         for of in summary["logps"]["policy"]
     ]
-    return _table(["", *(f"the {model}" if model != "policy" else "the trained policy" for model in models)], lines)
+    return markdown_table(
+        ["", *(f"the {model}" if model != "policy" else "the trained policy" for model in models)], lines
+    )
 
 
 def _named(arithmetic: str) -> str:
@@ -223,7 +221,7 @@ def _trained(summary: Numbers) -> str:
         "margins that change sign",
         "mean loss",
     ]
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _adding_up(summary: Numbers) -> str:
@@ -244,7 +242,7 @@ def _adding_up(summary: Numbers) -> str:
         "in √tokens · a token's",
         f"derived: reward margin of responses of {LONG} tokens",
     ]
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _outliers(summary: Numbers) -> str:
@@ -253,7 +251,7 @@ def _outliers(summary: Numbers) -> str:
         [arithmetic, *(_words(drifts[size], "std") for size in sizes)]
         for arithmetic, drifts in summary["outliers"].items()
     ]
-    return _table(["arithmetic", *(f"{size}×" if size != "1" else "none" for size in sizes)], lines)
+    return markdown_table(["arithmetic", *(f"{size}×" if size != "1" else "none" for size in sizes)], lines)
 
 
 def _step_0(summary: Numbers) -> str:
@@ -262,7 +260,7 @@ def _step_0(summary: Numbers) -> str:
         [recipe, *(_words(cases[case]["from_ln2"], "size", "max") for case in CASES)]
         for recipe, cases in of["recipes"].items()
     ]
-    return _table(["recipe", *(f"in FP8: {WORDS[case]}" for case in CASES)], lines)
+    return markdown_table(["recipe", *(f"in FP8: {WORDS[case]}" for case in CASES)], lines)
 
 
 def _packing(summary: Numbers) -> str:
@@ -279,7 +277,7 @@ def _packing(summary: Numbers) -> str:
         for arithmetic in summary["packing"]["policy"]
     ]
     columns = [f"{model}: std · max (responses that change)" for model in models]
-    return _table(["arithmetic", *columns], lines)
+    return markdown_table(["arithmetic", *columns], lines)
 
 
 def _curves(summary: Numbers) -> str:
@@ -304,7 +302,7 @@ def _curves(summary: Numbers) -> str:
         "held out, as trained: accuracy % · loss",
         "held out, exported to bf16",
     ]
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _apart(summary: Numbers, name: str) -> Numbers:

@@ -17,7 +17,7 @@ from bench.ours import LEARNING_RATE, LOSS, Ours
 from bench.pairs import ultrafeedback_like
 from tgdpo_megatron.config import Config, OptimizerConfig, ScoresConfig, TrainConfig
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.shared_prompts import fed_tokens, tokens_read
+from tgdpo_megatron.data.shared_prompts import tokens_read, tokens_read_by_side
 from tgdpo_megatron.losses import CHOSEN, REJECTED
 from tgdpo_megatron.model.build import HAVE_TRANSFORMER_ENGINE
 from tgdpo_megatron.model.description import ModelDescription
@@ -180,6 +180,6 @@ def model_flops(data: PreparedPairs, pairs: Sequence[int], model: ModelDescripti
     """Operations of forward and backward that these pairs need: those of a shared prompt once, and none that are
     computed again."""
     picked = np.array(pairs)
-    fed, prefixes = fed_tokens(data, picked, SIDES, shared_prompts=True)
+    fed, prefixes = tokens_read_by_side(data, picked, SIDES, shared_prompts=True)
     labels = sum(data.response_length(pair, side) for pair in pairs for side in SIDES)
     return TRAINING * forward_operations(model, fed, labels, prefixes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from bench.pages import markdown_table
 from bench.rows import Row
 
 NAME = "written by python -m bench.logits"
@@ -72,7 +72,7 @@ def _sizes(summary: Numbers) -> str:
         for vocabulary, of in summary["vocabularies"].items()
     ]
     columns = ("all logits", "largest of a position", "label's is 16 or more", "label's log-prob", "spread of r̂ / β_r")
-    return _table(("vocabulary", *columns), lines)
+    return markdown_table(("vocabulary", *columns), lines)
 
 
 def _noise(summary: Numbers) -> str:
@@ -89,7 +89,7 @@ def _noise(summary: Numbers) -> str:
         for vocabulary, of in summary["vocabularies"].items()
     ]
     columns = ("standard deviation of the noise (and its share of the spread)", "vocabulary", "rounded", "unrounded")
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _noise_share(of: Numbers, kind: str, name: str) -> float:
@@ -103,17 +103,12 @@ def _head(summary: Numbers) -> str:
         for vocabulary, of in summary["vocabularies"].items()
     ]
     columns = ("largest error of a log-prob, nats, against float64 from the same states", "rounded", "unrounded")
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _claims(summary: Numbers) -> str:
     lines = [[row.name, f"{row.measured:.2g}", f"≤ {row.target:.2g}"] for row in rows(summary)]
-    return _table(("what must hold", "measured", "target"), lines)
-
-
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    right = "|".join(["---", *["--:"] * (len(columns) - 1)])
-    return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
+    return markdown_table(("what must hold", "measured", "target"), lines)
 
 
 def tables(summary: Numbers) -> dict[str, str]:

@@ -13,6 +13,7 @@ from bench.mini.measures import at_divergence, steps_to_reach
 from bench.mini.methods import SPREADS
 from bench.mini.rules import CLAIMS, QUESTIONS, Claim, judge
 from bench.mini.stages import EVALUATED_EVERY, Effort
+from bench.pages import markdown_table
 from tgdpo_megatron.report.plots import Bars, Chart, Line, Series, grid_svg
 
 NAME = "written by python -m bench.mini"
@@ -217,7 +218,7 @@ def _verdicts(summary: Numbers, claims: Sequence[Claim]) -> str:
         "smallest detectable effect",
         "verdict",
     ]
-    return _table(columns, lines, words=2)
+    return markdown_table(columns, lines, words=2)
 
 
 def _methods(summary: Numbers) -> str:
@@ -236,7 +237,7 @@ def _methods(summary: Numbers) -> str:
     for words, found in points.items():
         lines.append([words, *_over(found, win=".1f", reward="+.2f", kl=".1f", tokens=".1f", unfinished=".1f")])
     columns = ["method", "win rate, %", "known reward", "KL to the start, nats", "tokens", "unfinished, %"]
-    return _table(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def _epochs(summary: Numbers) -> str:
@@ -252,7 +253,7 @@ def _epochs(summary: Numbers) -> str:
         ]
         lines.append([words, *cells, _words(drops, ".1f"), _words(since, "+.1f")])
     epochs = [f"{step / effort['epoch']:g} epoch{'s' if step > effort['epoch'] else ''}" for step in steps]
-    return _table(["method", *epochs, "best less last", "1 epoch less last"], lines)
+    return markdown_table(["method", *epochs, "best less last", "1 epoch less last"], lines)
 
 
 def _distances(summary: Numbers) -> str:
@@ -266,7 +267,7 @@ def _distances(summary: Numbers) -> str:
                 *(f"{_signed(a['kl'], '.1f')}; {_signed(b['kl'], '.1f')}" for a, b in zip(first, last, strict=True)),
             ]
         )
-    return _table(["method", *(f"seed {seed}" for seed in effort["seeds"])], lines)
+    return markdown_table(["method", *(f"seed {seed}" for seed in effort["seeds"])], lines)
 
 
 def _moved(summary: Numbers) -> str:
@@ -274,7 +275,7 @@ def _moved(summary: Numbers) -> str:
     for name, words in METHODS.items():
         found = summary["moved"][name]
         lines.append([words, *(_words([one[which] for one in found], "+.2f") for which in MOVED)])
-    return _table(["method", *MOVED], lines)
+    return markdown_table(["method", *MOVED], lines)
 
 
 def _steps(summary: Numbers) -> str:
@@ -289,7 +290,7 @@ def _steps(summary: Numbers) -> str:
         words = name if name == "DPO" else f"TGDPO, token weights ± {name.removeprefix('spread-')}"
         never = sum(step == late for step in steps)
         lines.append([words, _words(steps, ".0f"), f"{never} of {len(steps)}", _words(best, ".1f")])
-    return _table(["run", "steps", "seeds that do not reach it", "best accuracy, %"], lines)
+    return markdown_table(["run", "steps", "seeds that do not reach it", "best accuracy, %"], lines)
 
 
 def _worlds(summary: Numbers) -> str:
@@ -302,7 +303,7 @@ def _worlds(summary: Numbers) -> str:
         ]
         for world in summary["worlds"]
     ]
-    return _table(["seed", *names.values(), "number of pairs"], lines)
+    return markdown_table(["seed", *names.values(), "number of pairs"], lines)
 
 
 def _tried(summary: Numbers) -> str:
@@ -313,7 +314,7 @@ def _tried(summary: Numbers) -> str:
             shares = (f"{100 * one[share]:.1f}" for share in ("seen", "known", "unfinished"))
             lines.append([name, words, *shares])
     columns = ["method", "configuration", "scorer's win rate, %", "by the known reward, %", "unfinished, %"]
-    return _table(columns, lines, words=2) + "\n\nBold: what was chosen."
+    return markdown_table(columns, lines, words=2) + "\n\nBold: what was chosen."
 
 
 def _at(summary: Numbers, name: str, step: int) -> list[Numbers]:
@@ -332,12 +333,6 @@ def _words(values: Sequence[float], form: str) -> str:
 
 def _signed(value: float, form: str) -> str:
     return f"{value:{form}}".replace("-", "−")
-
-
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """A table whose first columns, so many, are words."""
-    right = "|".join([*["---"] * words, *["--:"] * (len(columns) - words)])
-    return "\n".join([f"| {' | '.join(columns)} |", f"|{right}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 # ---------------------------------------------------------------- the picture

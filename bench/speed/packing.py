@@ -1,6 +1,8 @@
-"""How long it takes to put many pairs into packs: whole data sets are packed to be scored and evaluated.
+"""How the time of packing grows: 20,000 pairs at once, far more than any program packs.
 
     python -m bench.speed.packing
+
+Training packs the pairs of a step, scoring 128 pairs of a rank at a time, and evaluation 1,024 of all ranks.
 
 The pairs are as long as the real ones are. Each is repeated, and a few tokens longer or shorter each time, so that ties
 are no more frequent than in data. To count their tokens, both prompts of each are read. The time is CPU time of one
@@ -26,7 +28,7 @@ from tgdpo_megatron.data.shared_prompts import tokens_read
 
 PAIRS, BUDGET, ROUNDS = 20_000, 4096, 7
 MOST_SECONDS = 0.2
-"""Within a step of a large model nobody sees it; a search through all packs for every pair takes some seconds."""
+"""A search through all packs for every pair would take some seconds."""
 SPREAD = 0.1
 """How much longer or shorter than its model a pair is, at most."""
 

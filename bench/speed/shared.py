@@ -45,8 +45,7 @@ def measure() -> Iterator[Row]:
         real = with_real_lengths(LONGEST)
         yield from _rows(real, checkpoints, REAL_PAIRS, REAL_BATCHES, "lengths of 75 real pairs")
         words = f"prompts of {PROMPT:,} tokens, responses of {RESPONSE}"
-        for row in _rows(long_prompts(), checkpoints, LONG_PAIRS, LONG_BATCHES, words):
-            yield replace(row, target=LONG_TARGET, limit=COUNTED)
+        yield from _rows(long_prompts(), checkpoints, LONG_PAIRS, LONG_BATCHES, words, target=LONG_TARGET)
 
 
 def long_prompts() -> PreparedPairs:
@@ -55,38 +54,41 @@ def long_prompts() -> PreparedPairs:
     return with_real_lengths(PROMPT + RESPONSE, lengths=lengths)
 
 
-def _rows(data: PreparedPairs, checkpoints: Checkpoints, size: int, number: int, words: str) -> Iterator[Row]:
-    """The step and scoring, over batches of `size` pairs."""
+def _rows(
+    data: PreparedPairs,
+    checkpoints: Checkpoints,
+    size: int,
+    number: int,
+    words: str,
+    *,
+    target: float | None = None,
+) -> Iterator[Row]:
+    """The step and scoring, over `number` batches of `size` pairs. Without a target, it follows from the count."""
     batches = [list(range(first, first + size)) for first in range(0, size * number, size)]
     shared, apart = (Ours(data, checkpoints, cached=True, shared_prompts=shared) for shared in (True, False))
     for one in (shared, apart):
         one.cache_scores([pair for batch in batches for pair in batch])
     assert shared.scores and apart.scores
-    of_apart = apart.scores.values
-    error = max(float(np.abs(scores - of_apart[role]).max()) for role, scores in shared.scores.values.items())
+    expected = apart.scores.values
+    error = max(float(np.abs(scores - expected[role]).max()) for role, scores in shared.scores.values.items())
     assert error <= SCORE_LIMIT, f"token scores differ by {error:.1e}"
 
-    *timed, losses = _in_turn(shared.step, apart.step, batches, rounds=1)
+    of_shared, of_apart, losses = _in_turn(shared.step, apart.step, batches, rounds=1)
     difference = max(abs(one - other) for one, other in losses)
     assert difference <= LOSS_LIMIT, f"losses differ by {difference:.1e}"
-    yield _row(STEP, words, *timed, note=f"losses equal to {difference:.0e}")
+    note = f"losses equal to {difference:.0e}"
+    yield _row(f"{STEP}: prompts shared against computed twice, {words}", of_shared, of_apart, target, note)
 
     frozen = shared.frozen_model("reference")
     score = (partial(one.score, frozen) for one in (shared, apart))
-    *timed, _ = _in_turn(*score, batches, rounds=2)  # shorter, and so measured more often
-    yield _row(SCORING, words, *timed, note=f"token scores equal to {error:.0e}")
+    of_shared, of_apart, _ = _in_turn(*score, batches, rounds=2)  # shorter, and so measured more often
+    note = f"token scores equal to {error:.0e}"
+    yield _row(f"{SCORING}: prompts shared against computed twice, {words}", of_shared, of_apart, target, note)
 
 
-def _row(name: str, words: str, shared: Timed, apart: Timed, *, note: str) -> Row:
-    return within_limit(
-        f"{name}: prompts shared against computed twice, {words}",
-        shared,
-        apart,
-        at_most=True,
-        share=SHARE,
-        limit=COUNTED,
-        note=note,
-    )
+def _row(name: str, shared: Timed, apart: Timed, target: float | None, note: str) -> Row:
+    row = within_limit(name, shared, apart, at_most=True, share=SHARE, limit=COUNTED, note=note)
+    return row if target is None else replace(row, target=target, limit=COUNTED)
 
 
 def _in_turn(

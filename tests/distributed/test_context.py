@@ -1,4 +1,4 @@
-"""Ranks that share sequences do what one process does: scoring, training, validation, answers, and going on.
+"""Ranks that split sequences do what one process does: scoring, training, validation, answers, and going on.
 
 The layouts, methods and families are compared with HuggingFace by `make parity`, step by step; here are whole programs.
 """
@@ -104,7 +104,7 @@ def test_training_on_cached_scores_equals_training_beside_the_models_on_two_rank
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], pairs_file: Path) -> dict[str, Any]:
-    """Four steps of two models in one process and on two ranks that share sequences; and runs that began so, and go
+    """Four steps of two models in one process and on two ranks that split sequences; and runs that began so, and go
     on from step 2 as they were and at TP2."""
     folder = tmp_path_factory.mktemp("context")
     validation = folder / "validation.jsonl"
@@ -132,23 +132,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], pairs
     alone = run_ranks(
         *train_all, 1, recipe="dpo_tiny", jobs=[job("alone", "reference", {}), job("gemma alone", "gemma", {})]
     )
-    jobs = [job("shared", "reference", CP2), job("gemma shared", "gemma", CP2)]
+    jobs = [job("split", "reference", CP2), job("gemma split", "gemma", CP2)]
     both = run_ranks(*train_all, 2, recipe="dpo_tiny", jobs=jobs)
     layouts = {"continued": CP2, "reshaped": {"tensor_model_parallel_size": 2}}
     for name in layouts:
-        shutil.copytree(folder / "shared", folder / name)
+        shutil.copytree(folder / "split", folder / name)
         shutil.rmtree(folder / name / "checkpoints" / "iter-0000004")
     jobs = [job(name, "reference", layout, resume=True) for name, layout in layouts.items()]
     resumed = run_ranks(*train_all, 2, recipe="dpo_tiny", jobs=jobs)
-    names = ("alone", "gemma alone", "shared", "gemma shared", *layouts)
+    names = ("alone", "gemma alone", "split", "gemma split", *layouts)
     return {"folder": folder, **dict(zip(names, [*alone, *both, *resumed], strict=True))}
 
 
-PAIRS_OF_RUNS = [("alone", "shared"), ("alone", "reshaped"), ("gemma alone", "gemma shared")]
+PAIRS_OF_RUNS = [("alone", "split"), ("alone", "reshaped"), ("gemma alone", "gemma split")]
 
 
 @pytest.mark.parametrize("both", PAIRS_OF_RUNS, ids=str)
-def test_ranks_that_share_sequences_train_and_evaluate_as_one_process_does(
+def test_ranks_that_split_sequences_train_and_evaluate_as_one_process_does(
     both: tuple[str, str], runs: dict[str, Any]
 ) -> None:
     """Sums in another order, magnified by steps of Adam: the limit of a run that is continued at another layout. A
@@ -166,19 +166,19 @@ def test_ranks_that_share_sequences_train_and_evaluate_as_one_process_does(
 
 
 @pytest.mark.parametrize("both", PAIRS_OF_RUNS, ids=str)
-def test_ranks_that_share_sequences_give_the_answers_that_one_process_gives(
+def test_ranks_that_split_sequences_give_the_answers_that_one_process_gives(
     both: tuple[str, str], runs: dict[str, Any]
 ) -> None:
     one, other = (json.loads((runs["folder"] / name / "answers.json").read_text()) for name in both)
     assert one == other and len(one) == 2
 
 
-def test_a_run_that_is_continued_on_ranks_that_share_sequences_has_the_weights_of_one_that_never_stopped(
+def test_a_run_that_is_continued_on_ranks_that_split_sequences_has_the_weights_of_one_that_never_stopped(
     runs: dict[str, Any],
 ) -> None:
     """Bit for bit."""
-    paths = [runs["folder"] / name / "checkpoints/iter-0000004/manifest.json" for name in ("shared", "continued")]
+    paths = [runs["folder"] / name / "checkpoints/iter-0000004/manifest.json" for name in ("split", "continued")]
     whole, continued = (json.loads(path.read_text()) for path in paths)
     assert whole["weights"] == continued["weights"]
     for name in ("loss", "grad_norm"):
-        assert [line[name] for line in runs["continued"]] == [line[name] for line in runs["shared"]], name
+        assert [line[name] for line in runs["continued"]] == [line[name] for line in runs["split"]], name

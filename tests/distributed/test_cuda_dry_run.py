@@ -58,6 +58,8 @@ def jobs(
         "tensor": job(parallel=two_tensor, loss={"type": "tdpo2"}, model=without_guidance, train={"recompute": "full"}),
         "pipeline": job(parallel={"pipeline_model_parallel_size": 2}),
         "data": job(optimizer=overlapped),
+        "context": job(parallel={"context_parallel_size": 2}),
+        "context in scoring": job(parallel={"context_parallel_size": 2}, scores={"path": str(folder / "split")}),
     }
     for family in ("gemma2", "gemma3_text"):
         start = make_hf_model(folder / f"{family}-hf", family=family, sliding_window=8)
@@ -91,9 +93,9 @@ def test_jobs_run_and_no_operation_joins_two_devices(one_rank: Jobs) -> None:
 
 
 def test_layouts_run_and_no_operation_joins_two_devices(jobs: Jobs) -> None:
-    names = ["tensor", "pipeline", "data"]
-    found = on_a_pretended_gpu("run", 2, jobs=[jobs[name] for name in names], scoring=[])
-    assert [job["metrics"]["iteration"] for job in found] == [2, 2, 2]
+    names = ["tensor", "pipeline", "data", "context"]
+    found = on_a_pretended_gpu("run", 2, jobs=[jobs[name] for name in names], scoring=[jobs["context in scoring"]])
+    assert [job["metrics"]["iteration"] for job in found] == [2, 2, 2, 2]
 
 
 @pytest.fixture(scope="module")

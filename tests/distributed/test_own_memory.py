@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.own_memory import PROMPT, RESPONSE, write_set
 from tests.support.program import run_ranks
 
-PAIRS = 10_000
+PAIRS = 100_000
 INDEX = 160
 """Bytes for each pair. 65 of them are kept: where its two responses begin among the labelled tokens, twice, and where
 their scores of two names lie, eight bytes each, and whether they share their prompt. The rest is what the allocator

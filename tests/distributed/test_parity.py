@@ -36,7 +36,8 @@ def test_cached_loss_is_the_live_loss(results: dict[tuple[str, str], Result], ro
 def test_the_rows_of_the_tests_have_every_method_and_every_feature_of_the_matrix() -> None:
     everything = selected("")
     assert {row.method for row in ROWS} == {row.method for row in everything}
-    for feature in ("tp", "pp", "vp", "dp", "sequence_parallel", "tied", "recompute", "distributed_optimizer", "fixed"):
+    layout = ("tp", "pp", "vp", "cp", "dp", "sequence_parallel", "distributed_optimizer")
+    for feature in (*layout, "tied", "recompute", "fixed", "shared", "family"):
         assert {getattr(row, feature) for row in ROWS} == {getattr(row, feature) for row in everything}, feature
     for feature in ("tokens", "overlap"):
         assert {bool(getattr(row, feature)) for row in ROWS} == {False, True}, feature

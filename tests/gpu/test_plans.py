@@ -17,7 +17,7 @@ REFUSALS = (
     "it aligns the mask of fewer queries than keys at the top left",  # an older version
     "No module named 'transformer_engine",  # not installed, or without its part for torch
     "No module named 'torch.nn.attention.varlen'",  # an older torch
-    "varlen_attn() got an unexpected keyword argument",  # torch 2.10 and 2.11, which take less
+    "varlen_attn() got an unexpected keyword argument",  # an older torch, too
     "No dot product attention backend is available",  # cuDNN before 9.6, and no flash-attn
     "Could not run 'aten::_flash_attention_forward'",  # torch built without it
 )

@@ -1,6 +1,7 @@
 """What must a layout reproduce? HuggingFace's model in one process, each sequence by itself, torch's AdamW.
 
-The models are fp32; from the logits on everything is float64. No code of ours takes part.
+The models are fp32; from the logits on everything is float64. Of our code only the container of the pairs takes
+part.
 """
 
 from __future__ import annotations

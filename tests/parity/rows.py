@@ -229,7 +229,7 @@ ROWS = [
     *LAYOUTS,
     *(replace(layout, method=method) for method in METHODS if method != "TGDPO" for layout in LAYOUTS_OF_EVERY_METHOD),
     *(replace(layout, family=family) for family in FAMILIES if family != "llama" for layout in LAYOUTS_OF_EVERY_FAMILY),
-    # What a layer or the head does in its own way: the soft-cap in the divergence, two RoPE tables, blocks of queries.
+    # What a layer or the head does in its own way: the soft-cap in the divergence, two RoPE tables, strips of queries.
     Row("TDPO2", "gemma2", tp=2, pp=2, sequence_parallel=True, in_tests=True),
     Row(family="gemma2", pp=2, vp=2, recompute="selective"),
     Row(family="gemma3_text", recompute="full", dp=2, distributed_optimizer=True),

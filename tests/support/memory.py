@@ -175,7 +175,7 @@ def _score(
 
 def _load(batches: list[Any], config: Config) -> dict[str, int]:
     """The load of the micro-batch that has the most tokens."""
-    loads = (Load.of(batch, context_ranks=config.parallel.context_parallel_size) for batch in batches)
+    loads = (Load.of(batch) for batch in batches)
     return asdict(max(loads, key=lambda load: load.tokens))
 
 

@@ -16,10 +16,10 @@ from tgdpo_megatron.report.pace import Pace
 from tgdpo_megatron.scores.store import Key, load_scores, write_scores_manifest, write_shard
 
 NAMES = ("reference", "guidance")
-PROMPT, RESPONSE = 200, 800
+PROMPT, RESPONSE = 10, 90
 MODEL = ModelDescription(3, 64, 160, 4, 2, 16, 512, 256, 1e-5, False, 10000.0, None)
-SHARD = 128
-"""Pairs of a shard, as scoring writes them."""
+SHARD = 1024
+"""Pairs of a shard."""
 
 
 def own_bytes() -> int:
@@ -63,7 +63,7 @@ def score_of(pair: int, side: int, name: str) -> np.ndarray:
     return np.float32(pair + side / 2) + np.arange(RESPONSE, dtype=np.float32) * (NAMES.index(name) + 1) / 2**12
 
 
-def read_share(ranks: Ranks, *, folder: str, per_batch: int = 16) -> list[dict[str, int]]:
+def read_share(ranks: Ranks, *, folder: str, per_batch: int = 128) -> list[dict[str, int]]:
     """Each rank opens the set, and lays out and counts steps as training does. By how many bytes it grows, at most.
 
     Args:

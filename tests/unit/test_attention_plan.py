@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tgdpo_megatron.data.attention_plan import PADDING_SEGMENT, AttentionPlan, Segment, Share, share_of
+from tgdpo_megatron.data.attention_plan import PADDING_SEGMENT, AttentionPlan, RankRows, Segment, rows_of_rank
 
 Pairs = Sequence[tuple[int, int, int]]
 """Rows of the prompt, of the chosen and of the rejected response of each pair, which shares its prompt."""
@@ -49,13 +49,13 @@ def dense_mask(pairs: Pairs) -> np.ndarray:
     return np.array([[sees(query, key) for key in rows] for query in rows], dtype=bool).reshape(len(rows), len(rows))
 
 
-def shares(pairs: Pairs, ranks: int, *, more: int = 0) -> list[Share]:
+def shares(pairs: Pairs, ranks: int, *, more: int = 0) -> list[RankRows]:
     """Every rank's share, with `more` rows of padding on each rank than are needed."""
     rows = max(1, -(-sum(map(sum, pairs)) // ranks)) + more
-    return [share_of(segments_of(pairs), rows=rows, rank=rank, ranks=ranks) for rank in range(ranks)]
+    return [rows_of_rank(segments_of(pairs), rows=rows, rank=rank, ranks=ranks) for rank in range(ranks)]
 
 
-def mask_of(all_shares: Sequence[Share], total: int) -> np.ndarray:
+def mask_of(all_shares: Sequence[RankRows], total: int) -> np.ndarray:
     """Which row of the micro-batch sees which, as the plans of all ranks say. Padding must see nothing but padding."""
     held = len(all_shares[0].rows) + sum(all_shares[0].padding)
     row_at = np.full(held * len(all_shares), -1)
@@ -119,7 +119,7 @@ def test_no_rank_computes_much_more_attention_than_its_part(ranks: int) -> None:
 
 def test_each_rank_has_an_early_and_a_late_chunk_of_every_long_segment() -> None:
     """Eight rows over two ranks: chunks of two rows, and rank i takes chunks i and 3 − i."""
-    first, second = (share_of([Segment(0, 8)], rows=4, rank=rank, ranks=2) for rank in (0, 1))
+    first, second = (rows_of_rank([Segment(0, 8)], rows=4, rank=rank, ranks=2) for rank in (0, 1))
     assert first.rows.tolist() == [0, 1, 6, 7] and second.rows.tolist() == [2, 3, 4, 5]
     assert first.plan.query_lengths == (2, 2) and first.plan.key_lengths == (2, 8)
     assert second.plan.query_lengths == (4,) and second.plan.key_lengths == (6,), "chunks that adjoin are one block"
@@ -127,7 +127,7 @@ def test_each_rank_has_an_early_and_a_late_chunk_of_every_long_segment() -> None
 
 
 def test_segments_that_share_nothing_need_no_rows_to_be_picked_on_one_rank() -> None:
-    share = share_of([Segment(0, 4), Segment(4, 3)], rows=7)
+    share = rows_of_rank([Segment(0, 4), Segment(4, 3)], rows=7)
     assert share.plan.key_rows is None and share.plan.query_lengths == share.plan.key_lengths == (4, 3)
     assert share.plan.cu_seqlens_q.tolist() == share.plan.cu_seqlens_kv.tolist() == [0, 4, 7]
 
@@ -135,7 +135,7 @@ def test_segments_that_share_nothing_need_no_rows_to_be_picked_on_one_rank() -> 
 def test_more_than_two_responses_may_share_one_prompt() -> None:
     """A group: the second, third and fourth response continue rows 0 to 4."""
     group = [Segment(0, 8), *(Segment(start, 3, prefix_start=0, prefix=5) for start in (8, 11, 14))]
-    plan = share_of(group, rows=17).plan
+    plan = rows_of_rank(group, rows=17).plan
     assert plan.query_lengths == (8, 3, 3, 3) and plan.key_lengths == (8, 8, 8, 8)
     assert plan.key_rows is not None
     assert plan.key_rows.reshape(4, 8)[1:].tolist() == [[0, 1, 2, 3, 4, *range(n, n + 3)] for n in (8, 11, 14)]

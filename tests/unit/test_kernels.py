@@ -235,9 +235,26 @@ def test_a_model_in_fp32_is_given_no_kernel_of_16_bits(
     assert build.transformer_config(LLAMA, config).kernel is expected
 
 
-def test_local_layers_need_no_kernel() -> None:
-    config = Config(parallel=ParallelConfig(context_parallel_size=2))
-    assert settle_attention(config, LLAMA) == (config, None)
+def test_local_layers_need_no_kernel_on_a_cpu() -> None:
+    for config in (Config(), Config(parallel=ParallelConfig(context_parallel_size=2))):
+        assert settle_attention(config, LLAMA) == (config, None)
+
+
+@pytest.mark.usefixtures("with_transformer_engine", "top_left_alone")
+def test_local_layers_without_a_kernel_on_a_gpu_share_no_prompts_and_split_sequences_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They compute one block after another, which is slow where a block has fewer queries than keys. In fp32 no kernel
+    is looked for."""
+    monkeypatch.setattr(build, "HAVE_TRANSFORMER_ENGINE", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, change = settle_attention(Config(), LLAMA)
+    assert not config.train.shared_prompts and change is not None and FAULTS[TopLeft] in change
+    for kept in (
+        Config(parallel=ParallelConfig(context_parallel_size=2)),
+        Config.model_validate({"train": {"precision": "fp32"}}),
+    ):
+        assert settle_attention(kept, LLAMA) == (kept, None)
 
 
 def test_torch_is_asked_in_the_words_of_the_installed_version() -> None:

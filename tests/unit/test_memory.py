@@ -267,7 +267,7 @@ def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
                     context_rank=rank,
                     context_ranks=context,
                 )
-                needs = plan(config, shape, load=Load.of(batch, context_ranks=context), **where).bytes
+                needs = plan(config, shape, load=Load.of(batch), **where).bytes
                 nearest = max(nearest, needs / most)
     assert 0.9 < nearest <= 1
 

@@ -12,7 +12,7 @@ import pytest
 
 from tgdpo_megatron.config import DataConfig
 from tgdpo_megatron.data.prepare import PreparedPairs, load_prepared, measured, prepare_pairs, save_prepared
-from tgdpo_megatron.data.shared_prompts import fed_tokens
+from tgdpo_megatron.data.shared_prompts import tokens_read_by_side
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_the_tokens_of_some_pairs_are_counted_at_their_places(data: PreparedPair
     picked, sides = np.array([2, 0, 1, 2]), (1, 0)
     expected = [[len(data.sequence(pair, side)) - 1 for side in sides] for pair in picked]
     assert data.sequence_lengths(sides, picked).tolist() == expected
-    fed, left_out = fed_tokens(data, picked, (0, 1), shared_prompts=True)
+    fed, left_out = tokens_read_by_side(data, picked, (0, 1), shared_prompts=True)
     assert left_out.tolist() == [[0, 1], [0, 2], [0, 0], [0, 1]]
     assert (fed + left_out).tolist() == [row[::-1] for row in expected]
 

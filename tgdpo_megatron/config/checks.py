@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tgdpo_megatron.config.constants import FP8_FORMATS
+from tgdpo_megatron.config.constants import FP8_FORMATS, round_up
 from tgdpo_megatron.config.settings import Config, LossConfig
 from tgdpo_megatron.config.steps import with_steps
 from tgdpo_megatron.errors import UserError
@@ -191,7 +191,7 @@ def check_layout(config: Config, *, world_size: int) -> int:
         raise UserError(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of {config.token_multiple} "
             f"({' × '.join(causes)}); round it up to "
-            f"{-(-train.micro_batch_tokens // config.token_multiple) * config.token_multiple}."
+            f"{round_up(train.micro_batch_tokens, config.token_multiple)}."
         )
     return world_size // parallel.model_parallel_size
 

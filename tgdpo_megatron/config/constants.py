@@ -26,12 +26,18 @@ SCORED_AT_ONCE = 128
 enough for a moving progress bar."""
 
 ATTENTION_SCORES = 1 << 24
-"""Number of scores in one strip of queries of the attention that is computed here. In fp32 these take 64 MiB."""
+"""Number of scores in one strip of queries where model/attention.py computes attention itself. In fp32 these take
+64 MiB."""
 _LEAST_ROWS = 64
 
 MASKED_ROWS, MASK_MULTIPLE = 256, 1024
 """Queries that attention takes at a time where it needs a mask, which has a number for each of them and each key. One
 mask is kept, for numbers of keys up to a multiple of the second number."""
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `number`."""
+    return -(-number // multiple) * multiple
 
 
 def attention_rows(tokens: int, heads: int, window: int | None) -> int:

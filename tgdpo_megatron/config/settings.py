@@ -91,7 +91,7 @@ class ParallelConfig(_Group):
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline rank, for the interleaved schedule. Default: one chunk, without interleaving."""
     context_parallel_size: int = Field(1, ge=1)
-    """Ranks that share each sequence, where sequences are too long for one. Each gathers the keys and values of all."""
+    """Ranks over which each sequence is split, where one is too long for a rank. Each gathers all keys and values."""
     sequence_parallel: bool = False
     """Whether to also split norms and residuals over the tensor-parallel ranks, along the sequence."""
 

@@ -96,7 +96,7 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankRows:
     """What one context-parallel rank holds of a micro-batch.
 
     Attributes:
@@ -112,7 +112,7 @@ class Share:
     padding: tuple[int, ...]
 
 
-def share_of(segments: Sequence[Segment], *, rows: int, rank: int = 0, ranks: int = 1) -> Share:
+def rows_of_rank(segments: Sequence[Segment], *, rows: int, rank: int = 0, ranks: int = 1) -> RankRows:
     """One context-parallel rank's share of a micro-batch.
 
     Args:
@@ -138,7 +138,7 @@ def share_of(segments: Sequence[Segment], *, rows: int, rank: int = 0, ranks: in
     queries, keys = queries + padding, keys + padding
     plain = ranks == 1 and queries == keys
     plan = AttentionPlan.of(queries, keys, None if plain else np.concatenate(key_rows))
-    return Share(held[rank], plan, places, tuple(padding))
+    return RankRows(held[rank], plan, places, tuple(padding))
 
 
 def _cuts(lengths: Sequence[int], ranks: int) -> list[list[int]]:

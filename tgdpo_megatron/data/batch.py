@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.data.attention_plan import AttentionPlan, Segment, share_of
+from tgdpo_megatron.config.constants import round_up
+from tgdpo_megatron.data.attention_plan import AttentionPlan, Segment, rows_of_rank
 from tgdpo_megatron.data.order import micro_batches
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.shared_prompts import tokens_read
+from tgdpo_megatron.data.shared_prompts import tokens_read, tokens_read_by_side
 from tgdpo_megatron.data.token_scores import TokenScores
 from tgdpo_megatron.losses.pairs import CHOSEN, REJECTED, Pairs
 
@@ -173,16 +174,16 @@ def make_batch(
     """
     whole = _laid_out(data, samples, sides, shared_prompts=shared_prompts)
     multiple = math.lcm(context_ranks, align)
-    end = size if size is not None else max(multiple, -(-len(whole.tokens) // multiple) * multiple)  # never empty
+    end = size if size is not None else max(multiple, round_up(len(whole.tokens), multiple))  # never empty
     if end < len(whole.tokens):
         raise ValueError(f"{len(whole.tokens)} tokens do not fit a batch of {end}")
     rows = end // context_ranks
-    share = share_of(whole.segments, rows=rows, rank=context_rank, ranks=context_ranks)
-    own, predictors, context_labels = _labels_of_rank(share.places[whole.predictors], rows, context_rank, context_ranks)
+    held = rows_of_rank(whole.segments, rows=rows, rank=context_rank, ranks=context_ranks)
+    own, predictors, context_labels = _labels_of_rank(held.places[whole.predictors], rows, context_rank, context_ranks)
     return Batch(
-        tokens=_tensor([whole.tokens[share.rows], np.zeros(rows - len(share.rows), dtype=np.int64)]),
-        positions=_tensor([whole.positions[share.rows], *(np.arange(n) for n in share.padding)]),
-        plan=share.plan,
+        tokens=_tensor([whole.tokens[held.rows], np.zeros(rows - len(held.rows), dtype=np.int64)]),
+        positions=_tensor([whole.positions[held.rows], *(np.arange(n) for n in held.padding)]),
+        plan=held.plan,
         predictors=_tensor([predictors]),
         labels=_tensor([whole.labels[own]]),
         pairs=Pairs(_tensor([whole.pair]), _tensor([whole.side]), num_pairs=len(samples)),
@@ -222,13 +223,13 @@ def _laid_out(
     segments: list[Segment] = []
     tokens, positions, predictors, labels, pair, side = [], [], [], [], [], []
     offset = 0
-    for order, sample in enumerate(samples):
+    picked = np.asarray(samples, dtype=np.int64)
+    _, shared = tokens_read_by_side(data, picked, sides, shared_prompts=shared_prompts)
+    for place, sample in enumerate(samples):
         prompt, first = int(data.prompt_lengths[sample]), offset
-        shares = shared_prompts and len(sides) > 1 and data.shares_prompt(sample)
-        for which in sides:
+        for which, given in zip(sides, shared[place].tolist(), strict=True):  # `given`: tokens that are there already
             sequence = data.sequence(sample, which)
             response = len(sequence) - prompt
-            given = prompt if shares and offset > first else 0  # tokens that stand in the batch already
             segments.append(Segment(offset, len(sequence) - 1 - given, first if given else 0, given))
             tokens.append(sequence[given:-1])
             positions.append(np.arange(given, len(sequence) - 1))
@@ -237,7 +238,7 @@ def _laid_out(
             if given:
                 ends[0] = first + prompt - 1
             predictors.append(ends)
-            pair.append(np.full(response, order))
+            pair.append(np.full(response, place))
             side.append(np.full(response, which))
             offset += len(sequence) - 1 - given
     return _Sequences(segments, *map(_joined, (tokens, positions, predictors, labels, pair, side)))

@@ -1,6 +1,6 @@
 """Arrays that stay in their files. The pages that are read belong to the system, once for all processes of a machine.
 
-A process that reads its share of some pairs so takes no memory of its own for the others.
+So a process that reads its share of the pairs takes no memory of its own for the others.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tgdpo_megatron.config import TrainConfig
+from tgdpo_megatron.config.constants import round_up
 
 
 def global_batch(
@@ -122,7 +123,7 @@ def micro_batches(
 def _of_pairs(lengths: np.ndarray, size: int, ranks: int, multiple_of: int) -> list[list[np.ndarray]]:
     """At most `size` pairs in a micro-batch, and the same number of micro-batches for every rank."""
     most = -(-len(lengths) // ranks)
-    count = _round_up(-(-most // size), multiple_of)
+    count = round_up(-(-most // size), multiple_of)
     return [_spread_share(lengths, share, count, max_pairs=size) for share in _spread(lengths, ranks, max_pairs=most)]
 
 
@@ -130,7 +131,7 @@ def _of_tokens(lengths: np.ndarray, budget: int, ranks: int, multiple_of: int) -
     """As few micro-batches as the budget allows, and the same number for every rank."""
     shares = _spread(lengths, ranks)
     full = [_first_fit(lengths, share, budget) for share in shares]
-    count = _round_up(max(map(len, full)), multiple_of)
+    count = round_up(max(map(len, full)), multiple_of)
     even = [_spread_share(lengths, share, count) for share in shares]
     # Micro-batches of even size keep a pipeline busier. Where one of them would exceed the budget, the packs of the
     # first fit are kept.
@@ -221,7 +222,3 @@ def _with_empty(packs: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
 
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-lengths, kind="stable")
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

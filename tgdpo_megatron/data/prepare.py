@@ -222,6 +222,7 @@ def tokenised(config: DataConfig, source: Path, tokenizer: Any) -> PreparedPairs
     for part in prepared.files:
         _check_identity(part, source, tokenizer, config)
     _check_hashes(prepared, source)
+    prepared.summary.prompts_apart = _prompts_apart(prepared)  # another program may have left it out
     return prepared
 
 
@@ -289,6 +290,12 @@ def _check_shapes(prepared: PreparedPairs, folder: Path) -> None:
             raise UserError(
                 f"{folder}: the prepared pairs were altered ({name} has another shape); prepare them again."
             )
+    responses = np.diff(prepared.starts).reshape(-1, 2).min(axis=1) - prepared.prompt_lengths
+    empty = np.flatnonzero((prepared.prompt_lengths < 1) | (responses < 1))
+    if empty.size:
+        raise UserError(
+            f"{folder}: pair {int(empty[0])} of the prepared pairs has an empty prompt or response; prepare them again."
+        )
 
 
 def _check_identity(summary: Summary, source: Path, tokenizer: Any, config: DataConfig) -> None:
@@ -384,9 +391,13 @@ def measured(prepared: PreparedPairs) -> PreparedPairs:
     summary.prompt_tokens = 2 * int(prompts.sum())
     summary.response_tokens = int(lengths.sum()) - summary.prompt_tokens
     summary.lengths = {name: _histogram(tokens) for name, tokens in parts.items()}
-    summary.prompts_apart = sum(not prepared.shares_prompt(pair) for pair in range(len(prepared)))
+    summary.prompts_apart = _prompts_apart(prepared)
     summary.pairs_hash = hashlib.sha256(prepared.hashes.tobytes()).hexdigest()
     return prepared
+
+
+def _prompts_apart(prepared: PreparedPairs) -> int:
+    return sum(not prepared.shares_prompt(pair) for pair in range(len(prepared)))
 
 
 class _Dropped(Exception):

@@ -15,11 +15,11 @@ def tokens_read(data: PreparedPairs, picked: np.ndarray, sides: tuple[int, ...],
         sides: Which responses are read.
         shared_prompts: Whether prompts are shared where they are the same, see train.shared_prompts.
     """
-    fed, _ = fed_tokens(data, picked, sides, shared_prompts=shared_prompts)
-    return fed.sum(axis=1)
+    read, _ = tokens_read_by_side(data, picked, sides, shared_prompts=shared_prompts)
+    return read.sum(axis=1)
 
 
-def fed_tokens(
+def tokens_read_by_side(
     data: PreparedPairs, picked: np.ndarray, sides: tuple[int, ...], *, shared_prompts: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that a model reads of each response: all but the last, and not the prompt where the first response has it.

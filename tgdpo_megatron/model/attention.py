@@ -2,11 +2,12 @@
 
 A plan is a list of blocks: queries, and keys of which the last query sees all. Without a soft-cap and a window that
 matters, a kernel for a GPU computes all blocks in one call (kernels.py), or torch's scaled_dot_product_attention
-computes one block after another. Where a block has more keys than queries, torch needs a mask, and takes some hundred
-queries at a time.
+computes one block after another. Where a block has more keys than queries, torch needs a mask. On a CPU it is given
+one, for some hundred queries at a time.
 
-With a soft-cap or a window, attention is computed here, some queries at a time, because no kernel of torch has a
-soft-cap, and because a mask would take memory for every pair of tokens:
+Otherwise attention is computed here, one strip of queries after another: with a soft-cap, which no kernel of torch has;
+with a window, for which a mask would take memory for every pair of tokens; and on a GPU without a kernel for a block
+that has more keys than queries, because torch's own would keep the mask and the scores:
 
     s = scale · q kᵀ,   c = cap · tanh(s / cap),   p = softmax(c),   o = p v
     ∂L/∂c = p (∂L/∂p − Σ ∂L/∂o · o),   ∂L/∂s = ∂L/∂c · (1 − tanh²(s / cap))
@@ -17,8 +18,8 @@ forward keeps. Scores and probabilities are fp32.
 Under context parallelism the keys and values of all context-parallel ranks are gathered first. That happens inside
 core attention, so that with selective recompute they are gathered again in backward and not kept.
 
-Legend: t tokens of this rank, q queries and k keys of a block, K keys of all blocks, G key-value heads, P query heads
-of each, C channels of a head.
+Legend: t tokens of this rank, q queries and k keys of a block, K keys of all blocks, G key-value heads, N query heads
+of each, D channels of a head.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from tgdpo_megatron.config.constants import MASK_MULTIPLE, MASKED_ROWS, attention_rows
+from tgdpo_megatron.config.constants import MASK_MULTIPLE, MASKED_ROWS, attention_rows, round_up
 from tgdpo_megatron.data.attention_plan import AttentionPlan
 from tgdpo_megatron.model.kernels import Kernel
 
@@ -110,12 +111,12 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
         return torch.cat([self._attend(*block, plan.most_keys) for block in blocks]).reshape(tokens, batch, -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, most: int) -> Tensor:
-        """Attention of one block. [q, 1, heads, C] and twice [k, 1, G, C] -> [q, 1, heads, C]
+        """Attention of one block. [q, 1, heads, D] and twice [k, 1, G, D] -> [q, 1, heads, D]
 
         Args:
             most: Keys of the block of the plan that has the most of them.
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, q or k, C]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, q or k, D]
         window = self.window if self.window is not None and self.window < len(key) else None
         # Of torch's kernels on a GPU none takes a mask together with grouped queries and keeps its memory bounded.
         masked_on_gpu = query.is_cuda and len(query) != len(key)
@@ -132,7 +133,7 @@ class PlanAttention(MegatronModule):  # type: ignore[misc]
 
 
 def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context_group: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values of the blocks of a plan, one block after another. [t, 1, G, C] each -> [K, 1, G, C] each.
+    """The keys and values of the blocks of a plan, one block after another. [t, 1, G, D] each -> [K, 1, G, D] each.
 
     Args:
         rows: Rows of the keys among those of all context-parallel ranks. [K] int64.
@@ -141,6 +142,7 @@ def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context_group: Any
     if context_group is None:
         return key.index_select(0, rows), value.index_select(0, rows)
     both = torch.cat([key, value], dim=2)  # gathered together
+    # In backward the gradients that all ranks' queries give are summed; see context.py.
     both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=context_group)
     # Two slices would each fill a gradient of the whole with zeros in backward, and split joins both gradients once.
     keys, values = both.index_select(0, rows).split(key.size(2), dim=2)
@@ -150,18 +152,19 @@ def keys_and_values(key: Tensor, value: Tensor, rows: Tensor, context_group: Any
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, most: int) -> Tensor:
     """Attention of a block with more keys than queries, MASKED_ROWS queries at a time, so that the mask stays small.
 
-    [1, heads, q, C] and twice [1, G, k, C] -> [1, heads, q, C]. Queries, keys and values carry gradient.
+    [1, heads, q, D] and twice [1, G, k, D] -> [1, heads, q, D]. Queries, keys and values carry gradient.
 
     Args:
         most: A mask is kept that serves blocks of up to as many keys.
     """
     queries, keys = query.size(2), key.size(2)
-    middle = -(-most // MASK_MULTIPLE) * MASK_MULTIPLE
+    middle = round_up(most, MASK_MULTIPLE)
     mask = _mask(middle, query.dtype, query.device)
     found = []
     for first in range(0, queries, MASKED_ROWS):
         last = min(first + MASKED_ROWS, queries)
         rows, seen = last - first, keys - queries + last
+        # Row 0 of the mask sees the columns up to `middle`. From these columns on it sees the keys before the strip.
         part = mask[:rows, middle - (seen - rows) : middle + rows]
         found.append(
             F.scaled_dot_product_attention(
@@ -183,9 +186,9 @@ def _mask(most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class StripAttention(torch.autograd.Function):
-    """Attention of a block with a soft-cap and a window, some of its queries at a time.
+    """Attention of a block, some of its queries at a time, with a soft-cap and a window where there are such.
 
-    [1, heads, q, C] and twice [1, G, k, C] -> [1, heads, q, C]. Queries, keys and values carry gradient.
+    [1, heads, q, D] and twice [1, G, k, D] -> [1, heads, q, D]. Queries, keys and values carry gradient.
     """
 
     @staticmethod
@@ -253,7 +256,7 @@ def _scores(
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of a strip, −inf where a query does not see a key, and tanh(s / cap) where there is a cap.
 
-    [G, P, rows, C] and [G, columns, C] -> [G, P, rows, columns] fp32 each.
+    [G, N, rows, D] and [G, columns, D] -> [G, N, rows, columns] fp32 each.
 
     Args:
         before: Keys of the block before the one that the first query sees as its own.
@@ -273,12 +276,12 @@ def _scores(
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
-    """[G, P, m, n] times [G, n, k] -> [G, P, m, k]."""
+    """[G, N, m, n] times [G, n, k] -> [G, N, m, k]."""
     groups, heads, rows, _ = left.shape
     return torch.bmm(left.reshape(groups, heads * rows, -1), right).view(groups, heads, rows, -1)
 
 
 def _transposed_times(left: Tensor, right: Tensor) -> Tensor:
-    """The sum over query heads of leftᵀ times right: [G, P, m, n] and [G, P, m, k] -> [G, n, k]."""
+    """The sum over query heads of leftᵀ times right: [G, N, m, n] and [G, N, m, k] -> [G, n, k]."""
     groups = left.size(0)
     return torch.bmm(left.reshape(groups, -1, left.size(-1)).transpose(1, 2), right.reshape(groups, -1, right.size(-1)))

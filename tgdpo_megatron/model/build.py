@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import silu
 
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.config.constants import VOCAB_MULTIPLE
+from tgdpo_megatron.config.constants import VOCAB_MULTIPLE, round_up
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.gpt import PreferenceGPT
@@ -101,7 +101,7 @@ def transformer_config(description: ModelDescription, settings: Config, *, train
     # Despite its name, this setting makes Megatron build the activation that the layer spec names, GatedUnit. It is set
     # here because Megatron's check of the setting knows the functions of Transformer Engine only.
     config.use_te_activation_func = not HAVE_TRANSFORMER_ENGINE
-    config.kernel = None
+    config.kernel = None  # a field of ours, which block_spec and _attends_by_plan read
     if cuda and settings.picks_keys and dtype is torch.bfloat16:  # the kernels compute in 16 bits
         config.kernel, _ = find_kernel(
             *_heads(description, settings), torch.device("cuda", torch.cuda.current_device())
@@ -123,7 +123,7 @@ def _heads(description: ModelDescription, settings: Config) -> tuple[int, int, i
 
 
 def settle_attention(config: Config, *descriptions: ModelDescription) -> tuple[Config, str | None]:
-    """Share no prompts where no kernel can: Transformer Engine's layers need one for more keys than queries.
+    """Switch shared prompts off where no attention kernel can share them on a GPU.
 
     Collective where there are several ranks: all do the same, also where a kernel works on some of them alone.
 
@@ -134,7 +134,7 @@ def settle_attention(config: Config, *descriptions: ModelDescription) -> tuple[C
         The settings, and a sentence where they were changed.
 
     Raises:
-        UserError: Context parallelism, which needs such a kernel as well.
+        UserError: Context parallelism on Transformer Engine's layers, which need such a kernel for it as well.
     """
     found = [_why_no_kernel(config, description) for description in descriptions]
     if dist.is_initialized():
@@ -145,6 +145,8 @@ def settle_attention(config: Config, *descriptions: ModelDescription) -> tuple[C
     if faults is None:
         return config, None
     if (size := config.parallel.context_parallel_size) > 1:
+        if not HAVE_TRANSFORMER_ENGINE:  # local layers compute one block after another
+            return config, None
         raise UserError(
             f"parallel.context_parallel_size={size} needs an attention kernel for fewer queries than keys, and none "
             f"works here ({faults}); set it to 1."
@@ -156,8 +158,13 @@ def settle_attention(config: Config, *descriptions: ModelDescription) -> tuple[C
 
 
 def _why_no_kernel(config: Config, description: ModelDescription) -> str | None:
-    """Why no kernel computes a model's attention by a plan on this rank; None where one does, or none is needed."""
-    if not config.picks_keys or needs_no_kernel(description, transformer_engine=HAVE_TRANSFORMER_ENGINE):
+    """Why no kernel computes a model's attention by a plan on this rank.
+
+    None where one does, and where none would: on a CPU, in fp32, and with a soft-cap or a window, see layers.py.
+    """
+    on_gpu = HAVE_TRANSFORMER_ENGINE or torch.cuda.is_available()
+    in_16_bits = config.train.precision != "fp32"  # which Transformer Engine's layers are only built in
+    if not (config.picks_keys and on_gpu and in_16_bits) or needs_no_kernel(description, transformer_engine=True):
         return None
     kernel, faults = find_kernel(*_heads(description, config), torch.device("cuda", torch.cuda.current_device()))
     return None if kernel else faults
@@ -193,7 +200,7 @@ def _build_chunk(description: ModelDescription, config: TransformerConfig, vp_st
     model = PreferenceGPT(
         config=config,
         transformer_layer_spec=block_spec(description, config, vp_stage, transformer_engine=HAVE_TRANSFORMER_ENGINE),
-        vocab_size=-(-description.vocab_size // multiple) * multiple,
+        vocab_size=round_up(description.vocab_size, multiple),
         max_sequence_length=description.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**position),
         post_process=parallel_state.is_pipeline_last_stage(**position),

@@ -1,4 +1,11 @@
-"""What context-parallel ranks compute for the labelled tokens of their own rows, brought together."""
+"""What context-parallel ranks compute for the labelled tokens of their own rows, brought together.
+
+Every rank of the group then computes the same loss, whose gradient must count once. In backward each rank therefore
+takes the part of its own labels alone, without a sum over the group. The ranks' gradients of the weights are added up
+afterwards, with those of the data-parallel ranks. It is otherwise in attention, which gathers keys and values: there
+the queries of each rank give gradients to the keys of every rank, and these are summed. The pairs are counted once as
+well, because one rank reports their number (Batch.counts_pairs).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +18,10 @@ from torch import Tensor
 from tgdpo_megatron.data.batch import ContextLabels
 
 
-def labels_of_all_ranks(values: Tensor, context: ContextLabels | None, group: Any) -> Tensor:
+def gather_labelled(values: Tensor, context: ContextLabels | None, group: Any) -> Tensor:
     """Gather numbers of labelled tokens, so that every context-parallel rank has those of the whole micro-batch.
 
-    Every rank then computes the same loss of whole pairs, and no formula depends on how rows were split. In backward a
-    rank takes the gradient of its own numbers.
+    So no formula depends on how rows were split.
 
     Args:
         values: k numbers for each of the r labelled tokens of this rank. [k, r]. They may carry gradient.

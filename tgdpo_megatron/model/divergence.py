@@ -6,7 +6,7 @@ z are the logits, soft-capped where the models cap them. lse is their log-sum-ex
 computed already. Each rank sums over its columns tile by tile, with one tile of logits of each model in memory. One SUM
 all-reduce adds the sums of the ranks. Backward computes the tiles again.
 
-Legend as in head.py: R labelled tokens, H hidden size, V vocabulary columns of this rank.
+Legend as in head.py: r labelled tokens, H hidden size, V vocabulary columns of this rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tgdpo_megatron.model.vocabulary import VocabShard, WeightGradient, cap_slop
 
 
 class Divergence(torch.autograd.Function):
-    """KL(π_ref ‖ π) at each labelled token, nats. [R] fp32. Gradient flows to the policy only."""
+    """KL(π_ref ‖ π) at each labelled token, nats. [r] fp32. Gradient flows to the policy only."""
 
     @staticmethod
     def forward(
@@ -36,9 +36,9 @@ class Divergence(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            hidden, weight: The policy's hidden states of the labelled tokens [R, H] and output matrix [V, H].
-            reference: The reference's hidden states [R, H] and output matrix [V, H].
-            log_normalisers: Log-sum-exp of both models' logits over all ranks. [2, R] fp32, the policy's first.
+            hidden, weight: The policy's hidden states of the labelled tokens [r, H] and output matrix [V, H].
+            reference: The reference's hidden states [r, H] and output matrix [V, H].
+            log_normalisers: Log-sum-exp of both models' logits over all ranks. [2, r] fp32, the policy's first.
             softcap: As for labelled_logprobs.
         """
         of_policy, of_reference = log_normalisers

@@ -1,7 +1,7 @@
 """Megatron's GPT over flat batches, with frozen models that run beside the policy in the same pipeline schedule.
 
-Legend: T tokens of a context-parallel rank, H hidden size, k models (the policy first), R labelled tokens of all
-context-parallel ranks. Under sequence parallelism hidden states hold T / tensor-parallel size tokens.
+Legend: t tokens of a context-parallel rank, H hidden size, k models (the policy first), R labelled tokens of all
+context-parallel ranks. Under sequence parallelism hidden states hold t / tensor-parallel size tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from tgdpo_megatron.config.constants import round_up
 from tgdpo_megatron.data.batch import Batch
 from tgdpo_megatron.model.attention import PlanParams
-from tgdpo_megatron.model.context import labels_of_all_ranks
+from tgdpo_megatron.model.context import gather_labelled
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.greedy import likeliest_tokens
 from tgdpo_megatron.model.head import labelled_logprobs
@@ -27,7 +28,7 @@ from tgdpo_megatron.platform.clock import FROZEN
 class PreferenceGPT(GPTModel):  # type: ignore[misc]
     """One pipeline chunk of the policy, with the same chunk of each frozen model.
 
-    Stages send the hidden states of all models as one stacked tensor, [T, k, H], so that one schedule runs all models.
+    Stages send the hidden states of all models as one stacked tensor, [t, k, H], so that one schedule runs all models.
     On the last stage one distributed head computes the log-probs of all models.
     """
 
@@ -54,14 +55,14 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
         self.divergence = divergence
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Keep the hidden states that the previous stage sent. [T, k, H], or None on the first stage."""
+        """Keep the hidden states that the previous stage sent. [t, k, H], or None on the first stage."""
         (self.received,) = input_tensor
 
     def forward(self, batch: Batch) -> Tensor:
         """Run this chunk of all models.
 
         Returns:
-            Before the last stage: stacked hidden states [T, k, H] in the model's dtype. On the last stage: log-probs of
+            Before the last stage: stacked hidden states [t, k, H] in the model's dtype. On the last stage: log-probs of
             the labelled tokens, nats, [k, R] fp32, or [k + 1, R] with the divergence as the last row. Only the policy's
             part and the divergence carry gradient.
         """
@@ -82,14 +83,14 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             divergence=self.divergence,
             frozen_time=self._frozen_time(),
         )
-        return labels_of_all_ranks(logps, batch.context_labels, self.pg_collection.cp)
+        return gather_labelled(logps, batch.context_labels, self.pg_collection.cp)
 
     @torch.no_grad()
     def next_tokens(self, batch: Batch) -> Tensor:
         """Run this chunk of this model alone.
 
         Returns:
-            Before the last stage: hidden states [T, 1, H]. On the last stage: the likeliest token after each of the
+            Before the last stage: hidden states [t, 1, H]. On the last stage: the likeliest token after each of the
             batch's predictors. [R] int64.
         """
         states = self.decode(batch, self.received)
@@ -103,10 +104,10 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             group=self.pg_collection.tp,
         )
-        return labels_of_all_ranks(tokens[None], batch.context_labels, self.pg_collection.cp)[0]
+        return gather_labelled(tokens[None], batch.context_labels, self.pg_collection.cp)[0]
 
     def decode(self, batch: Batch, received: Tensor | None) -> Tensor:
-        """Run the layers of this chunk for this model alone. Returns hidden states [T, 1, H]."""
+        """Run the layers of this chunk for this model alone. Returns hidden states [t, 1, H]."""
         hidden = self.embedding(batch.tokens[None], batch.positions[None]) if self.pre_process else None
         if hidden is not None and self.description.embedding_scale is not None:
             hidden = hidden * float(torch.tensor(self.description.embedding_scale, dtype=hidden.dtype))
@@ -137,7 +138,7 @@ class PreferenceGPT(GPTModel):  # type: ignore[misc]
 
     def _rotary_and_boundaries(self, batch: Batch) -> tuple[Tensor, PackedSeqParams]:
         # Megatron caches rotary tables by length. The length is rounded up so that few different tables are made.
-        length = -(-batch.plan.most_keys // 256) * 256
+        length = round_up(batch.plan.most_keys, 256)
         rotaries = filter(None, (self.rotary_pos_emb, self.rotary_of_windows))
         # Of a packed sequence Megatron gives the whole table, and otherwise a context-parallel rank's share of it.
         tables = [rotary(length, packed_seq=True) for rotary in rotaries]  # each [length, 1, 1, channels]

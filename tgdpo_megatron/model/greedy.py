@@ -20,13 +20,13 @@ def likeliest_tokens(
     """The token with the largest logit after each predictor; of equal ones the first. Collective over `group`.
 
     Args:
-        states: Hidden states [S, 1, H], split along S under sequence parallelism.
+        states: Hidden states [t, 1, H], split along t under sequence parallelism.
         weight: This rank's rows of the output weight. [V, H].
-        predictors: Index of the hidden states to predict from. [R] int64.
+        predictors: Index of the hidden states to predict from. [r] int64.
         vocab_size, sequence_parallel, group: As for labelled_logprobs.
 
     Returns:
-        [R] int64, on every tensor-parallel rank.
+        [r] int64, on every tensor-parallel rank.
     """
     shard = VocabShard.of(weight, vocab_size, group)
     rows = labelled_states(states, predictors, sequence_parallel, group)

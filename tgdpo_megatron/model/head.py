@@ -24,8 +24,8 @@ rounded either.
 
 Columns that only pad the vocabulary are never computed. The result is the same as with a logit of −inf.
 
-Legend: R labels that this context-parallel rank predicts, H hidden size, V vocabulary columns of this rank, k models,
-S tokens of this rank.
+Legend: r labels that this context-parallel rank predicts, H hidden size, V vocabulary columns of this rank, k models,
+t tokens of this rank.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def labelled_logprobs(
     """Log-prob of each label under each model, nats.
 
     Args:
-        models: Hidden states and output weight of the policy, then of each frozen model. Hidden states are [S, 1, H];
-            under sequence parallelism S is split over the tensor-parallel ranks. Weights are [V, H]. Gradient flows to
+        models: Hidden states and output weight of the policy, then of each frozen model. Hidden states are [t, 1, H];
+            under sequence parallelism t is split over the tensor-parallel ranks. Weights are [V, H]. Gradient flows to
             the policy only.
-        predictors: Index of the hidden state that predicts each label. [R] int64.
-        labels: Token ids. [R] int64.
+        predictors: Index of the hidden state that predicts each label. [r] int64.
+        labels: Token ids. [r] int64.
         vocab_size: Vocabulary size without padding; columns beyond it are padding.
-        sequence_parallel: Whether hidden states are split along S.
+        sequence_parallel: Whether hidden states are split along t.
         group: Tensor-parallel process group.
         softcap: cap in cap · tanh(logit / cap), which all the models apply to their logits; None for no cap.
         divergence: Whether to add a row with the divergence of the first model from the second over the whole
@@ -76,7 +76,7 @@ def labelled_logprobs(
         frozen_time: Entered while the logits of the frozen models are computed.
 
     Returns:
-        [k, R] fp32, or [k + 1, R] with the divergence as the last row. Only row 0 and the divergence carry gradient.
+        [k, r] fp32, or [k + 1, r] with the divergence as the last row. Only row 0 and the divergence carry gradient.
     """
     (states, weight), *others = models
     frozen = [
@@ -95,7 +95,7 @@ def labelled_logprobs(
 
 
 def labelled_states(states: Tensor, predictors: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
-    """Hidden states of the labelled tokens on every tensor-parallel rank. [S, 1, H] -> [R, H]."""
+    """Hidden states of the labelled tokens on every tensor-parallel rank. [t, 1, H] -> [r, H]."""
     if sequence_parallel:
         states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=group)
         return states.squeeze(1).index_select(0, predictors)
@@ -129,7 +129,7 @@ class LabelledLogProbs(torch.autograd.Function):
         with frozen_time:
             others = [_scan(states, matrix, labels, shard, softcap)[0] for states, matrix in frozen]
         scan, exponentials = _scan(hidden, weight, labels, shard, softcap, keep=backward_follows)
-        largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, R]
+        largest, total, label_logit = torch.stack([scan, *others], dim=1)  # each [k, r]
         maximum = largest.clone()
         shard.all_reduce(maximum, dist.ReduceOp.MAX)
         sums = torch.stack([total * torch.exp(largest - maximum), label_logit])
@@ -179,10 +179,10 @@ class LabelledLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    """Logits of a tile, in fp32. [R, H] and [tile, H] -> [R, tile].
+    """Logits of a tile, fp32. [r, H] and [tile, H] -> [r, tile].
 
-    In 16 bits only on a GPU whose torch gives no more, without a cap: 16 bits are too coarse for one, and mixing dtypes
-    is slow on a CPU.
+    They have 16 bits only on a GPU whose torch cannot give the fp32 sums (products.py), and only without a cap, which
+    needs finer numbers. On a CPU they are widened at once, because operations on mixed dtypes are slow there.
     """
     if hidden.is_cuda and softcap is None:
         return product(hidden, weight.t())
@@ -190,7 +190,7 @@ def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 
 def _below(logits: Tensor, level: Tensor) -> Tensor:
-    """logits − level in fp32. Logits that are fp32 already are overwritten. [R, tile] and [R] -> [R, tile]."""
+    """logits − level in fp32. Logits that are fp32 already are overwritten. [r, tile] and [r] -> [r, tile]."""
     return logits.sub_(level[:, None]) if logits.dtype == torch.float32 else logits - level[:, None]
 
 
@@ -201,8 +201,8 @@ def _scan(
 
     Returns:
         For each label the largest logit m, the sum of exp(logit − m), and the label's logit, which is 0 on ranks that
-        do not hold the label's column. [3, R] fp32. Then, with `keep`, where all columns fit in one tile and there is
-        no cap, every exp(logit − m) for backward, [R, V] fp32; otherwise None.
+        do not hold the label's column. [3, r] fp32. Then, with `keep`, where all columns fit in one tile and there is
+        no cap, every exp(logit − m) for backward, [r, V] fp32; otherwise None.
     """
     largest = torch.full(labels.shape, float("-inf"), device=labels.device)
     total = torch.zeros(labels.shape, device=labels.device)

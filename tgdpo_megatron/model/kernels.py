@@ -4,7 +4,7 @@ A block of a plan may have more keys than queries, and its mask is aligned at th
 versions align it at the top left, and give wrong numbers without an error. So each candidate first computes a small
 plan, and is taken only if its numbers are right.
 
-Legend: t queries and K keys of all blocks, C channels of a head.
+Legend: t queries and K keys of all blocks, D channels of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgdpo_megatron.config.constants import round_up
 from tgdpo_megatron.data.attention_plan import AttentionPlan
 from tgdpo_megatron.errors import in_short
 
@@ -60,19 +61,16 @@ class TransformerEngineKernel:
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=plan.cu_seqlens_q,
             cu_seqlens_kv=plan.cu_seqlens_kv,
-            max_seqlen_q=_rounded(plan.most_queries),
-            max_seqlen_kv=_rounded(plan.most_keys),
+            # Upper bounds that cuDNN before 9.7 takes: multiples of 64.
+            max_seqlen_q=round_up(plan.most_queries, 64),
+            max_seqlen_kv=round_up(plan.most_keys, 64),
         )
         return found
 
 
-def _rounded(most: int) -> int:
-    """An upper bound that cuDNN before 9.7 takes: a multiple of 64."""
-    return -(-most // 64) * 64
-
-
 class TorchKernel:
-    """torch's attention over packed sequences, from torch 2.12 on."""
+    """torch's attention over packed sequences. Grouped queries need torch 2.12; trying shows whether an
+    older one does without."""
 
     def __init__(self, heads: int, groups: int, channels: int, scale: float) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -80,7 +78,7 @@ class TorchKernel:
         self.attention, self.scale = varlen_attn, scale
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-        # Only from torch 2.12 on has the kernel this option.
+        # Named only where it is needed: an older torch does not know it.
         grouped: dict[str, Any] = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
         found: Any = self.attention(
             query,
@@ -128,8 +126,9 @@ def why_not(candidate: type[Kernel], heads: int, groups: int, channels: int, dev
 
 
 PLANS = ((3, 2), (3, 5)), ((70, 2, 1), (70, 40, 33))
-"""Queries and keys of the blocks of the plans that are tried: with more keys than queries at most, and with as many, as
-where the longest block shares nothing. Kernels choose by these two numbers how they compute."""
+"""Queries of the blocks, and their keys, of the two plans that are tried. In the first the longest block has more keys
+than any has queries. In the second both numbers are 70, as where the longest block shares nothing. Kernels choose by
+these two numbers how they compute."""
 _SCALE = 0.3
 """What scores are multiplied by there: no kernel would take this number by itself."""
 
@@ -172,7 +171,7 @@ def _near(found: Tensor, expected: Tensor) -> bool:
 def by_formula(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, *, top_left: bool = False
 ) -> Tensor:
-    """Attention by a plan as it is defined. [t, heads, C] and twice [K, groups, C] -> [t, heads · C].
+    """Attention by a plan as it is defined. [t, heads, D] and twice [K, groups, D] -> [t, heads · D].
 
     Args:
         top_left: Whether the first query sees the first key alone, which is wrong.
@@ -182,8 +181,8 @@ def by_formula(
     found = []
     blocks = (query.split(plan.query_lengths), key.split(plan.key_lengths), value.split(plan.key_lengths))
     for q, k, v in zip(*blocks, strict=True):
-        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(0 if top_left else len(k) - len(q))
-        scores = torch.einsum("qhc,khc->hqk", q, k) * scale
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(0 if top_left else len(k) - len(q))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-        found.append(torch.einsum("hqk,khc->qhc", weights, v).flatten(1))
+        found.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
     return torch.cat(found)

@@ -43,7 +43,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
 
 class GatedUnit(torch.nn.Module):
-    """The activation of a gated feed-forward block: function(gate) · up. [T, 1, 2 F] -> [T, 1, F].
+    """The activation of a gated feed-forward block: function(gate) · up. [t, 1, 2 F] -> [t, 1, F].
 
     Megatron's unfused one reads `up` a second time to add an offset of 0.
     """

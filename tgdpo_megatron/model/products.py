@@ -2,7 +2,8 @@
 
 A GPU's tensor cores add the products of 16-bit numbers up in fp32, and torch then rounds each sum to 16 bits. bf16 has
 8 significant bits: a logit between 16 and 32 is rounded to a multiple of 1/8. For CUDA torch can give the sums
-themselves, from 2.8 on. On a CPU it cannot, and sums are rounded there.
+themselves, from 2.8 on. A container of NVIDIA's may hold an earlier state of 2.8, so this is tried. On a CPU torch
+cannot, and sums are rounded there.
 """
 
 from __future__ import annotations

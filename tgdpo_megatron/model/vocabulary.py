@@ -48,14 +48,14 @@ class VocabShard:
             yield slice(first, min(first + width, self.columns))
 
     def owned(self, labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-        """Which labels lie in a tile, [R] bool, and their columns in the tile, 0 for other labels, [R] int64."""
+        """Which labels lie in a tile, [r] bool, and their columns in the tile, 0 for other labels, [r] int64."""
         column = labels - (self.start + tile.start)
         inside = (column >= 0) & (column < tile.stop - tile.start)
         return inside, column.where(inside, 0)
 
 
 def wide_logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
-    """Logits of a tile in fp32, capped where there is a cap. [R, H] and [tile, H] -> [R, tile]."""
+    """Logits of a tile in fp32, capped where there is a cap. [r, H] and [tile, H] -> [r, tile]."""
     return capped(product(hidden, weight.t()).float(), cap)
 
 

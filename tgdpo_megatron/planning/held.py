@@ -71,11 +71,11 @@ def training_peak(rank: Sizes, stage: int) -> float:
     moments = [tokens * again + backward + gather]
     # What the feed-forward block kept is free again in backward of attention.
     freed = tokens * (rank.products * rank.feed_forward * width + rank.norm * rank.streams)
-    if rank.scores:
+    if rank.attention_scores:
         heads = tokens * (rank.query_channels * width + 8 * rank.key_channels)  # gradients of queries, keys and values
         # Probabilities, their gradient, which is in 16 bits first in bf16, and with a soft-cap its tanh.
         bytes_each = (8 if width == 4 else 10) + (4 if rank.description.attention_softcap is not None else 0)
-        moments.append(tokens * again + gradient + heads + bytes_each * rank.scores - freed)
+        moments.append(tokens * again + gradient + heads + bytes_each * rank.attention_scores - freed)
     if rank.copied_bytes:
         moments += [tokens * again + moment - freed for moment in _backward_of_copies(rank)]
     kept = tokens * kept_per_token(rank, stage)
@@ -130,7 +130,7 @@ def _layers_forward(rank: Sizes) -> float:
     """Bytes of one layer's forward without a graph, in its feed-forward block or in attention, together with the hidden
     states."""
     feed_forward = rank.tokens * (rank.products * rank.feed_forward * rank.width + 5 * rank.layer_input)
-    moments = [feed_forward, 12 * rank.scores + 5 * rank.tokens * rank.layer_input]
+    moments = [feed_forward, 12 * rank.attention_scores + 5 * rank.tokens * rank.layer_input]
     if rank.copied_bytes:
         # Queries, keys and values before and after the rotation, its cosines and sines, and attention's result as it is
         # joined from strips to blocks and from blocks to the whole.

@@ -1,7 +1,7 @@
-"""What a micro-batch gives a rank to hold: numbers of tokens, labels and keys, at most or of a batch that is there.
+"""How much of a micro-batch one rank holds: its numbers of tokens, labels and keys, of a given batch or at most.
 
-Legend: C context-parallel ranks, T tokens of a micro-batch over all of them, L the longest sequence that goes through
-the model, which is data.max_length without its last token.
+Legend: C context-parallel ranks, T tokens of a micro-batch over all of them, t tokens of each, L the longest sequence
+that goes through the model, which is data.max_length without its last token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tgdpo_megatron.config import Config
-from tgdpo_megatron.config.constants import SCORED_AT_ONCE
+from tgdpo_megatron.config.constants import SCORED_AT_ONCE, round_up
 from tgdpo_megatron.model.description import ModelDescription
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Load:
     """One micro-batch on one rank.
 
     Attributes:
-        tokens: T, with padding.
-        labelled: Labelled tokens of the micro-batch.
+        tokens: t, with padding.
+        labelled: Labelled tokens of the whole micro-batch.
         predicted: Those of them that this rank predicts; all of them without context parallelism.
         key_rows: Keys of all blocks of the rank's attention plan (data/attention_plan.py), which attention copies. 0
             where it copies none, because queries and keys are the same rows.
@@ -47,23 +47,24 @@ class Load:
         return cls(tokens, labelled, labelled, 0, longest, longest)
 
     @classmethod
-    def of(cls, batch: Batch, *, context_ranks: int = 1) -> Load:
-        """The load of a batch that is there, on one of `context_ranks` context-parallel ranks."""
+    def of(cls, batch: Batch) -> Load:
+        """The load of a batch that is there."""
         plan = batch.plan
         keys = 0 if plan.key_rows is None else len(plan.key_rows)
         labelled, predicted = len(batch.pairs.pair), len(batch.predictors)
-        return cls(context_ranks * len(batch.tokens), labelled, predicted, keys, plan.most_queries, plan.most_keys)
+        return cls(len(batch.tokens), labelled, predicted, keys, plan.most_queries, plan.most_keys)
 
 
 def most_tokens(config: Config, description: ModelDescription, program: Program = "train") -> int:
     """The largest T. The last token of a sequence never goes through the model."""
-    pairs = config.train.micro_batch_size if config.train.micro_batch_tokens is None else SCORED_AT_ONCE
+    budget = config.train.micro_batch_tokens
+    if program == "train" and budget is not None:
+        return budget  # a pack may be filled to its last token
+    pairs = config.train.micro_batch_size if budget is None else SCORED_AT_ONCE
     if program == "score":
         pairs = min(pairs, SCORED_AT_ONCE)
-    elif config.train.micro_batch_tokens is not None:
-        return config.train.micro_batch_tokens
-    most = -(-pairs * longest_pair(config, description) // config.token_multiple) * config.token_multiple
-    return min(most, config.train.micro_batch_tokens or most)
+    most = round_up(pairs * longest_pair(config, description), config.token_multiple)
+    return most if budget is None else min(most, budget)
 
 
 def longest_pair(config: Config, description: ModelDescription) -> int:
@@ -94,7 +95,7 @@ def largest_loads(config: Config, description: ModelDescription, program: Progra
     if config.train.shared_prompts and len(config.loss.method.sides) > 1:
         found.append(_short_prompts(tokens, longest, ranks))
         if config.train.micro_batch_tokens is None:  # the rejected responses need next to no tokens
-            tokens = -(-tokens // (2 * config.token_multiple)) * config.token_multiple
+            tokens = round_up(tokens, 2 * config.token_multiple) // 2
         found.append(_long_prompts(tokens, longest, ranks))
     return found
 
@@ -123,8 +124,8 @@ def _long_prompts(tokens: int, longest: int, ranks: int) -> Load:
 
 def _load(tokens: int, labels: int, keys: int, longest: int, ranks: int, *, shared: int = 0) -> Load:
     """A token predicts one label, but for the last of each of the `shared` prompts, which predicts two."""
-    predicted = min(labels, -(-tokens // ranks) + shared)
-    return Load(tokens, labels, predicted, keys, -(-longest // ranks), longest)
+    of_rank = -(-tokens // ranks)
+    return Load(of_rank, labels, min(labels, of_rank + shared), keys, -(-longest // ranks), longest)
 
 
 def _keys(tokens: int, segments: int, ranks: int) -> int:

@@ -132,7 +132,9 @@ def plan(
             load=micro_batch,
             micro_batches=micro_batches,
         )
-        plans += [Plan(place, micro_batch.tokens, tuple(_phases(rank, place, program))) for place in stages]
+        plans += [
+            Plan(place, micro_batch.tokens * rank.context, tuple(_phases(rank, place, program))) for place in stages
+        ]
     return max(plans, key=lambda found: found.bytes)
 
 

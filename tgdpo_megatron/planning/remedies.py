@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgdpo_megatron.config import Config, check_batch_layout, check_layout, load
+from tgdpo_megatron.config.constants import round_up
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.planning.load import Program, longest_pair
@@ -96,7 +97,7 @@ def _candidates(
             yield "train.recompute=full", "", world_size
     if train.micro_batch_tokens is not None:
         multiple = config.token_multiple
-        least = -(-longest_pair(config, description) // multiple) * multiple
+        least = round_up(longest_pair(config, description), multiple)
         fewer = max(least, train.micro_batch_tokens // (2 * multiple) * multiple)
         a_pair_at_once = fewer >= train.micro_batch_tokens
         if not a_pair_at_once:

@@ -15,6 +15,7 @@ from tgdpo_megatron.config.constants import (
     SCORED_AT_ONCE,
     VOCAB_MULTIPLE,
     attention_rows,
+    round_up,
 )
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.families import layer_parameters
@@ -55,7 +56,7 @@ class Sizes:
 
         self.load = load if load is not None else largest_loads(config, description, program)[0]
         self.context = parallel.context_parallel_size
-        self.tokens = self.load.tokens // self.context
+        self.tokens = self.load.tokens
         self.predicted = max(1, self.load.predicted)
         self.copied_keys = self.load.key_rows / self.tokens
         """Keys that attention copies per token, for blocks that have more keys than queries."""
@@ -71,7 +72,7 @@ class Sizes:
         self.feed_forward = description.ffn_hidden_size / tensor
         self.layers = description.num_layers // self.pipeline
         multiple = VOCAB_MULTIPLE * tensor
-        self.padded_vocabulary = -(-description.vocab_size // multiple) * multiple / tensor
+        self.padded_vocabulary = round_up(description.vocab_size, multiple) / tensor
         self.vocabulary = min(description.vocab_size, self.padded_vocabulary)
         self.streams = self.hidden / tensor if parallel.sequence_parallel else self.hidden
         """Hidden channels per token that one rank holds between matrix products."""
@@ -140,16 +141,21 @@ class Sizes:
         return 3 if self.description.activation == "silu" else 5
 
     @property
-    def scores(self) -> float:
+    def attention_scores(self) -> float:
         """Attention scores that one strip of queries of model/attention.py holds at once; 0 where a kernel of torch or
-        of Transformer Engine computes attention. Windows and soft-caps are ours on any layers."""
+        of Transformer Engine computes attention.
+
+        Windows and soft-caps are computed in strips on any layers, and so are blocks with more keys than queries in
+        fp32 on a GPU. In 16 bits a kernel is assumed for them.
+        """
         description, keys = self.description, self.load.most_keys
         capped, window = description.attention_softcap is not None, description.sliding_window
         if window is not None and window >= keys:
             window = None
-        if not capped and window is None:
+        no_kernel = self.device == "cuda" and self.width == 4 and self.load.key_rows > 0
+        if not capped and window is None and not no_kernel:
             return 0.0
-        if capped and not all(description.windowed_layers):
+        if (capped or no_kernel) and not all(description.windowed_layers):
             window = None  # the layers without a window have the larger strips
         rows = min(attention_rows(keys, int(self.heads), window), self.load.most_queries)
         return self.heads * rows * min(keys, rows + (window or keys))
@@ -163,7 +169,7 @@ class Sizes:
         all_windowed = window is not None and window < keys and all(description.windowed_layers)
         if self.device == "cuda" or not self.load.key_rows or description.attention_softcap is not None or all_windowed:
             return 0.0
-        return self.width * MASKED_ROWS * (-(-keys // MASK_MULTIPLE) * MASK_MULTIPLE + MASKED_ROWS)
+        return self.width * MASKED_ROWS * (round_up(keys, MASK_MULTIPLE) + MASKED_ROWS)
 
     @property
     def copied_bytes(self) -> float:

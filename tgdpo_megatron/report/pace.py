@@ -8,7 +8,7 @@ import numpy as np
 
 from tgdpo_megatron.config import Config
 from tgdpo_megatron.data.prepare import PreparedPairs
-from tgdpo_megatron.data.shared_prompts import fed_tokens
+from tgdpo_megatron.data.shared_prompts import tokens_read_by_side
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.model.flops import TRAINING, forward_operations
 from tgdpo_megatron.platform.clock import ACTIVITIES, OTHER, WAITING, Spent
@@ -63,7 +63,7 @@ class Pace:
         Returns:
             [n, sides], a number, and [n, sides].
         """
-        fed, prefixes = fed_tokens(self._data, picked, self._sides, shared_prompts=self._shares_prompts)
+        fed, prefixes = tokens_read_by_side(self._data, picked, self._sides, shared_prompts=self._shares_prompts)
         labels = int((fed + prefixes + 1 - self._data.prompt_lengths[picked, None]).sum())
         return fed, labels, prefixes
 
