@@ -41,6 +41,7 @@ PROMPTS = {
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process": (1, {}, {"micro_batch_size": 1}),
+    "CP2": (2, {"context_parallel_size": 2}, {"micro_batch_size": 2}),
     "TP2×PP2": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.mini.report import BEGIN, END, METHODS, put_into_page
+from bench.mini.report import METHODS, NAME, tables
 from bench.mini.rules import CLAIMS, QUESTIONS
+from bench.pages import with_tables
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the fast variant wrote, and everything it made on the way."""
     folder = tmp_path_factory.mktemp("mini")
-    (folder / "page.md").write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
+    (folder / "page.md").write_text(f"before\n<!-- {NAME}: begin -->\n<!-- {NAME}: end -->\nafter\n", encoding="utf-8")
     places = ["--json", folder / "mini.json", "--picture", folder / "mini.svg", "--page", folder / "page.md"]
     command = [sys.executable, "-m", "bench.mini", "--fast", *map(str, places), "--keep", str(folder / "work")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,6 +66,5 @@ def test_what_ran_are_the_public_commands(folder: Path) -> None:
 def test_the_page_gets_the_tables_of_the_results(folder: Path, summary: dict[str, Any]) -> None:
     page = (folder / "page.md").read_text(encoding="utf-8")
     assert page.startswith("before\n") and page.endswith("\nafter\n") and page.count("|---|") > 6
-    emptied = page[: page.index(BEGIN) + len(BEGIN)] + page[page.index(END) :]
-    assert put_into_page(emptied, summary) == page
+    assert with_tables(folder / "page.md", tables(summary)) == page
     assert (folder / "mini.svg").read_text(encoding="utf-8").startswith("<svg")

@@ -33,7 +33,7 @@ def make_pairs() -> PreparedPairs:
     for _ in range(PAIRS_PER_STEP * STEPS):
         prompt = random.integers(0, 300, random.integers(3, 13))
         prompts.append(len(prompt))
-        sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(2, 21))]) for _ in range(2)]
+        sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(1, 21))]) for _ in range(2)]
     number = len(prompts)
     return PreparedPairs(
         tokens=np.concatenate(sequences).astype(np.int32),

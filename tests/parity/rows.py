@@ -204,6 +204,7 @@ LAYOUTS = [
             {"tp": 2},
             {"pp": 2, "tokens": 80, "fixed": True},
             {"pp": 2, "vp": 2},
+            {"pp": 2, "vp": 2, "tokens": 80, "fixed": True},
             {"dp": 2, "distributed_optimizer": True, "overlap": True},
         )
         for shared in (True, False)
