@@ -27,13 +27,15 @@ Scores = dict[str, dict[tuple[int, int], Tensor]]
 
 
 def make_pairs() -> PreparedPairs:
-    """Random pairs of uneven lengths."""
+    """Random pairs of uneven lengths. A rejected and a chosen response have a single token."""
     random = np.random.default_rng(7)
     sequences, prompts = [], []
     for _ in range(PAIRS_PER_STEP * STEPS):
         prompt = random.integers(0, 300, random.integers(3, 13))
         prompts.append(len(prompt))
-        sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(1, 21))]) for _ in range(2)]
+        sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(2, 21))]) for _ in range(2)]
+    for pair, side in ((0, REJECTED), (3, CHOSEN)):
+        sequences[2 * pair + side] = sequences[2 * pair + side][: prompts[pair] + 1]
     number = len(prompts)
     return PreparedPairs(
         tokens=np.concatenate(sequences).astype(np.int32),
