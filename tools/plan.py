@@ -5,15 +5,18 @@ Takes the same arguments as recipes.train, and also
   --memory GIB          memory of one GPU; default: that of the GPU in this machine, if there is one
   --model MODEL         HuggingFace folder, or the name of a model on a hub; default: model.checkpoint. Of either
                         only config.json is read
+  --pairs FOLDER        folder of prepared pairs, as tools.prepare_pairs writes it: plan for its longest pairs, whose
+                        shared prompts count once, and not for pairs of data.max_length
   --transformer-engine  plan for the layers of Transformer Engine, which keep less than the local layers and are
                         always used with train.fp8
 
-The result is the memory of the fullest rank with the longest pairs that the settings allow, computed by
+The result is the memory of the fullest rank with the longest pairs, computed by
 tgdpo_megatron/planning/memory.py. The exit code is 0 whether the configuration fits or not.
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from tgdpo_megatron.errors import CommandLine, UserError, one_sentence_errors
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.model.families import family_of, parameters, read_description
 from tgdpo_megatron.planning.disk import disk_need
-from tgdpo_megatron.planning.memory import GIB, ROOM, Plan, plan, size
+from tgdpo_megatron.planning.load import load_of_pairs
+from tgdpo_megatron.planning.memory import GIB, ROOM, LoadOf, Plan, plan, size
 from tgdpo_megatron.planning.remedies import layouts, remedies
 from tgdpo_megatron.report.words import plural
 
@@ -51,12 +55,18 @@ def table(needs: Plan) -> str:
 
 
 def report(
-    config: Config, description: ModelDescription, *, ranks: int, memory: int | None, transformer_engine: bool
+    config: Config,
+    description: ModelDescription,
+    *,
+    ranks: int,
+    memory: int | None,
+    transformer_engine: bool,
+    load_of: LoadOf | None = None,
 ) -> str:
     """Everything that this program prints."""
     config = on_device(config, "cuda")
     parallel, train = config.parallel, config.train
-    where: dict[str, Any] = {"world_size": ranks, "transformer_engine": transformer_engine}
+    where: dict[str, Any] = {"world_size": ranks, "transformer_engine": transformer_engine, "load_of": load_of}
     needs = plan(config, description, **where)
     data_parallel = ranks // parallel.model_parallel_size
     context = f"CP{parallel.context_parallel_size} " if parallel.context_parallel_size > 1 else ""
@@ -101,6 +111,13 @@ def _description(model: Path | None, config: Config) -> ModelDescription:
     return read_description(source.config_folder)
 
 
+def _load_of(folder: Path) -> LoadOf:
+    """What a micro-batch of the pairs of a folder holds at most."""
+    from tgdpo_megatron.data.prepare import load_prepared  # brings what reads text, which other plans need not
+
+    return partial(load_of_pairs, load_prepared(folder))
+
+
 def _gpu() -> int | None:
     """Bytes of memory of this machine's GPU; None without a GPU."""
     import torch
@@ -113,6 +130,7 @@ def main() -> None:
         own = CommandLine(prog="python -m tools.plan", add_help=False, allow_abbrev=False)
         own.add_argument("--memory", type=float)
         own.add_argument("--model", type=Path)
+        own.add_argument("--pairs", type=Path)
         own.add_argument("--transformer-engine", action="store_true")
         mine, others = own.parse_known_args(sys.argv[1:])
         command = read_command_line("tools.plan", __doc__, others)
@@ -125,7 +143,9 @@ def main() -> None:
         check_fp8_sizes(description, config)
         engine = mine.transformer_engine or config.train.fp8 is not None  # nothing else computes in FP8
         memory = round(mine.memory * GIB) if mine.memory is not None else _gpu()
-        print(as_called(report(config, description, ranks=ranks, memory=memory, transformer_engine=engine)))
+        load_of = _load_of(mine.pairs) if mine.pairs is not None else None
+        found = report(config, description, ranks=ranks, memory=memory, transformer_engine=engine, load_of=load_of)
+        print(as_called(found))
 
 
 if __name__ == "__main__":

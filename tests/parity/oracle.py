@@ -24,18 +24,20 @@ FROM_ELSEWHERE = ("better", "worse", "reward")
 
 Scores = dict[str, dict[tuple[int, int], Tensor]]
 """Name -> pair and side -> one number, or row, for each response token."""
+ONE_TOKEN = 7
+"""The pair whose rejected response has one token, which the prompt predicts."""
 
 
 def make_pairs() -> PreparedPairs:
-    """Random pairs of uneven lengths. A rejected and a chosen response have a single token."""
+    """Random pairs of uneven lengths. One rejected response has a single token."""
     random = np.random.default_rng(7)
     sequences, prompts = [], []
     for _ in range(PAIRS_PER_STEP * STEPS):
         prompt = random.integers(0, 300, random.integers(3, 13))
         prompts.append(len(prompt))
         sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(2, 21))]) for _ in range(2)]
-    for pair, side in ((0, REJECTED), (3, CHOSEN)):
-        sequences[2 * pair + side] = sequences[2 * pair + side][: prompts[pair] + 1]
+    # One of those that give Adam no gradient near zero, which its small eps would magnify: see formulas.py.
+    sequences[2 * ONE_TOKEN + REJECTED] = sequences[2 * ONE_TOKEN + REJECTED][: prompts[ONE_TOKEN] + 1]
     number = len(prompts)
     return PreparedPairs(
         tokens=np.concatenate(sequences).astype(np.int32),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,11 @@ from recipes.settings import RECIPES
 from tests.support.memory import pairs_of
 from tgdpo_megatron.config import Config, check_batch_layout, complete, load
 from tgdpo_megatron.data.batch import make_batch
+from tgdpo_megatron.data.prepare import save_prepared
 from tgdpo_megatron.data.shared_prompts import tokens_read
 from tgdpo_megatron.model.description import ModelDescription
 from tgdpo_megatron.planning import memory
-from tgdpo_megatron.planning.load import Load, longest_pair, most_tokens
+from tgdpo_megatron.planning.load import Load, load_of_pairs, longest_pair, most_tokens
 from tgdpo_megatron.planning.memory import GIB, plan
 from tgdpo_megatron.planning.remedies import layouts, remedies, step_time
 
@@ -272,6 +275,52 @@ def test_no_pairs_that_the_settings_allow_need_more_than_is_planned(
     assert 0.9 < nearest <= 1
 
 
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("train", [{"micro_batch_size": 2}, {"micro_batch_tokens": 1056}], ids=["two pairs", "packs"])
+def test_a_plan_for_pairs_that_are_there_is_what_their_fullest_micro_batch_needs(
+    train: dict[str, Any], context: int
+) -> None:
+    """Of all micro-batches of two pairs, or of all packs, within a twentieth; and less than the longest allowed."""
+    shape = replace(LLAMA_8B, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_attention_heads=8, vocab_size=512)
+    changes: dict[str, Any] = {"train": {**train, "global_batch_size": 4}}
+    changes["parallel"] = {"context_parallel_size": context}
+    changes |= {"loss": {"type": "dpo"}, "data": {"max_length": 300}, "scores": {"source": "cached"}}
+    config = Config.model_validate(changes)
+    data = pairs_of([180, 257, 120, 257, 200, 90], 60, 512, shared=True)
+    where: dict[str, Any] = {"world_size": context, "micro_batches": 1}
+    read = tokens_read(data, np.arange(6), (0, 1), shared_prompts=True)
+    budget = config.train.micro_batch_tokens
+    together = [
+        picked
+        for size in range(1, 7)
+        for picked in itertools.combinations(range(6), size)
+        if (size == 2 if budget is None else sum(read[list(picked)]) <= budget)
+    ]
+    most = max(
+        plan(
+            config,
+            shape,
+            load=Load.of(
+                make_batch(
+                    data,
+                    picked,
+                    align=config.token_multiple,
+                    size=budget,
+                    shared_prompts=True,
+                    context_rank=rank,
+                    context_ranks=context,
+                )
+            ),
+            **where,
+        ).bytes
+        for picked in together
+        for rank in range(context)
+    )
+    found = plan(config, shape, load_of=partial(load_of_pairs, data), **where)
+    assert most <= found.bytes < 1.05 * most
+    assert found.bytes < plan(config, shape, **where).bytes
+
+
 def test_a_plan_has_room_for_a_pair_whose_prompts_differ() -> None:
     config = Config.model_validate({"train": {"micro_batch_size": 3}})
     assert config.train.shared_prompts and longest_pair(config, LLAMA_8B) == 2 * (config.data.max_length - 1)
@@ -339,6 +388,15 @@ def test_the_tool_plans_from_a_config_alone(config_alone: Path) -> None:
     assert "parallel.tensor_model_parallel_size=8" in done.stdout.split("layouts of 64 ranks that fit")[1]
 
 
+def test_the_tool_plans_for_prepared_pairs(config_alone: Path, tmp_path: Path) -> None:
+    data = replace(pairs_of([300] * 4, 200, 512, shared=True), prompts=np.zeros((4, 8), np.uint8))
+    save_prepared(data, tmp_path / "pairs")
+    settings_ = ("train.micro_batch_tokens=null", "train.micro_batch_size=2")
+    done = tool("--model", str(config_alone), "--nproc-per-node", "64", "--pairs", str(tmp_path / "pairs"), *settings_)
+    assert done.returncode == 0, done.stderr
+    assert f"{2 * (299 + 99)} tokens at once" in done.stdout  # a prompt of 200 tokens once for both responses
+
+
 NOWHERE = "nowhere: no such folder; a model on a hub is named ORGANISATION/NAME or ORGANISATION/NAME@REVISION."
 
 
@@ -356,3 +414,8 @@ NOWHERE = "nowhere: no such folder; a model on a hub is named ORGANISATION/NAME 
 def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str) -> None:
     done = tool("--nproc-per-node", "8", *arguments)
     assert (done.returncode, done.stderr) == (2, f"error: {sentence}\n")
+
+
+def test_pairs_that_are_not_there_are_one_sentence(config_alone: Path) -> None:
+    done = tool("--model", str(config_alone), "--nproc-per-node", "64", "--pairs", "nowhere")
+    assert (done.returncode, done.stderr) == (2, "error: nowhere/summary.json: no such summary of prepared pairs.\n")

@@ -15,7 +15,10 @@ from tgdpo_megatron.config.constants import SCORED_AT_ONCE, round_up
 from tgdpo_megatron.model.description import ModelDescription
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tgdpo_megatron.data.batch import Batch
+    from tgdpo_megatron.data.prepare import PreparedPairs
 
 Program = Literal["train", "score"]
 
@@ -98,6 +101,39 @@ def largest_loads(config: Config, description: ModelDescription, program: Progra
             tokens = round_up(tokens, 2 * config.token_multiple) // 2
         found.append(_long_prompts(tokens, longest, ranks))
     return found
+
+
+def load_of_pairs(pairs: PreparedPairs, config: Config) -> Load:
+    """At least what any micro-batch of some pairs holds in training; a shared prompt counts once.
+
+    Each number is the largest that a micro-batch can have; of packs, if the last pair could be cut to fit.
+    """
+    import numpy as np
+
+    from tgdpo_megatron.data.shared_prompts import tokens_read_by_side  # brings what reads text
+
+    sides, ranks = config.loss.method.sides, config.parallel.context_parallel_size
+    every = np.arange(len(pairs))
+    read, shared = tokens_read_by_side(pairs, every, sides, shared_prompts=config.train.shared_prompts)
+    longest = pairs.sequence_lengths(sides, every)
+    of_pairs = read.sum(axis=1)
+    labels = (longest + 1).sum(axis=1) - len(sides) * pairs.prompt_lengths[every].astype(np.int64)
+    budget, together = config.train.micro_batch_tokens, config.train.micro_batch_size
+
+    def most(numbers: np.ndarray) -> int:
+        if budget is None:
+            return int(np.sort(numbers)[-together:].sum())
+        order = np.argsort(-numbers / of_pairs)
+        filled = np.concatenate([[0], np.cumsum(of_pairs[order])])
+        return math.ceil(np.interp(budget, filled, np.concatenate([[0], np.cumsum(numbers[order])])))
+
+    tokens = round_up(most(of_pairs), config.token_multiple) if budget is None else budget
+    number = most(np.ones_like(of_pairs))
+    prompts = shared.sum(axis=1)
+    keys = 0
+    if ranks > 1 or prompts.any():
+        keys = _keys(tokens, len(sides) * number, ranks) + _keys_of_prompts(most(prompts), ranks)
+    return _load(tokens, most(labels), keys, int(longest.max()), ranks, shared=number if prompts.any() else 0)
 
 
 def _nothing_shared(tokens: int, longest: int, ranks: int) -> Load:

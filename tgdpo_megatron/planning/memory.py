@@ -10,7 +10,7 @@ buffers and gaps in the allocator.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tgdpo_megatron.config import Config
@@ -25,6 +25,8 @@ ROOM = 0.88
 
 
 MASK = "mask of attention"
+LoadOf = Callable[[Config], Load]
+"""What a micro-batch of a configuration holds, where that follows from pairs that are there."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def plan(
     device: Device = "cuda",
     transformer_engine: bool = False,
     load: Load | None = None,
+    load_of: LoadOf | None = None,
     micro_batches: int | None = None,
     stage: int | None = None,
 ) -> Plan:
@@ -107,6 +110,7 @@ def plan(
         world_size: Number of ranks.
         transformer_engine: Whether the layers are Transformer Engine's, and the optimizer is its own or apex's.
         load: What a micro-batch holds. Default: the largest that the configuration allows.
+        load_of: Gives `load`, for callers that plan for more than one configuration.
         micro_batches: Micro-batches of a data-parallel rank per step. Default: as many as needed if all pairs have the
             greatest length.
         stage: Index of a pipeline stage. Default: the fullest stage.
@@ -121,6 +125,8 @@ def plan(
     """
     stages = range(config.parallel.pipeline_model_parallel_size) if stage is None else [stage]
     plans = []
+    if load is None and load_of is not None:
+        load = load_of(config)
     for micro_batch in [load] if load is not None else largest_loads(config, description, program):
         rank = Sizes(
             config,

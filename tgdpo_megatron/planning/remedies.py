@@ -13,7 +13,7 @@ from tgdpo_megatron.config.constants import round_up
 from tgdpo_megatron.errors import UserError
 from tgdpo_megatron.model.description import ModelDescription, check_fp8_sizes, check_model_layout
 from tgdpo_megatron.planning.load import Program, longest_pair
-from tgdpo_megatron.planning.memory import Plan, plan, size
+from tgdpo_megatron.planning.memory import LoadOf, Plan, plan, size
 from tgdpo_megatron.planning.sizes import Device, Sizes
 
 
@@ -49,6 +49,7 @@ def remedies(
     program: Program = "train",
     device: Device = "cuda",
     transformer_engine: bool = False,
+    load_of: LoadOf | None = None,
 ) -> list[Remedy]:
     """The three cheapest single changes that save memory.
 
@@ -57,8 +58,10 @@ def remedies(
 
     Args:
         available: Bytes that a rank may use. None: no change counts as enough.
+        load_of: As for plan.
     """
     where: dict[str, Any] = {"program": program, "device": device, "transformer_engine": transformer_engine}
+    where["load_of"] = load_of
     now = plan(config, description, world_size=world_size, **where).bytes
     time = step_time(config, description, world_size=world_size)
     found = []
@@ -173,14 +176,19 @@ def layouts(
     available: int,
     device: Device = "cuda",
     transformer_engine: bool = False,
+    load_of: LoadOf | None = None,
 ) -> list[tuple[str, Plan]]:
     """Layouts of the same ranks that fit, fastest first: the changes to make, `key=value ...`, and the layout's plan.
 
     Tensor-parallel size, pipeline size and recomputation are varied. Sequence parallelism is on wherever there is
     tensor parallelism, and the pipeline is not interleaved. The context-parallel size is raised only where no layout
     fits as it is. Every other setting stays as it is.
+
+    Args:
+        load_of: As for plan.
     """
     where: dict[str, Any] = {"world_size": world_size, "device": device, "transformer_engine": transformer_engine}
+    where["load_of"] = load_of
     context = config.parallel.context_parallel_size
     while context <= world_size:
         if found := _fitting(config, description, context, available, where):
