@@ -24,8 +24,9 @@ FROM_ELSEWHERE = ("better", "worse", "reward")
 
 Scores = dict[str, dict[tuple[int, int], Tensor]]
 """Name -> pair and side -> one number, or row, for each response token."""
-ONE_TOKEN = 7
-"""The pair whose rejected response has one token, which the prompt predicts."""
+ONE_TOKEN = 12
+"""The pair whose rejected response has one token, which the prompt predicts. It is one of the second step: Adam's first
+step follows the sign of each gradient, however small, and where one is near 0 it magnifies its rounding."""
 
 
 def make_pairs() -> PreparedPairs:
@@ -36,7 +37,6 @@ def make_pairs() -> PreparedPairs:
         prompt = random.integers(0, 300, random.integers(3, 13))
         prompts.append(len(prompt))
         sequences += [np.concatenate([prompt, random.integers(0, 300, random.integers(2, 21))]) for _ in range(2)]
-    # One of those that give Adam no gradient near zero, which its small eps would magnify: see formulas.py.
     sequences[2 * ONE_TOKEN + REJECTED] = sequences[2 * ONE_TOKEN + REJECTED][: prompts[ONE_TOKEN] + 1]
     number = len(prompts)
     return PreparedPairs(
