@@ -75,11 +75,12 @@ def test_a_pickle_of_objects_is_read_as_a_record_of_what_it_asks_for() -> None:
     assert (found.of, found.arguments, found.state) == (Name(os.mkdir.__module__, "mkdir"), ("folder",), None)
 
 
-def test_a_member_of_an_enum_is_of_its_class_whichever_python_wrote_it() -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_member_of_an_enum_is_of_its_class_whichever_python_wrote_it(protocol: int) -> None:
     """Those of 3.11.0 to 3.11.3 write `getattr` with the member's name, others the class with its value."""
     of_class = Name(Enum.__module__, "Enum"), ("VALUE",)
     for written in (Runs(getattr, Enum, "VALUE"), Runs(Enum, "VALUE")):
-        found = read_pickle(pickle.dumps(written))
+        found = read_pickle(pickle.dumps(written, protocol))
         assert isinstance(found, Made) and (found.of, found.arguments) == of_class and found.is_a("Enum")
 
 

@@ -17,7 +17,8 @@ MAX_INSTRUCTIONS = 30_000_000
 """More than the longest index has that is written; see MAX_BLOCKS in index.py. A reader needs some seconds for as many,
 and 2.6 GB for the worst of them."""
 _LARGEST_KEY = 2**31
-_GETATTR = ("builtins", "getattr")
+_GETATTR = ("builtins", "getattr"), ("__builtin__", "getattr")
+"""The function's names, of which protocol 2 writes the second."""
 
 
 class Name(NamedTuple):
@@ -169,7 +170,7 @@ class _Reader:
 
     def make(self) -> None:
         arguments, of = self.pop(tuple), self.pop(Name)
-        if of == _GETATTR and len(arguments) == 2 and isinstance(arguments[0], Name):
+        if of in _GETATTR and len(arguments) == 2 and isinstance(arguments[0], Name):
             # So Python 3.11.0 to 3.11.3 write a member of an enum: with its name, where others write its value.
             of, arguments = arguments[0], arguments[1:]
         self.stack.append(Made(of, arguments))
