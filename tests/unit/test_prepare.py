@@ -5,14 +5,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.memory import pairs_of
 from tgdpo_megatron.config import DataConfig, FormatName
-from tgdpo_megatron.data.prepare import PreparedPairs, is_prepared, load_prepared, prepare_pairs, source_hash
+from tgdpo_megatron.data.prepare import (
+    PreparedPairs,
+    is_prepared,
+    load_prepared,
+    pair_hash,
+    prepare_pairs,
+    save_prepared,
+    source_hash,
+    tokenised,
+)
 from tgdpo_megatron.data.tokenizer import encode_prompt, encode_response, load_tokenizer, template_hash, tokenizer_hash
 from tgdpo_megatron.errors import UserError
 
@@ -534,6 +545,32 @@ def test_a_token_id_that_was_changed_in_a_prepared_file_is_noticed(
             prepare_pairs(DataConfig(max_length=512), tmp_path / "prepared", tokenizer, tmp_path / "unused")
         arrays[name][place] += 1
         save_file(arrays, file)
+
+
+@pytest.mark.parametrize("prompt", [0, 9])
+def test_prepared_pairs_without_a_token_in_the_prompt_or_in_a_response_are_refused(prompt: int, tmp_path: Path) -> None:
+    data = pairs_of([10, 9, 10], 4, 100)
+    save_prepared(replace(data, prompts=np.zeros((3, 8), np.uint8)), tmp_path / "whole")
+    assert len(load_prepared(tmp_path / "whole")) == 3
+    lengths = np.array([4, prompt, 4], np.int32)
+    save_prepared(replace(data, prompts=np.zeros((3, 8), np.uint8), prompt_lengths=lengths), tmp_path / "empty")
+    with pytest.raises(UserError, match="pair 1 of the prepared pairs has an empty prompt or response; prepare them"):
+        load_prepared(tmp_path / "empty")
+
+
+def test_two_prompts_of_a_pair_that_another_program_prepared_are_counted_where_it_did_not(
+    prepare: Callable[..., PreparedPairs], tokenizer: Any, tmp_path: Path
+) -> None:
+    prepare([row(), row("Say goodbye.")])
+    theirs = load_prepared(tmp_path / "prepared")
+    assert theirs.summary.prompts_apart == 0
+    tokens, hashes = theirs.tokens.copy(), theirs.hashes.copy()
+    tokens[theirs.starts[3] + 1] += 1
+    both = [tokens[theirs.starts[place] : theirs.starts[place + 1]] for place in (2, 3)]
+    hashes[1] = np.frombuffer(pair_hash(int(theirs.prompt_lengths[1]), both), np.uint8)
+    save_prepared(replace(theirs, tokens=tokens, hashes=hashes), tmp_path / "theirs")
+    found = tokenised(DataConfig(max_length=512), tmp_path / "theirs", tokenizer)
+    assert found.summary.prompts_apart == 1 and "1 pairs with two different prompts" in found.summary.sentences()
 
 
 @pytest.mark.parametrize("name", ["tokens", "starts", "prompt_lengths", "hashes", "rows"])

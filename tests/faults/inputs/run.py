@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import uuid
@@ -111,7 +112,9 @@ def run(entry: BadInput, parts: Path, programs: Programs) -> Outcome:
 
 
 def _without_places(text: str, folder: Path) -> str:
-    for place, name in ((folder, "FOLDER"), (ROOT, "ROOT"), (Path.home(), "~")):
+    # The environment's packages may lie anywhere: in the repository, or where a link leads.
+    packages = Path(sysconfig.get_path("purelib"))
+    for place, name in ((folder, "FOLDER"), (packages, "PACKAGES"), (ROOT, "ROOT"), (Path.home(), "~")):
         text = text.replace(str(place), name)
     return text
 
